@@ -1,0 +1,156 @@
+"""Rectified guidance: products of the rectification matrix K with a guidance direction.
+
+Everyday guidance adds `w Δ` to the conditional prediction, Δ the conditional minus the reference prediction. Rectified gradient
+guidance (Gao et al., ICML 2025, eq. 21) adds `w · product(K, Δ)` with `K = α ∂x̂_0/∂x`, the Jacobian of the conditional
+network's clean estimate. For exact scores K is (α²/σ²) times the covariance of x_0 given x: guidance is damped where the model
+is already certain. The five products differ in what they keep of K and in what they cost on top of the two evaluations
+that guidance makes anyway:
+
+| product | value | extra cost |
+|---|---|---|
+| `none` | Δ | nothing (everyday guidance) |
+| `ones` | Δ ⊙ Kᵀ1 | one backward pass; the paper's eq. 21 and its code |
+| `diagonal` | Δ ⊙ diag K | one backward pass per dimension, or per random probe (Hutchinson) |
+| `vjp` | Kᵀ Δ | one backward pass; the chain rule itself |
+| `jvp` | K Δ | one forward-mode pass; proposed in the paper's reviews |
+| `finite_difference` | K Δ | one forward pass and no graph |
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from companion.guidance.parametrization import KCoefficients
+
+Product = Literal["none", "ones", "diagonal", "vjp", "jvp", "finite_difference"]
+PRODUCTS: tuple[Product, ...] = get_args(Product)
+
+Denoiser = Callable[[Float[Tensor, "batch ..."]], Float[Tensor, "batch ..."]]
+"""The conditional network at one noise level and condition, as a function of its own input; samples are independent."""
+
+
+class Rectified(NamedTuple):
+    """A conditional prediction and the rectified direction at the same input, both of the input's shape."""
+
+    prediction: Float[Tensor, "batch ..."]
+    direction: Float[Tensor, "batch ..."]
+
+
+def check_product(product: str) -> Product:
+    """The product's name itself.
+
+    Raises:
+        ValueError: the name is unknown; the message lists the known ones.
+    """
+    if product not in PRODUCTS:
+        raise ValueError(f"product must be one of {', '.join(PRODUCTS)}, got {product!r}")
+    return product
+
+
+def rectify(
+    denoiser: Denoiser,
+    x: Float[Tensor, "batch ..."],
+    reference: Float[Tensor, "batch ..."],
+    coefficients: KCoefficients,
+    *,
+    product: Product = "finite_difference",
+    prediction: Float[Tensor, "batch ..."] | None = None,
+    probes: int | None = None,
+    generator: torch.Generator | None = None,
+    relative_step: float | None = None,
+) -> Rectified:
+    """Evaluate the conditional prediction and the rectified direction `product(K, prediction - reference)`.
+
+    Args:
+        denoiser: the conditional branch; must treat the samples of a batch independently.
+        x: the network's own input, any shape after the batch dimension, float64 to bfloat16.
+        reference: the reference (unconditional, weak, ...) prediction at x.
+        coefficients: of K in the network's parametrization, from `rectification_coefficients`.
+        product: see the module's table.
+        prediction: `denoiser(x)` if it is known already; saves that evaluation for `none`, `jvp` and `finite_difference`.
+        probes: for `diagonal`: Rademacher probes of Hutchinson's estimate; None sums over the whole basis, exactly.
+        generator: of the probes; required with them.
+        relative_step: for `finite_difference`: length of the step as a fraction of x's norm, per sample; None takes the
+            square root of the dtype's machine epsilon, which balances truncation against rounding.
+
+    Returns:
+        The prediction, detached, and the rectified direction.
+
+    Raises:
+        ValueError: unknown product, probes without a generator or fewer than 1, a step that is not positive.
+    """
+    check_product(product)
+    if product in ("ones", "diagonal", "vjp"):
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            output = denoiser(leaf)
+            if not output.requires_grad:
+                raise ValueError(f'product="{product}" differentiates the denoiser, but its output does not depend on its input differentiably')
+            direction = output.detach() - reference
+            if product == "diagonal":
+                product_of_jacobian = direction * _diagonal(output, leaf, probes, generator)
+            else:
+                vector = torch.ones_like(output) if product == "ones" else direction.to(output.dtype)
+                [pulled] = torch.autograd.grad(output, leaf, vector)
+                product_of_jacobian = direction * pulled if product == "ones" else pulled
+        output = output.detach()
+    else:
+        output = denoiser(x) if prediction is None else prediction
+        direction = output - reference
+        if product == "none":
+            return Rectified(output, direction)
+        derivative = _forward_mode if product == "jvp" else _finite_difference
+        options = {} if product == "jvp" else {"output": output, "relative_step": relative_step}
+        product_of_jacobian = derivative(denoiser, x, direction, **options)
+    rectified = coefficients.identity * direction + coefficients.jacobian * product_of_jacobian
+    return Rectified(output, rectified.to(output.dtype))
+
+
+def _diagonal(output: Tensor, leaf: Tensor, probes: int | None, generator: torch.Generator | None) -> Tensor:
+    """Diagonal of the Jacobian, of x's shape: exact over the basis, or Hutchinson's estimate E[v ⊙ Jᵀv]."""
+    diagonal = torch.zeros_like(leaf)
+    if probes is None:
+        flat = diagonal.view(len(leaf), -1)
+        for i in range(flat.shape[1]):
+            unit = torch.zeros_like(flat)
+            unit[:, i] = 1
+            [row] = torch.autograd.grad(output, leaf, unit.view_as(output), retain_graph=True)
+            flat[:, i] = row.reshape(len(leaf), -1)[:, i]
+        return diagonal
+    if probes < 1:
+        raise ValueError(f"probes must be at least 1, or None for the exact diagonal, got {probes}")
+    if generator is None:
+        raise ValueError("probes need a generator: pass torch.Generator().manual_seed(...)")
+    for _ in range(probes):
+        signs = torch.randint(0, 2, leaf.shape, generator=generator, device=generator.device)
+        vector = (2 * signs - 1).to(leaf)
+        [row] = torch.autograd.grad(output, leaf, vector, retain_graph=True)
+        diagonal += vector * row / probes
+    return diagonal
+
+
+def _forward_mode(denoiser: Denoiser, x: Tensor, direction: Tensor) -> Tensor:
+    # Fused attention kernels have no forward-mode derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.func.jvp(denoiser, (x.detach(),), (direction.to(x.dtype),))[1]
+
+
+def _finite_difference(
+    denoiser: Denoiser, x: Tensor, direction: Tensor, *, output: Tensor, relative_step: float | None
+) -> Tensor:
+    if relative_step is None:
+        relative_step = torch.finfo(x.dtype).eps ** 0.5
+    elif not relative_step > 0:
+        raise ValueError(f"relative_step must be positive, got {relative_step}")
+    shape = (len(x),) + (1,) * (x.ndim - 1)
+    # Norms in float32 at least: the squares of a half-precision sample overflow.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    size, length = (value.to(wide).reshape(len(x), -1).norm(dim=1) for value in (x, direction))
+    tiny = torch.finfo(wide).tiny
+    step = (relative_step * size.clamp(min=1e-6) / length.clamp(min=tiny)).clamp(max=1e12).view(shape)
+    moved = denoiser((x + step * direction).to(x.dtype))
+    return (moved.to(wide) - output.to(wide)) / step

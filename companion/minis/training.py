@@ -1,0 +1,151 @@
+"""A training loop that survives a kill: every embedded model is trained by it.
+
+All that a step depends on (weights, optimiser, averaged weights, step count, seed) is in one checkpoint file, replaced
+atomically; data are drawn by step number, never from a stream, so a resumed run sees the batches an uninterrupted one would.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+Loss = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long and how fast to train.
+
+    Args:
+        steps: optimiser steps in all, at least 1.
+        batch_size: samples a step, at least 1.
+        learning_rate: peak; warmed up linearly over `warmup` steps, then decayed to zero along a half cosine.
+        ema_decay: of the averaged weights, in [0, 1); the averaged weights are what is shipped.
+        seed: of the weights' initialisation and of the data.
+        checkpoint_seconds: wall-clock time between checkpoints.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup: int = 200
+    weight_decay: float = 0.0
+    ema_decay: float = 0.999
+    seed: int = 0
+    checkpoint_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        warm = min(1.0, (step + 1) / max(1, self.warmup))
+        return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+def train(
+    model: nn.Module,
+    loss: Loss,
+    config: TrainingConfig,
+    folder: Path,
+    *,
+    until: Callable[[], bool] = lambda: False,
+) -> dict:
+    """Train `model` in place and leave the averaged weights in it; continue where a killed run of the same settings stopped.
+
+    Args:
+        model: whatever `loss` computes with; its parameters are optimised with AdamW under bfloat16 autocast on the CPU.
+        loss: maps the step number to a scalar; must draw all its randomness from that number.
+        config: training settings.
+        folder: receives `checkpoint.pt` and `log.jsonl`.
+        until: asked after every step; True stops early (the checkpoint is written first).
+
+    Returns:
+        What a model card needs: steps, seconds (summed over all runs), final loss, hardware, settings.
+
+    Raises:
+        ValueError: the folder holds a run with other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "checkpoint.pt"
+    device = next(model.parameters()).device
+    optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+    average = EMAModel(model.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
+    first, spent, settings = 0, 0.0, asdict(config)
+    if path.exists():
+        state = torch.load(path, map_location=device, weights_only=True)
+        if state["settings"] != settings:
+            raise ValueError(f"{folder} holds a run with other settings: {state['settings']}; choose another folder")
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        average.load_state_dict(state["average"])
+        first, spent = state["step"], state["seconds"]
+    model.train()
+    started = saved = time.monotonic()
+    recent: list[float] = []
+    step = first
+
+    def save() -> None:
+        temporary = path.with_suffix(".tmp")
+        state = {
+            "model": model.state_dict(),
+            "optimiser": optimiser.state_dict(),
+            "average": average.state_dict(),
+            "step": step,
+            "seconds": spent + time.monotonic() - started,
+            "settings": settings,
+        }
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+
+    with tqdm(total=config.steps, initial=first, desc=folder.name, mininterval=5) as bar, (folder / "log.jsonl").open("a") as log:
+        for step in range(first, config.steps):
+            for group in optimiser.param_groups:
+                group["lr"] = config.rate(step)
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                value = loss(step)
+            optimiser.zero_grad(set_to_none=True)
+            value.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            average.step(model.parameters())
+            recent.append(float(value.detach()))
+            bar.update()
+            step += 1
+            if step % 100 == 0:
+                mean = sum(recent) / len(recent)
+                bar.set_postfix(loss=f"{mean:.4f}")
+                log.write(json.dumps({"step": step, "loss": round(mean, 6), "seconds": round(spent + time.monotonic() - started)}) + "\n")
+                log.flush()
+                recent.clear()
+            stop = until()
+            if stop or step == config.steps or time.monotonic() - saved > config.checkpoint_seconds:
+                save()
+                saved = time.monotonic()
+            if stop:
+                break
+    average.copy_to(model.parameters())
+    model.eval()
+    return {"steps": step, "seconds": round(spent + time.monotonic() - started), "settings": settings, **machine(device)}
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """The hardware and versions behind a measurement."""
+    import diffusers
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {"device": name, "torch": torch.__version__, "diffusers": diffusers.__version__}
+
+
