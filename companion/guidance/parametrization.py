@@ -1,11 +1,12 @@
 """What a denoiser's output says about the clean sample, and how that fixes the rectification matrix K.
 
 Noisy samples are `x = α x_0 + σ ε`, always in the coordinates the network itself is fed: variance preserving
-(VP, α² + σ² = 1), variance exploding (VE, EDM; α = 1) or flow matching (α = 1 - σ). Prediction types carry diffusers' names.
+(VP, α² + σ² = 1), variance exploding (VE, EDM; α = 1) or flow matching (α = 1 - σ). Prediction types carry
+diffusers' names.
 
-For every prediction type the clean estimate x̂_0 is affine in (x, output), hence `K = α ∂x̂_0/∂x = a I + b ∂output/∂x` with
-two numbers a, b per noise level; and since at fixed x all output spaces are affine images of one another, the same K acts
-on a guidance direction in any of them.
+For every prediction type the clean estimate x̂_0 is affine in (x, output), hence
+`K = α ∂x̂_0/∂x = a I + b ∂output/∂x` with two numbers a, b per noise level; and since at fixed x all output spaces are
+affine images of one another, the same K acts on a guidance direction in any of them.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -20,7 +21,7 @@ Level = float | Float[Tensor, "..."]
 
 
 class KCoefficients(NamedTuple):
-    """The two numbers of `K = identity · I + jacobian · ∂output/∂x`; floats, or tensors that broadcast against a sample."""
+    """The two numbers of `K = identity · I + jacobian · ∂output/∂x`: floats, or tensors that broadcast to a sample."""
 
     identity: Level
     jacobian: Level
@@ -49,8 +50,8 @@ def rectification_coefficients(prediction_type: PredictionType, alpha: Level, si
 
     Args:
         prediction_type: what the network predicts, in diffusers' words.
-        alpha, sigma: the level in the network's own input coordinates. A sampler in VE coordinates that feeds the network
-            `x/√(1+σ²)` (diffusers' Euler, Heun, LMS, ...) needs `alpha = 1/√(1+σ²)` and `sigma = σ/√(1+σ²)` here.
+        alpha, sigma: the level in the network's own input coordinates. A sampler in VE coordinates that feeds the
+            network `x/√(1+σ²)` (diffusers' Euler, Heun, LMS, ...) needs `alpha = 1/√(1+σ²)` and `sigma = σ/√(1+σ²)`.
 
     Raises:
         ValueError: unknown prediction type.

@@ -1,10 +1,10 @@
 """Rectified guidance: products of the rectification matrix K with a guidance direction.
 
-Everyday guidance adds `w Δ` to the conditional prediction, Δ the conditional minus the reference prediction. Rectified gradient
-guidance (Gao et al., ICML 2025, eq. 21) adds `w · product(K, Δ)` with `K = α ∂x̂_0/∂x`, the Jacobian of the conditional
-network's clean estimate. For exact scores K is (α²/σ²) times the covariance of x_0 given x: guidance is damped where the model
-is already certain. The five products differ in what they keep of K and in what they cost on top of the two evaluations
-that guidance makes anyway:
+Everyday guidance adds `w Δ` to the conditional prediction, Δ the conditional minus the reference prediction. Rectified
+gradient guidance (Gao et al., ICML 2025, eq. 21) adds `w · product(K, Δ)` with `K = α ∂x̂_0/∂x`, the Jacobian of the
+conditional network's clean estimate. For exact scores K is (α²/σ²) times the covariance of x_0 given x: guidance is
+damped where the model is already certain. The five products differ in what they keep of K and in what they cost on
+top of the two evaluations that guidance makes anyway:
 
 | product | value | extra cost |
 |---|---|---|
@@ -71,14 +71,15 @@ def rectify(
         reference: the reference (unconditional, weak, ...) prediction at x.
         coefficients: of K in the network's parametrization, from `rectification_coefficients`.
         product: see the module's table.
-        prediction: `denoiser(x)` if it is known already; saves that evaluation for `none`, `jvp` and `finite_difference`.
+        prediction: `denoiser(x)` if it is known already; saves that evaluation for `none`, `jvp` and
+            `finite_difference`.
         probes: for `diagonal`: Rademacher probes of Hutchinson's estimate; None sums over the whole basis, exactly.
         generator: of the probes; required with them.
         relative_step: for `finite_difference`: length of the step as a fraction of x's norm, per sample; None takes the
             square root of the dtype's machine epsilon, which balances truncation against rounding.
 
     Returns:
-        The prediction, detached, and the rectified direction.
+        The prediction and the rectified direction, both detached.
 
     Raises:
         ValueError: unknown product, probes without a generator or fewer than 1, a step that is not positive.
@@ -89,7 +90,10 @@ def rectify(
             leaf = x.detach().requires_grad_()
             output = denoiser(leaf)
             if not output.requires_grad:
-                raise ValueError(f'product="{product}" differentiates the denoiser, but its output does not depend on its input differentiably')
+                raise ValueError(
+                    f'product="{product}" differentiates the denoiser, '
+                    "but its output does not depend on its input differentiably"
+                )
             direction = output.detach() - reference
             if product == "diagonal":
                 product_of_jacobian = direction * _diagonal(output, leaf, probes, generator)
@@ -99,13 +103,17 @@ def rectify(
                 product_of_jacobian = direction * pulled if product == "ones" else pulled
         output = output.detach()
     else:
-        output = denoiser(x) if prediction is None else prediction
-        direction = output - reference
-        if product == "none":
-            return Rectified(output, direction)
-        derivative = _forward_mode if product == "jvp" else _finite_difference
-        options = {} if product == "jvp" else {"output": output, "relative_step": relative_step}
-        product_of_jacobian = derivative(denoiser, x, direction, **options)
+        with torch.no_grad():
+            output = denoiser(x) if prediction is None else prediction.detach()
+            direction = output - reference
+            if product == "none":
+                return Rectified(output, direction)
+            if product == "jvp":
+                product_of_jacobian = _forward_mode(denoiser, x, direction)
+            else:
+                product_of_jacobian = _finite_difference(
+                    denoiser, x, direction, output=output, relative_step=relative_step
+                )
     rectified = coefficients.identity * direction + coefficients.jacobian * product_of_jacobian
     return Rectified(output, rectified.to(output.dtype))
 

@@ -57,7 +57,9 @@ class LinearWeight:
 
 @dataclass(frozen=True)
 class PowerCosineWeight:
-    """`½ (1 - cos(π ρ^power)) · peak`, ρ the progress: zero at first, `peak` at the end (MDT, Gao et al. 2023; Wang et al. 2024).
+    """`½ (1 - cos(π ρ^power)) · peak`, ρ the progress: zero at first, `peak` at the end.
+
+    Gao et al. 2023 (MDT); Wang et al. 2024.
 
     Args:
         power: larger values keep guidance off for longer; must be positive.

@@ -1,8 +1,8 @@
 """Scenes: the endless, file-free image data set that the embedded models are trained on.
 
-A scene is a 64x64 RGB picture of one object, or of two in a spatial relation, on a graded ground. Everything in it follows
-from (seed, index), so the truth about every picture is known: the class label is the (first) object's shape, the
-caption is written from the same parameters that the renderer draws.
+A scene is a 64x64 RGB picture of one object, or of two in a spatial relation, on a graded ground. Everything in it
+follows from (seed, index), so the truth about every picture is known: the class label is the (first) object's shape,
+the caption is written from the same parameters that the renderer draws.
 
 Lengths are in pixels, y points down, angles are in radians, colours are RGB in [0, 1]; pictures are in [-1, 1].
 """
@@ -41,7 +41,7 @@ _NUMBERS = 32  # uniform draws that one scene may use; a fixed count keeps every
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: names from `SHAPES`, `COLOURS`, `TEXTURES`; radius and centre in pixels; rotation and light in radians."""
+    """One object: names from `SHAPES`, `COLOURS`, `TEXTURES`; radius, centre in pixels; rotation, light in radians."""
 
     shape: str
     colour: str
@@ -57,7 +57,7 @@ class Scene:
     """One or two objects on a ground graded from the first to the second RGB colour along `ground_angle` (radians)."""
 
     objects: tuple[SceneObject, ...]
-    ground: tuple[tuple[float, float, float], tuple[float, float, float]]
+    ground: tuple[tuple[float, ...], tuple[float, ...]]
     ground_angle: float
     relation: str | None = None
 
@@ -125,7 +125,8 @@ def scene(seed: int, index: int, objects: int | None = None) -> Scene:
     def inside(radius: float) -> float:
         return between(radius + _MARGIN, SIZE - radius - _MARGIN)
 
-    relation = choice(RELATIONS)
+    relation: str | None = choice(RELATIONS)
+    placed: tuple[SceneObject, ...]
     if count == 1:
         radius = between(*_SINGLE_RADIUS)
         placed = (item(radius, (inside(radius), inside(radius))),)
@@ -170,7 +171,9 @@ def _heart(x: Tensor, y: Tensor) -> Tensor:
     """Two discs over a triangle whose upper sides run through their centres."""
     y = y + 0.12
     disc = torch.hypot(x.abs() - 0.44, y + 0.33) - 0.50
-    return torch.minimum(disc, _polygon(x, y, [(0.0, -0.5), (0.44, -0.33), (0.86, -0.08), (0.0, 1.06), (-0.86, -0.08), (-0.44, -0.33)]))
+    return torch.minimum(
+        disc, _polygon(x, y, [(0.0, -0.5), (0.44, -0.33), (0.86, -0.08), (0.0, 1.06), (-0.86, -0.08), (-0.44, -0.33)])
+    )
 
 
 def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
@@ -178,7 +181,8 @@ def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
     return torch.hypot(dx.clamp(min=0), dy.clamp(min=0)) + torch.maximum(dx, dy).clamp(max=0)
 
 
-# Signed distance (negative inside) in the object's own coordinates, where its radius is 1. All are mirror images of themselves.
+# Signed distance (negative inside) in the object's own coordinates, where its radius is 1. All are mirror images of
+# themselves.
 _DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "circle": lambda x, y: torch.hypot(x, y) - 0.9,
     "square": lambda x, y: _box(x, y, 0.78, 0.78),

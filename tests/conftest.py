@@ -1,0 +1,37 @@
+"""Settings and fixtures shared by all tests."""
+
+import os
+import shutil
+
+import hypothesis
+import pytest
+import torch
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+# The models here are small: more threads than this only get into each other's way.
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(min(4, os.cpu_count() or 1))
+
+# No deadline: a busy machine is no failure. In CI the examples are the same in every run.
+hypothesis.settings.register_profile("default", deadline=None, max_examples=50)
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(scope="session")
+def chromium_path() -> str:
+    """Path of a Chromium or Chrome for Playwright's `executable_path`; the environment variable CHROMIUM names another.
+
+    A test that needs a browser fails where there is none: skipping would leave the page untested in silence.
+    """
+    names = [os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome"]
+    found = next((path for name in names if name and (path := shutil.which(name))), None)
+    if found is None:
+        pytest.fail(
+            "no Chromium found: install it (Debian, Ubuntu: apt-get install chromium), or name one in the environment "
+            "variable CHROMIUM, or leave the browser tests out: make test ARGS=\"-m 'not browser'\"",
+            pytrace=False,
+        )
+    return found
