@@ -1,0 +1,54 @@
+# One set-up for everything: `make demo` on a machine with nothing but Python 3.11 makes .venv and opens the demo.
+#   PYTHON=...             the interpreter that .venv is made with
+#   ARGS="--port 7861"     passed on to demo.py (make demo), pytest (make test) or benchmarks (make bench)
+#   COMPANION_PROFILE=full notebooks at the papers' size instead of the quick one
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP := .venv/bin/python -m pip --disable-pip-version-check
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+SOURCES := companion tests $(wildcard demo.py benchmarks) $(NOTEBOOKS)
+export COMPANION_PROFILE ?= small
+
+.PHONY: help demo test notebooks bench lint
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       set up .venv and open the demo on http://127.0.0.1:7860"
+	@echo "make test       set up .venv and run all tests, notebooks included"
+	@echo "make notebooks  set up .venv and open the notebooks in JupyterLab"
+	@echo "make bench      measure time and memory, print Markdown tables"
+	@echo "make lint       ruff and mypy"
+
+demo: .venv/ready
+	.venv/bin/python demo.py $(ARGS)
+
+test: .venv/ready-dev
+	.venv/bin/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 --durations=15 \
+		tests $(NOTEBOOKS) $(ARGS)
+
+notebooks: .venv/ready
+	.venv/bin/python -m jupyter lab notebooks
+
+bench: .venv/ready
+	.venv/bin/python -m benchmarks $(ARGS)
+
+lint: .venv/ready-dev
+	.venv/bin/python -m ruff check $(SOURCES)
+	.venv/bin/python -m ruff format --check $(SOURCES)
+	.venv/bin/python -m mypy
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "No Python found: install Python 3.11 or newer, or name one: make demo PYTHON=/path/to/python3.11"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) is older than Python 3.11: install 3.11 or newer, or name one: make demo PYTHON=/path/to/python3.11"; exit 1; }
+	"$(PYTHON)" -m venv .venv
+
+# torch first and alone: the next line then keeps the build that pip offers here, or the one already in .venv.
+.venv/ready: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e .
+	touch $@
+
+.venv/ready-dev: .venv/ready
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	touch $@
