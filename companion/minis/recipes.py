@@ -4,11 +4,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
-from jaxtyping import Float
-from torch import Tensor, nn
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
 
-from companion.minis.scenes import SIZE, render, scene
+from companion.minis.scenes import SHAPES, SIZE, labels, render, scene
 from companion.minis.training import TrainingConfig, train
 from companion.seeding import sample_seed
 
@@ -16,14 +18,14 @@ TRAINING_SEED = 1  # data set that the models learn from; held-out scenes use ot
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """f = 8 KL autoencoder: 64x64x3 to 8x8x8; no attention, few channels at full resolution, where the time goes."""
-    channels = (32, 32, 64, 96)
+    """f = 4 KL autoencoder: 64x64x3 to 16x16x4; no attention, few channels at full resolution, where the time goes."""
+    channels = (32, 32, 96)
     return AutoencoderKL(
         block_out_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
         layers_per_block=1,
-        latent_channels=8,
+        latent_channels=4,
         norm_num_groups=8,
         mid_block_add_attention=False,
         sample_size=SIZE,
@@ -38,7 +40,7 @@ def edge_loss(predicted: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h 
 
 def train_autoencoder(folder: Path, config: TrainingConfig | None = None) -> tuple[AutoencoderKL, dict]:
     """Train the autoencoder on mixed scenes, a fresh batch of new scenes each step."""
-    config = config or TrainingConfig(steps=6000, batch_size=32, learning_rate=1.5e-3, ema_decay=0.999)
+    config = config or TrainingConfig(steps=7000, batch_size=16, learning_rate=2e-3, warmup=100)
     torch.manual_seed(config.seed)
     model = build_autoencoder()
 
@@ -49,7 +51,96 @@ def train_autoencoder(folder: Path, config: TrainingConfig | None = None) -> tup
         noise = torch.Generator().manual_seed(sample_seed(config.seed, step))
         decoded = model.decode(posterior.sample(generator=noise)).sample.float()
         divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
-        return F.l1_loss(decoded, images) + 0.5 * edge_loss(decoded, images) + 5e-4 * divergence
+        error = F.l1_loss(decoded, images) + 2 * F.mse_loss(decoded, images) + 0.5 * edge_loss(decoded, images)
+        return error + 1e-5 * divergence
 
     record = train(model, loss, config, folder)
+    standardise_latents(model, render([scene(TRAINING_SEED, i) for i in range(512)]))
     return model, record
+
+
+@torch.no_grad()
+def standardise_latents(model: AutoencoderKL, images: Float[Tensor, "batch 3 height width"]) -> None:
+    """Fold zero mean and unit variance of every latent channel into the 1x1 convolutions around the latents.
+
+    Pipelines know one scaling factor for all channels; a diffusion model wants all of them at the noise's scale. Pictures
+    decoded from the means are unchanged.
+    """
+    latents = model.encode(images).latent_dist.mean
+    centre, spread = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    into, out = model.quant_conv, model.post_quant_conv
+    into.bias[: len(centre)] -= centre
+    into.bias[: len(centre)] /= spread
+    into.weight[: len(centre)] /= spread.view(-1, 1, 1, 1)
+    into.bias[len(centre) :] -= 2 * spread.log()
+    out.bias += out.weight[:, :, 0, 0] @ centre
+    out.weight *= spread.view(1, -1, 1, 1)
+
+
+NULL_CLASS = 1000  # hard-coded in DiTPipeline
+SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": False}
+
+
+def build_dit() -> DiTTransformer2DModel:
+    """Class-conditional diffusion transformer on 16x16x4 latents: 64 tokens, width 192, six blocks; predicts ε."""
+    return DiTTransformer2DModel(
+        num_attention_heads=3,
+        attention_head_dim=64,
+        num_layers=6,
+        in_channels=4,
+        out_channels=4,
+        sample_size=SIZE // 4,
+        patch_size=2,
+        num_embeds_ada_norm=NULL_CLASS,
+    )
+
+
+@torch.no_grad()
+def encode_scenes(
+    autoencoder: AutoencoderKL, count: int, file: Path, *, objects: int | None, batch_size: int = 128
+) -> tuple[Float[Tensor, "count channels height width"], Int[Tensor, " count"]]:
+    """Latents (posterior means, not scaled, float16) and labels of the first training scenes, kept in `file` between runs."""
+    if not file.exists():
+        means, classes = [], []
+        for first in tqdm(range(0, count, batch_size), desc="encoding", mininterval=5):
+            scenes = [scene(TRAINING_SEED, i, objects) for i in range(first, min(count, first + batch_size))]
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                means.append(autoencoder.encode(render(scenes)).latent_dist.mean.half())
+            classes.append(labels(scenes))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"latents": torch.cat(means), "labels": torch.cat(classes)}, file)
+    stored = load_file(file)
+    return stored["latents"], stored["labels"]
+
+
+def train_dit(
+    folder: Path, autoencoder: AutoencoderKL, config: TrainingConfig | None = None, *, scenes: int = 80_000
+) -> tuple[DiTPipeline, dict]:
+    """Train mini-dit on latents of single-object scenes; the loss is ε's squared error under min-SNR-5 weights (Hang et al. 2023)."""
+    config = config or TrainingConfig(steps=20_000, batch_size=64, learning_rate=2e-3, ema_decay=0.9995, optimiser="muon")
+    latents, classes = encode_scenes(autoencoder, scenes, folder / "latents.safetensors", objects=1)
+    kept = DDPMScheduler(**SCHEDULE).alphas_cumprod
+    torch.manual_seed(config.seed)
+    model = build_dit()
+    for module in model.modules():
+        if hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0  # each block would drop the label on its own; conditions are dropped whole below
+
+    def loss(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(sample_seed(config.seed, step))
+        chosen = torch.randint(len(latents), (config.batch_size,), generator=generator)
+        clean = latents[chosen].float()
+        timestep = torch.randint(len(kept), (config.batch_size,), generator=generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        dropped = torch.rand(config.batch_size, generator=generator) < 0.1
+        condition = classes[chosen].masked_fill(dropped, NULL_CLASS)
+        level = kept[timestep].view(-1, 1, 1, 1)
+        noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
+        predicted = model(noisy, timestep=timestep, class_labels=condition).sample.float()
+        ratio = level / (1 - level)
+        return (ratio.clamp(max=5) / ratio * (predicted - noise) ** 2).mean()
+
+    record = train(model, loss, config, folder)
+    autoencoder.register_to_config(scaling_factor=1.0)  # its latents have unit variance already
+    scheduler = DDIMScheduler(**SCHEDULE, set_alpha_to_one=False)
+    return DiTPipeline(model, autoencoder, scheduler, id2label=dict(enumerate(SHAPES))), record

@@ -28,6 +28,8 @@ class TrainingConfig:
         steps: optimiser steps in all, at least 1.
         batch_size: samples a step, at least 1.
         learning_rate: peak; warmed up linearly over `warmup` steps, then decayed to zero along a half cosine.
+        optimiser: `adamw`, or `muon` for the matrices inside a network's blocks (Jordan et al. 2024, at AdamW's step size: Liu et al.
+            2025) with AdamW for everything else.
         ema_decay: of the averaged weights, in [0, 1); the averaged weights are what is shipped.
         seed: of the weights' initialisation and of the data.
         checkpoint_seconds: wall-clock time between checkpoints.
@@ -38,6 +40,7 @@ class TrainingConfig:
     learning_rate: float
     warmup: int = 200
     weight_decay: float = 0.0
+    optimiser: str = "adamw"
     ema_decay: float = 0.999
     seed: int = 0
     checkpoint_seconds: float = 60.0
@@ -46,6 +49,8 @@ class TrainingConfig:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.optimiser not in ("adamw", "muon"):
+            raise ValueError(f"optimiser must be adamw or muon, got {self.optimiser!r}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
@@ -81,7 +86,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "checkpoint.pt"
     device = next(model.parameters()).device
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+    optimisers = _optimisers(model, config)
     average = EMAModel(model.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
     first, spent, settings = 0, 0.0, asdict(config)
     if path.exists():
@@ -89,7 +94,8 @@ def train(
         if state["settings"] != settings:
             raise ValueError(f"{folder} holds a run with other settings: {state['settings']}; choose another folder")
         model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
+        for optimiser, kept in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(kept)
         average.load_state_dict(state["average"])
         first, spent = state["step"], state["seconds"]
     model.train()
@@ -101,7 +107,7 @@ def train(
         temporary = path.with_suffix(".tmp")
         state = {
             "model": model.state_dict(),
-            "optimiser": optimiser.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in optimisers],
             "average": average.state_dict(),
             "step": step,
             "seconds": spent + time.monotonic() - started,
@@ -112,14 +118,15 @@ def train(
 
     with tqdm(total=config.steps, initial=first, desc=folder.name, mininterval=5) as bar, (folder / "log.jsonl").open("a") as log:
         for step in range(first, config.steps):
-            for group in optimiser.param_groups:
+            for group in (group for optimiser in optimisers for group in optimiser.param_groups):
                 group["lr"] = config.rate(step)
             with torch.autocast(device.type, dtype=torch.bfloat16):
                 value = loss(step)
-            optimiser.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             value.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
+            for optimiser in optimisers:
+                optimiser.step()
             average.step(model.parameters())
             recent.append(float(value.detach()))
             bar.update()
@@ -139,6 +146,21 @@ def train(
     average.copy_to(model.parameters())
     model.eval()
     return {"steps": step, "seconds": round(spent + time.monotonic() - started), "settings": settings, **machine(device)}
+
+
+def _optimisers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    matrices = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if config.optimiser == "muon" and parameter.ndim == 2 and "blocks" in name and "embedding" not in name
+    ]
+    chosen = {id(parameter) for parameter in matrices}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+    result: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, betas=(0.9, 0.99), **options)]
+    if matrices:
+        result.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options))
+    return result
 
 
 def machine(device: torch.device) -> dict[str, str | int]:

@@ -1,0 +1,145 @@
+"""The noise level behind a denoiser call, read from a diffusers scheduler.
+
+Pipelines tell their network a timestep; rectification needs α and σ in the coordinates of the network's own input,
+`z = α x_0 + σ ε`, and what the network predicts. Schedulers keep these in three ways, one function each. A scheduler that
+keeps them in none of these is refused: a guessed level would give plausible, wrong pictures.
+"""
+
+import math
+from dataclasses import dataclass
+
+import diffusers
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from companion.guidance.parametrization import (
+    KCoefficients,
+    check_prediction_type,
+    clean_from_output,
+    rectification_coefficients,
+)
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """α and σ of `z = alpha x_0 + sigma ε`, with x_0 in units of `data_scale`, and what the network predicts there."""
+
+    alpha: float
+    sigma: float
+    prediction_type: str
+    output_sign: float = 1.0
+    data_scale: float = 1.0
+
+    @property
+    def coefficients(self) -> KCoefficients:
+        """Of K with respect to the network's own input and output."""
+        identity, jacobian = rectification_coefficients(self.prediction_type, self.alpha, self.sigma)
+        return KCoefficients(identity, self.output_sign * jacobian)
+
+    def clean(self, output: Tensor, z: Tensor) -> Tensor:
+        """The estimate x̂_0, in the scheduler's units, that the output stands for."""
+        signed = self.output_sign * output
+        return self.data_scale * clean_from_output(self.prediction_type, signed, z, self.alpha, self.sigma)
+
+
+def _names(*candidates: str) -> frozenset[str]:
+    return frozenset(name for name in candidates if hasattr(diffusers, name))
+
+
+# z is the sampler's own variance-preserving state, and timesteps index ᾱ.
+_TABLE = _names(
+    "DDIMScheduler",
+    "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
+    "DDPMScheduler",
+    "DDPMParallelScheduler",
+    "LCMScheduler",
+    "PNDMScheduler",
+    "TCDScheduler",
+)
+# z is the sampler's own variance-preserving state; levels are kept as σ/α, one per step.
+_PRESERVING = _names(
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverSinglestepScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
+# The sampler's state is variance exploding; `scale_model_input` makes z = x/√(1+σ²) of it.
+_EXPLODING = _names(
+    "DPMSolverSDEScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+)
+# Variance exploding as well, but the scheduler preconditions the network (Karras et al. 2022, table 1).
+_PRECONDITIONED = _names("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+
+UNDERSTOOD_SCHEDULERS = tuple(sorted(_TABLE | _PRESERVING | _EXPLODING | _PRECONDITIONED))
+
+
+def check_scheduler(scheduler: SchedulerMixin) -> None:
+    """Refuse a scheduler whose noise levels this package cannot read.
+
+    Raises:
+        ValueError: unknown scheduler class or prediction type, or a setting that changes the meaning of its levels.
+    """
+    name = type(scheduler).__name__
+    if name not in UNDERSTOOD_SCHEDULERS:
+        raise ValueError(
+            f"scheduler {name} does not say which noise level its network sees in a way this package knows; "
+            f"use one of {', '.join(UNDERSTOOD_SCHEDULERS)}"
+        )
+    if scheduler.config.get("use_flow_sigmas"):
+        raise ValueError(f"scheduler {name} with use_flow_sigmas=True is not supported; set use_flow_sigmas=False")
+    check_prediction_type(scheduler.config.get("prediction_type", "epsilon"))
+
+
+def noise_level(scheduler: SchedulerMixin, timestep: float | Tensor) -> NoiseLevel:
+    """The level of the denoiser call at `timestep`, to be asked between `scale_model_input` and `step`.
+
+    Args:
+        scheduler: a scheduler whose `set_timesteps` has been called.
+        timestep: as the pipeline passes it to its network; a tensor of equal values counts as one.
+
+    Raises:
+        ValueError: the scheduler is not understood, or the timestep is not one of its own.
+    """
+    check_scheduler(scheduler)
+    name = type(scheduler).__name__
+    value = float(timestep.flatten()[0]) if torch.is_tensor(timestep) else float(timestep)
+    prediction_type = scheduler.config.get("prediction_type", "epsilon")
+    if name in _TABLE:
+        if value != int(value) or not 0 <= value < len(scheduler.alphas_cumprod):
+            raise ValueError(f"timestep must be an integer from 0 to {len(scheduler.alphas_cumprod) - 1}, got {value}")
+        kept = float(scheduler.alphas_cumprod[int(value)])
+        return NoiseLevel(math.sqrt(kept), math.sqrt(1 - kept), prediction_type)
+    ratio = _current_ratio(scheduler, value)
+    if name in _PRECONDITIONED:
+        # With x_0 in units of σ_data this preconditioning is v-prediction; "epsilon" there means its negative.
+        scale = float(scheduler.config.sigma_data)
+        size = math.hypot(ratio, scale)
+        sign = {"epsilon": -1.0, "v_prediction": 1.0}[prediction_type]
+        return NoiseLevel(scale / size, ratio / size, "v_prediction", output_sign=sign, data_scale=scale)
+    size = math.hypot(1.0, ratio)
+    return NoiseLevel(1 / size, ratio / size, prediction_type)
+
+
+def _current_ratio(scheduler: SchedulerMixin, timestep: float) -> float:
+    """σ/α of the present call, from the scheduler's list of σ."""
+    index = scheduler.step_index
+    if index is None:  # multistep schedulers find their place only in `step`
+        index = scheduler.index_for_timestep(torch.tensor(timestep, dtype=scheduler.timesteps.dtype))
+    if not getattr(scheduler, "state_in_first_order", True):  # the second evaluation of a second-order step
+        if hasattr(scheduler, "mid_point_sigma"):
+            return float(scheduler.mid_point_sigma)
+        if isinstance(scheduler, diffusers.KDPM2AncestralDiscreteScheduler):
+            return float(scheduler.sigmas_interpol[index - 1])
+        if isinstance(scheduler, diffusers.KDPM2DiscreteScheduler):
+            return float(scheduler.sigmas_interpol[index])
+    return float(scheduler.sigmas[index])

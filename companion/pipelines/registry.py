@@ -1,0 +1,87 @@
+"""Models by name: the embedded ones, local folders in diffusers' format, and names on the model hub."""
+
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+WEIGHTS = Path(__file__).parent.parent / "minis" / "weights"
+_HUB_SECONDS = 3.0
+
+
+def model_names() -> tuple[str, ...]:
+    """Names of the embedded models."""
+    return tuple(sorted(folder.parent.name for folder in WEIGHTS.glob("*/model_index.json")))
+
+
+def load(name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> DiffusionPipeline:
+    """A diffusers pipeline, ready to call.
+
+    Args:
+        name: an embedded model (`model_names()`), a local folder with a `model_index.json`, or a hub name "owner/model".
+        device: where to put it.
+        dtype: of its weights; None is float32.
+
+    Raises:
+        ValueError: there is no such model or folder, the folder holds no pipeline, the hub cannot be reached (found out
+            within seconds), or the device does not exist.
+    """
+    source = _folder_of(str(name))
+    target = _checked_device(device)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype or torch.float32)
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model {str(name)!r} cannot be loaded as a diffusers pipeline: {reason}") from error
+    return pipe.to(target)
+
+
+def _folder_of(name: str) -> str:
+    """A local folder, or a hub name that can be had (from the cache or because the hub answers)."""
+    if name in model_names():
+        return str(WEIGHTS / name)
+    if Path(name).is_dir():
+        if not (Path(name) / "model_index.json").is_file():
+            raise ValueError(f"folder {name!r} holds no diffusers pipeline: it has no model_index.json")
+        return name
+    parts = name.split("/")
+    if len(parts) != 2 or not all(parts) or name[0] in ".~" or name.endswith((".ckpt", ".pt", ".safetensors")):
+        raise ValueError(
+            f"model {name!r} is not known; embedded models: {', '.join(model_names())}; "
+            'otherwise give a local folder or a hub name "owner/model"'
+        )
+    return _cached_or_reachable(name)
+
+
+def _cached_or_reachable(name: str) -> str:
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "model_index.json"), str):
+        return snapshot_download(name, local_files_only=True)
+    try:
+        HfApi().model_info(name, timeout=_HUB_SECONDS)
+    except Exception as error:  # whatever the network or the hub may raise, the answer is the same sentence
+        raise ValueError(
+            f"model {name!r} is neither an embedded model ({', '.join(model_names())}) nor a local folder, "
+            f"and the model hub does not offer it: {_reason(error)}"
+        ) from error
+    return name
+
+
+def _reason(error: Exception) -> str:
+    kind = type(error).__name__
+    known = {
+        "RepositoryNotFoundError": "no such repository, or it is private",
+        "GatedRepoError": "its licence must be accepted on its page first",
+        "HFValidationError": "the name is not a valid hub name",
+    }
+    return known.get(kind, f"no connection ({kind})")
+
+
+def _checked_device(device: str | torch.device) -> torch.device:
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {str(device)!r} is not available here; use \"cpu\" or one that torch can see") from error
+    return target

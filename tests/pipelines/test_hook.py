@@ -1,0 +1,336 @@
+"""Rectified guidance inside real pipelines, against sampling loops and Jacobians written out by hand."""
+
+from dataclasses import replace
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMScheduler, PNDMScheduler
+from torch import Tensor
+
+import companion
+from companion import PRODUCTS, IntervalWeight, LinearWeight, RectifiedGuidanceConfig, rectified_guidance
+from tests.pipelines.tiny import prompts, tiny_dit, tiny_sd
+
+STEPS, LABELS, SCALE = 5, [3, 7], 3.0
+
+
+def seeds(batch: int = 2) -> list[torch.Generator]:
+    return companion.sample_generators(0, range(batch))
+
+
+def draw_dit(pipe, scale: float = SCALE, labels=LABELS, **options) -> Tensor:
+    options = {"num_inference_steps": STEPS, "generator": seeds(len(labels)), "output_type": "pt", **options}
+    return torch.as_tensor(pipe(labels, guidance_scale=scale, **options).images)
+
+
+def draw_sd(pipe, scale: float = SCALE, batch: int = 2, **options) -> Tensor:
+    options = {"num_inference_steps": STEPS, "generator": seeds(batch), "output_type": "latent", **options}
+    return pipe(**prompts(batch, pipe.unet.dtype), guidance_scale=scale, height=16, width=16, **options).images
+
+
+FAMILIES = {"dit": (tiny_dit, draw_dit), "sd": (tiny_sd, draw_sd)}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]
+
+
+def branches(pipe, sample: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
+    """Conditional and reference prediction of the unmodified network, each evaluated on its own."""
+    times = torch.full((len(sample),), timestep)
+    if isinstance(pipe, diffusers.DiTPipeline):
+        conditions = torch.tensor(LABELS), torch.full((2,), 1000)
+        return tuple(pipe.transformer(sample, timestep=times, class_labels=y).sample[:, :4] for y in conditions)
+    words = prompts(len(sample))
+    conditions = words["prompt_embeds"], words["negative_prompt_embeds"]
+    return tuple(pipe.unet(sample, times, encoder_hidden_states=y).sample for y in conditions)
+
+
+def ddim_by_hand(pipe, direction) -> Tensor:
+    """DDIM (Song et al. 2021, eq. 12, η = 0) of `c + (s - 1) direction(x, t, ᾱ)`, from the pipeline's own noise; final latents."""
+    noise = [torch.randn(1, 4, 8, 8, generator=g, dtype=torch.float64) for g in seeds()]
+    x = torch.cat(noise)
+    kept = DDIMScheduler().alphas_cumprod.double()
+    pipe.scheduler.set_timesteps(STEPS)
+    for t in pipe.scheduler.timesteps.tolist():
+        c, delta = direction(x, t, kept[t])
+        eps = c + (SCALE - 1) * delta
+        earlier = t - 1000 // STEPS
+        kept_next = kept[earlier] if earlier >= 0 else torch.tensor(1.0, dtype=torch.float64)
+        clean = (x - (1 - kept[t]).sqrt() * eps) / kept[t].sqrt()
+        x = kept_next.sqrt() * clean + (1 - kept_next).sqrt() * eps
+    return x
+
+
+def equation_21(pipe):
+    """The paper's rectified direction, with autograd through the unmodified network."""
+
+    def direction(x: Tensor, t: int, kept: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            c, u = branches(pipe, leaf, t)
+            [gradient] = torch.autograd.grad(c.sum(), leaf)
+        return c.detach(), (c - u).detach() * (1 - (1 - kept).sqrt() * gradient)
+
+    return direction
+
+
+def test_ones_is_equation_21(family):
+    make, draw = family
+    pipe = make()
+    latents = ddim_by_hand(pipe, equation_21(pipe))
+    with rectified_guidance(pipe, RectifiedGuidanceConfig(product="ones")):
+        drawn = draw(pipe)
+    if make is tiny_dit:
+        with torch.no_grad():
+            latents = (pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    assert (drawn - latents).abs().max() < 1e-5
+    assert (draw(pipe) - latents).abs().max() > 1e-3  # and everyday guidance is something else
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_products_against_the_dense_jacobian(family, product):
+    make, draw = family
+    pipe, steps = make(), []
+    with rectified_guidance(pipe, RectifiedGuidanceConfig(product=product, probes=None), on_step=steps.append):
+        draw(pipe, num_inference_steps=2)
+    assert len(steps) == 2
+    for step in steps:
+        t = int(step.timestep)
+        sigma = (1 - pipe.scheduler.alphas_cumprod[t].double()).sqrt()
+        c, u = branches(pipe, step.sample, t)
+        delta = c - u
+        assert torch.allclose(step.prediction, c, atol=1e-10)
+        for i in range(2):
+            def one(x: Tensor, i: int = i, t: int = t) -> Tensor:
+                stacked = step.sample.clone()
+                stacked[i] = x.view_as(stacked[i])
+                return branches(pipe, stacked, t)[0][i].flatten()
+
+            jacobian = torch.autograd.functional.jacobian(one, step.sample[i].flatten())
+            k, d = torch.eye(256, dtype=torch.float64) - sigma * jacobian, delta[i].flatten()
+            expected = {
+                "none": d,
+                "ones": d * k.sum(0),
+                "diagonal": d * k.diagonal(),
+                "vjp": k.T @ d,
+                "jvp": k @ d,
+                "finite_difference": k @ d,
+            }[product]
+            error = (step.direction[i].flatten() - expected).norm() / expected.norm()
+            assert error < (1e-6 if product == "finite_difference" else 1e-10)
+
+
+def test_hutchinson_probes_do_not_depend_on_the_batch(family):
+    make, draw = family
+    pipe, config = make(), RectifiedGuidanceConfig(product="diagonal", probes=2, seed=5)
+    with rectified_guidance(pipe, config):
+        both = draw(pipe)
+    with rectified_guidance(pipe, config):
+        first = draw_dit(pipe, labels=LABELS[:1]) if make is tiny_dit else None
+    if first is not None:
+        assert torch.allclose(both[:1], first, atol=1e-9)
+    with rectified_guidance(pipe, replace(config, seed=6)):
+        assert not torch.equal(draw(pipe), both)
+
+
+def test_none_is_everyday_guidance_bit_for_bit(family):
+    make, draw = family
+    pipe = make()
+    with rectified_guidance(pipe, RectifiedGuidanceConfig(product="none")):
+        assert torch.equal(draw(pipe), plain := draw(pipe)) and plain.isfinite().all()
+    assert torch.equal(draw(pipe), plain)
+
+
+@pytest.mark.parametrize("product", ["ones", "finite_difference"])
+def test_weight_zero_is_unguided_bit_for_bit(family, product):
+    make, draw = family
+    pipe = make()
+    with rectified_guidance(pipe, RectifiedGuidanceConfig(product=product, weight=0.0)):
+        assert torch.equal(draw(pipe), draw(pipe, scale=1.0))
+    assert not torch.equal(draw(pipe), draw(pipe, scale=1.0))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+def test_calls_without_guidance_pass_through(family, scale):
+    make, draw = family
+    pipe, steps = make(), []
+    plain = draw(pipe, scale=scale)
+    with rectified_guidance(pipe, on_step=steps.append):
+        assert torch.equal(draw(pipe, scale=scale), plain)
+    assert len(steps) == STEPS and all(step.direction is None for step in steps)
+    assert torch.equal(steps[0].clean(scale), steps[0].level.clean(steps[0].prediction, steps[0].sample))
+
+
+def test_restored_bit_for_bit_also_after_an_exception(family):
+    make, draw = family
+    pipe = make()
+    before = draw(pipe)
+
+    def fail(step):
+        if step.index == 2:
+            raise KeyboardInterrupt
+
+    with rectified_guidance(pipe):
+        assert not torch.equal(draw(pipe), before)
+    assert torch.equal(draw(pipe), before)
+    with pytest.raises(KeyboardInterrupt), rectified_guidance(pipe, on_step=fail):
+        draw(pipe)
+    assert torch.equal(draw(pipe), before)
+
+
+def test_an_aborted_run_does_not_shift_the_next_ones_schedule(family):
+    make, draw = family
+    pipe, seen, fail = make(PNDMScheduler(skip_prk_steps=True)), [], [True]
+
+    def watch(step):
+        seen.append(step.index)
+        if step.index == 3 and fail.pop():
+            raise InterruptedError
+
+    fail.insert(0, False)
+    with rectified_guidance(pipe, RectifiedGuidanceConfig(weight=LinearWeight()), on_step=watch):
+        with pytest.raises(InterruptedError):
+            draw(pipe)
+        seen.clear()
+        draw(pipe)
+    assert seen == list(range(STEPS + 1))  # PNDM evaluates one step twice
+
+
+def test_weight_over_time_multiplies_the_pipelines_own(family):
+    make, draw = family
+    pipe, seen = make(), []
+
+    def by_hand(x: Tensor, t: int, kept: Tensor) -> tuple[Tensor, Tensor]:
+        c, u = branches(pipe, x, t)
+        weight = 0.5 + 1.5 * (len(seen) / (STEPS - 1))
+        seen.append(t)
+        return c, weight * (c - u)
+
+    with torch.no_grad():
+        latents = ddim_by_hand(pipe, by_hand)
+        if make is tiny_dit:
+            latents = (pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    with rectified_guidance(pipe, RectifiedGuidanceConfig(product="none", weight=LinearWeight(0.5, 2.0))):
+        assert (draw(pipe) - latents).abs().max() < 1e-9
+
+
+def test_outside_an_interval_only_the_conditional_branch_is_evaluated(family):
+    make, draw = family
+    pipe, rows = make(), []
+    denoiser = pipe.transformer if make is tiny_dit else pipe.unet
+    watch = denoiser.conv_in if make is tiny_sd else denoiser.pos_embed
+    handle = watch.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    with rectified_guidance(pipe, RectifiedGuidanceConfig(weight=IntervalWeight(300, 700))):
+        draw(pipe)
+    handle.remove()
+    assert pipe.scheduler.timesteps.tolist() == [800, 600, 400, 200, 0]
+    assert rows == [2, 4, 2, 4, 2, 2, 2]  # inside: the stacked batch, then the conditional half moved
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_guidance_rescale_keeps_working(rescale):
+    pipe, steps = tiny_sd(), []
+    with rectified_guidance(pipe, on_step=steps.append):
+        draw_sd(pipe, guidance_rescale=rescale, num_inference_steps=2)
+    first, second = steps
+    guided = first.prediction + (SCALE - 1) * first.direction
+    ratio = (first.prediction.std(dim=(1, 2, 3)) / guided.std(dim=(1, 2, 3))).view(-1, 1, 1, 1)
+    guided = rescale * guided * ratio + (1 - rescale) * guided  # Lin et al. 2024, section 3.4
+    pipe.scheduler.set_timesteps(2)
+    moved = pipe.scheduler.step(guided, int(first.timestep), first.sample).prev_sample
+    assert torch.allclose(second.sample, moved, atol=1e-10)
+
+
+def test_learned_variance_is_left_alone():
+    """DiT-XL/2's layout: twice as many output channels as latents."""
+    pipe = tiny_dit(out_channels=8)
+    latents = ddim_by_hand(pipe, equation_21(pipe))
+    with rectified_guidance(pipe, RectifiedGuidanceConfig(product="ones")):
+        drawn = draw_dit(pipe)
+    with torch.no_grad():
+        assert (drawn - (pipe.vae.decode(latents / 0.18215).sample / 2 + 0.5).clamp(0, 1)).abs().max() < 1e-5
+
+
+def test_picture_does_not_depend_on_the_batch(family):
+    make, draw = family
+    pipe = make()
+    with rectified_guidance(pipe):
+        together = draw(pipe)
+        if make is tiny_dit:
+            alone = torch.cat([
+                draw_dit(pipe, labels=LABELS[i : i + 1], generator=companion.sample_generators(0, [i])) for i in range(2)
+            ])
+            assert (together - alone).abs().max() < 1e-7
+        else:
+            words = prompts(2)
+            alone = torch.cat([
+                pipe(
+                    **{name: value[i : i + 1] for name, value in words.items()},
+                    guidance_scale=SCALE,
+                    height=16,
+                    width=16,
+                    num_inference_steps=STEPS,
+                    generator=companion.sample_generators(0, [i]),
+                    output_type="latent",
+                ).images
+                for i in range(2)
+            ])
+            assert (together - alone).abs().max() < 1e-6 * together.abs().max()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.bfloat16, 0.3)])
+def test_lower_precision_follows_float64(dtype, tolerance):
+    pipe, exact, steps = tiny_dit(dtype=dtype), tiny_dit(), []
+    with rectified_guidance(pipe, on_step=steps.append):
+        draw_dit(pipe, num_inference_steps=2)
+    for step in steps:
+        assert step.direction.dtype == dtype
+        x = step.sample.double()
+        _, u = branches(exact, x, int(step.timestep))
+
+        def conditional(z: Tensor, t: int = int(step.timestep)) -> Tensor:
+            return branches(exact, z, t)[0]
+
+        with torch.no_grad():
+            expected = companion.rectify(conditional, x, u, step.level.coefficients, product="jvp").direction
+        assert (step.direction.double() - expected).norm() < tolerance * expected.norm()
+
+
+def test_errors_say_what_would_be_right():
+    pipe = tiny_dit()
+    with rectified_guidance(pipe), pytest.raises(ValueError, match="on already; call remove_rectified_guidance"):
+        companion.apply_rectified_guidance(pipe)
+    companion.remove_rectified_guidance(pipe)  # off already: nothing to do
+    pipe.transformer.train()
+    with pytest.raises(ValueError, match="training mode"):
+        companion.apply_rectified_guidance(pipe)
+    pipe.transformer.eval()
+    unknown = diffusers.DDPMPipeline(unet=torch.nn.Identity(), scheduler=diffusers.DDPMScheduler())
+    with pytest.raises(ValueError, match="DDPMPipeline is not supported; rectified guidance knows DiTPipeline"):
+        companion.apply_rectified_guidance(unknown)
+
+    class Changed(diffusers.DiTPipeline):
+        def __call__(self):
+            return None
+
+    with pytest.raises(ValueError, match="Changed changes the __call__ of DiTPipeline"):
+        companion.apply_rectified_guidance(Changed(pipe.transformer, pipe.vae, pipe.scheduler))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"product": "jacobian"}, "product must be one of none, ones"),
+        ({"weight": "strong"}, "weight must be a number, a function"),
+        ({"weight": float("nan")}, "value must be a finite number"),
+        ({"probes": 0}, "probes must be at least 1"),
+        ({"relative_step": 0.0}, "relative_step must be positive"),
+        ({"seed": -1}, "seed must be a non-negative integer"),
+    ],
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        RectifiedGuidanceConfig(**options)

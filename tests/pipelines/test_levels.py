@@ -1,0 +1,109 @@
+"""Noise levels, against what each scheduler itself makes of an output."""
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+import companion
+from companion.pipelines.levels import noise_level
+
+STEPS = 7
+PREDICTIONS = ["epsilon", "sample", "v_prediction"]
+STEP_SAYS_CLEAN = [
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
+]
+CONVERTS_TO_CLEAN = ["DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"]
+
+
+def make(name: str, prediction: str, **options):
+    extra = {"clip_sample": False} if name in ("DDIMScheduler", "DDPMScheduler") else {}
+    scheduler = getattr(diffusers, name)(prediction_type=prediction, **extra, **options)
+    scheduler.set_timesteps(STEPS)
+    return scheduler
+
+
+def random_pair() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(2, 4, 3, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", STEP_SAYS_CLEAN)
+def test_clean_estimate_is_the_schedulers(name, prediction):
+    scheduler = make(name, prediction)
+    x, output = random_pair()
+    for t in scheduler.timesteps:
+        z = scheduler.scale_model_input(x, t)
+        level = noise_level(scheduler, t)
+        said = scheduler.step(output, t, x, generator=torch.Generator().manual_seed(0)) if "Ancestral" in name else scheduler.step(output, t, x)
+        assert torch.allclose(level.clean(output, z), said.pred_original_sample, rtol=2e-5, atol=1e-5 / level.alpha)
+
+
+@pytest.mark.parametrize("karras", [False, True])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", CONVERTS_TO_CLEAN)
+def test_clean_estimate_of_multistep_schedulers(name, prediction, karras):
+    scheduler = make(name, prediction, use_karras_sigmas=karras)
+    x, output = random_pair()
+    for t in scheduler.timesteps:
+        level = noise_level(scheduler, t)
+        if scheduler.step_index is None:
+            scheduler._init_step_index(t)
+        assert torch.allclose(
+            level.clean(output, x), scheduler.convert_model_output(output, sample=x), rtol=2e-5, atol=1e-5 / level.alpha
+        )
+        scheduler.step(output, t, x)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    "name", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"]
+)
+def test_second_order_schedulers_by_the_scale_they_apply(name, prediction):
+    """Both evaluations of a step: the network's input is c = α times the sampler's own sample."""
+    scheduler = make(name, prediction)
+    x, output = random_pair()
+    torch.manual_seed(0)  # these two draw from the global generator
+    for t in scheduler.timesteps:
+        scale = float((scheduler.scale_model_input(x, t) / x).mean())
+        level = noise_level(scheduler, t)
+        assert level.alpha == pytest.approx(scale, rel=1e-6)
+        assert level.alpha**2 + level.sigma**2 == pytest.approx(1.0)
+        scheduler.step(output, t, x)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_edm_preconditioning_is_v_prediction(prediction):
+    scheduler = diffusers.EDMEulerScheduler(prediction_type=prediction, sigma_max=10.0)
+    scheduler.set_timesteps(STEPS)
+    x, output = random_pair()
+    for t in scheduler.timesteps:
+        z = scheduler.scale_model_input(x, t)
+        level = noise_level(scheduler, t)
+        said = scheduler.step(output, t, x).pred_original_sample
+        assert torch.allclose(level.clean(output, z), said, rtol=1e-4, atol=1e-4)
+        # K = ∂x̂_0/∂x in the sampler's variance-exploding coordinates, by the chain rule through z = c x.
+        sigma, data = level.sigma / level.alpha * level.data_scale, level.data_scale
+        c_skip, c_in = data**2 / (sigma**2 + data**2), 1 / (sigma**2 + data**2) ** 0.5
+        c_out = sigma * data * c_in * (1 if prediction == "epsilon" else -1)
+        assert level.coefficients == pytest.approx((c_skip, c_out * c_in), rel=1e-6)
+
+
+def test_timesteps_may_be_tensors_of_equal_values():
+    scheduler = make("DDIMScheduler", "epsilon")
+    assert noise_level(scheduler, torch.tensor([500, 500])) == noise_level(scheduler, 500)
+
+
+def test_what_is_not_understood_is_refused():
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler does not say which noise level"):
+        noise_level(FlowMatchEulerDiscreteScheduler(), 500)
+    with pytest.raises(ValueError, match="use_flow_sigmas=False"):
+        noise_level(diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), 500)
+    with pytest.raises(ValueError, match="timestep must be an integer from 0 to 999, got 1000"):
+        noise_level(DDIMScheduler(), 1000)
+    assert EulerDiscreteScheduler.__name__ in companion.UNDERSTOOD_SCHEDULERS
