@@ -1,0 +1,391 @@
+"""Conditional DDPM chains on a grid: expected rewards backward, densities forward, nothing sampled.
+
+Steps are counted as in the papers, t = T … 1; a network's integer timestep is t - 1. Level 0 is clean data. Kernels are
+`p(x_{t-1} | x_t) = N(μ_t(x_t), s_t² I)` with `μ_t(x) = (x - β_t/√(1-ᾱ_t) ε(x, t)) / √(1-β_t)`.
+
+The expected reward `E_t(x_t) = ∫ p(x_0 | x_t) R_0(x_0) dx_0` is Doob's h-function of the chain: `E_t` is a martingale along
+it, and the chain conditioned (softly) on the reward has the kernels `p(x_{t-1} | x_t) E_{t-1}/E_t` (REG, Theorem 4.1).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from companion.exact.densities import mass, normalise, spread
+from companion.exact.grids import Grid, evaluate, gradient, interpolate, log_blur
+from companion.exact.mixtures import GaussianMixture
+from companion.guidance.parametrization import convert_output
+
+Prediction = Callable[[Float[Tensor, "batch dim"], int], Float[Tensor, "batch dim"]]
+"""A noise prediction ε(x, t), t = 1 … T; samples are independent."""
+
+LogReward = Callable[[Float[Tensor, "batch dim"]], Float[Tensor, " batch"]]
+"""log R_0 at clean points."""
+
+Variance = Literal["posterior", "beta"]
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """β_1 … β_T of a variance-preserving chain.
+
+    Raises:
+        ValueError: no steps, or a β outside (0, 1).
+    """
+
+    betas: Float[Tensor, " steps"]
+
+    def __post_init__(self) -> None:
+        if self.betas.ndim != 1 or len(self.betas) < 1:
+            raise ValueError(f"betas must hold at least one step, got shape {tuple(self.betas.shape)}")
+        if not ((self.betas > 0) & (self.betas < 1)).all():
+            raise ValueError(f"betas must lie in (0, 1), got {self.betas.min():.3g} to {self.betas.max():.3g}")
+        object.__setattr__(self, "betas", self.betas.to(torch.float64))
+
+    @property
+    def steps(self) -> int:
+        return len(self.betas)
+
+    @cached_property
+    def alphas_cumprod(self) -> Float[Tensor, " steps"]:
+        """ᾱ_1 … ᾱ_T, indexed by a network's timestep t - 1, as diffusers' schedulers keep it."""
+        return (1 - self.betas).cumprod(0)
+
+    def level(self, t: int) -> tuple[float, float]:
+        """`(√ᾱ_t, √(1-ᾱ_t))`; t = 0 is clean."""
+        if t == 0:
+            return 1.0, 0.0
+        kept = float(self.alphas_cumprod[t - 1])
+        return kept**0.5, (1 - kept) ** 0.5
+
+
+def linear_schedule(steps: int, first: float = 1e-4, last: float = 0.02) -> NoiseSchedule:
+    """β from `first` to `last` in equal increments (Ho et al. 2020; the REG paper's toy has 20 steps).
+
+    Raises:
+        ValueError: fewer than one step, or an end outside (0, 1).
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    return NoiseSchedule(torch.linspace(first, last, steps, dtype=torch.float64))
+
+
+def mixture_prediction(mixture: GaussianMixture, schedule: NoiseSchedule) -> Prediction:
+    """The ideal noise prediction for mixture data."""
+    return lambda x, t: mixture.noise(x, *schedule.level(t))
+
+
+def denoiser_prediction(denoiser: nn.Module, schedule: NoiseSchedule, label: int | None = None) -> Prediction:
+    """The noise prediction of a model called like diffusers' `(x, timestep, class_labels)`, of any `prediction_type` (an
+    attribute of the model or its config; ε where there is none). The model gets x in its own dtype."""
+    kind = getattr(
+        denoiser, "prediction_type", getattr(getattr(denoiser, "config", None), "prediction_type", "epsilon")
+    )
+    dtype = next((p.dtype for p in denoiser.parameters()), torch.float64)
+
+    def prediction(x: Float[Tensor, "batch dim"], t: int) -> Float[Tensor, "batch dim"]:
+        labels = None if label is None else torch.full((len(x),), label, dtype=torch.long)
+        timesteps = torch.full((len(x),), t - 1, dtype=torch.long)
+        output = denoiser(x.to(dtype), timesteps, labels, return_dict=False)[0].to(x.dtype)
+        return convert_output(output, x, *schedule.level(t), source=kind, target="epsilon")
+
+    return prediction
+
+
+@dataclass(frozen=True)
+class DDPMChain:
+    """The unguided conditional chain; guided ones differ in their prediction (`with_prediction`).
+
+    Args:
+        prediction: conditional noise prediction ε(x, t).
+        schedule: its betas.
+        variance: s_t² is `β_t (1-ᾱ_{t-1})/(1-ᾱ_t)` ("posterior": the last step is deterministic) or `β_t` ("beta").
+        nodes: quadrature nodes per axis of the backward blurs; None is 32 on a line and 16 on a square.
+
+    Raises:
+        ValueError: unknown variance.
+    """
+
+    prediction: Prediction
+    schedule: NoiseSchedule
+    variance: Variance = "posterior"
+    nodes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.variance not in ("posterior", "beta"):
+            raise ValueError(f"variance must be 'posterior' or 'beta', got {self.variance!r}")
+
+    @property
+    def steps(self) -> int:
+        return self.schedule.steps
+
+    def with_prediction(self, prediction: Prediction) -> "DDPMChain":
+        """The same kernels under another prediction, e.g. a guided one."""
+        return DDPMChain(prediction, self.schedule, self.variance, self.nodes)
+
+    def _nodes(self, grid: Grid) -> int:
+        return self.nodes or (32 if grid.dimension == 1 else 16)
+
+    def std(self, t: int) -> float:
+        """s_t of the kernel from t to t - 1."""
+        beta = float(self.schedule.betas[t - 1])
+        if self.variance == "beta":
+            return beta**0.5
+        before, after = self.schedule.level(t - 1)[1], self.schedule.level(t)[1]
+        return beta**0.5 * before / after
+
+    def mean(self, x: Float[Tensor, "batch dim"], t: int) -> Float[Tensor, "batch dim"]:
+        """μ_t(x) of the kernel from t to t - 1."""
+        beta = float(self.schedule.betas[t - 1])
+        return (x - beta / self.schedule.level(t)[1] * self.prediction(x, t)) / (1 - beta) ** 0.5
+
+    def expected_reward(self, grid: Grid, log_reward: LogReward) -> Float[Tensor, "steps+1 *grid"]:
+        """log E_0 … log E_T on the grid: per step one Gaussian blur in log space and one interpolation at μ_t.
+
+        Raises:
+            ValueError: the reward is zero, infinite or nan somewhere on the grid.
+        """
+        log_expected = evaluate(grid, log_reward)
+        check_finite(grid, log_expected)
+        levels = [log_expected]
+        for t in range(1, self.steps + 1):
+            blurred = log_blur(grid, levels[-1], self.std(t), nodes=self._nodes(grid))
+            means = evaluate(grid, lambda x, t=t: self.mean(x, t))
+            levels.append(interpolate(grid, blurred, means.reshape(-1, grid.dimension)).reshape(grid.shape))
+        return torch.stack(levels)
+
+    def golden_direction(
+        self, grid: Grid, log_expected: Float[Tensor, "steps+1 *grid"]
+    ) -> Float[Tensor, "steps+1 *grid dim"]:
+        """`ε̄*_t - ε_t = -√(1-ᾱ_t) ∇ log E_t` on the grid (Theorem 4.1); zero at t = 0. The reward's weight is in it already."""
+        return torch.stack(
+            [-self.schedule.level(t)[1] * gradient(grid, values) for t, values in enumerate(log_expected)]
+        )
+
+    def golden_prediction(self, grid: Grid, golden: Float[Tensor, "steps+1 *grid dim"]) -> Prediction:
+        """`ε̄*(x, t)` at any points; off the grid the shift is the one at the nearest edge."""
+        return lambda x, t: self.prediction(x, t) + interpolate(grid, golden[t], x, outside="nearest")
+
+    def tilted_mean(
+        self, grid: Grid, log_expected: Float[Tensor, "steps+1 *grid"], t: int
+    ) -> Float[Tensor, "*grid dim"]:
+        """Mean of the exact kernel `p(x_{t-1}|x_t) E_{t-1}/E_t`: `μ_t + s_t² ∇_μ log(N(0, s_t²) ⋆ E_{t-1})(μ_t)`."""
+        means = evaluate(grid, lambda x: self.mean(x, t)).reshape(-1, grid.dimension)
+        slope = gradient(grid, log_blur(grid, log_expected[t - 1], self.std(t), nodes=self._nodes(grid)))
+        return (means + self.std(t) ** 2 * interpolate(grid, slope, means)).reshape(*grid.shape, grid.dimension)
+
+    def push_forward(
+        self,
+        grid: Grid,
+        *,
+        start: Float[Tensor, "*grid"] | None = None,
+        mass_tolerance: float = 1e-6,
+    ) -> Float[Tensor, "steps+1 *grid"]:
+        """Densities of x_0 … x_T that the chain produces: the adjoint of `expected_reward`, kernel by kernel.
+
+        Args:
+            start: density of x_T on the grid; None is N(0, I), where samplers start.
+            mass_tolerance: how much of the mass may be missed.
+
+        Raises:
+            ValueError: more mass than that lies off the grid, or leaves it on the way.
+        """
+        density = standard_normal(grid) if start is None else start
+        check_mass(grid, density, self.steps, mass_tolerance)
+        densities = [density]
+        for t in range(self.steps, 0, -1):
+            densities.append(self.push(grid, densities[-1], t, negligible=1e-18))
+            check_mass(grid, densities[-1], t - 1, mass_tolerance)
+        return torch.stack(densities[::-1])
+
+    def push(
+        self, grid: Grid, density: Float[Tensor, "*grid"], t: int, *, negligible: float = 0.0
+    ) -> Float[Tensor, "*grid"]:
+        """One kernel: the density of x_{t-1} from that of x_t. Where μ_t stretches the grid, more points are moved; those
+        whose mass is below a `negligible` share of the largest are not."""
+        std = self.std(t)
+        means = evaluate(grid, lambda x: self.mean(x, t))
+        refine = _refinement(grid, density, means, std)
+        if refine > 1:
+            fine = grid.with_points(*((points - 1) * refine + 1 for points in grid.shape))
+            total = density.sum()
+            density = interpolate(grid, density, fine.points).reshape(fine.shape)
+            density = density * (total / density.sum())
+            means = evaluate(fine, lambda x: self.mean(x, t))
+        return spread(
+            grid, means.reshape(-1, grid.dimension), density.flatten() * grid.cell, std, negligible=negligible
+        )
+
+    def tilted_push_forward(
+        self,
+        grid: Grid,
+        log_expected: Float[Tensor, "steps+1 *grid"],
+        *,
+        start: Float[Tensor, "*grid"] | None = None,
+        mass_tolerance: float = 1e-6,
+    ) -> Float[Tensor, "steps+1 *grid"]:
+        """Densities under the exact kernels `p(x_{t-1}|x_t) E_{t-1}/E_t` of Theorem 4.1 (ii).
+
+        No step is renormalised: that the mass stays 1 is the theorem's claim that those kernels are normalised.
+
+        Args:
+            start: density of x_T; None is the theorem's, proportional to `N(0, I) E_T`.
+
+        Raises:
+            ValueError: the mass drifts by more than `mass_tolerance`.
+        """
+        if start is None:
+            start = standard_normal(grid) * (log_expected[-1] - log_expected[-1].max()).exp()
+            start = start / mass(grid, start)
+        densities = [start]
+        for t in range(self.steps, 0, -1):
+            # E_t spans hundreds of orders of magnitude; only ratios of it are formed.
+            untilted = densities[-1].clamp(min=0).log() - log_expected[t]
+            top = untilted.max()
+            pushed = self.push(grid, (untilted - top).exp(), t).clamp(min=0)
+            densities.append((pushed.log() + log_expected[t - 1] + top).exp())
+            check_mass(grid, densities[-1], t - 1, mass_tolerance)
+        return torch.stack(densities[::-1])
+
+    def tilted_kernel(
+        self, grid: Grid, log_expected: Float[Tensor, "steps+1 points"], t: int
+    ) -> Float[Tensor, "points_from points_to"]:
+        """Densities `p(x_{t-1}|x_t) E_{t-1}/E_t` in 1D, one row per x_t: Doob's h-transform of the kernel.
+
+        Each row's sum times the spacing is 1 where the kernel lies on the grid (the theorem's normalisation).
+
+        Raises:
+            ValueError: the grid is not 1D, or the kernel is narrower than its spacing.
+        """
+        if grid.dimension != 1:
+            raise ValueError("tilted_kernel needs a 1D grid")
+        std, spacing = self.std(t), grid.spacing[0]
+        if std < spacing:
+            raise ValueError(
+                f"the kernel at t={t} (std {std:.2g}) is narrower than the grid's spacing {spacing:.2g}: take more points, "
+                f"a later t, or tilted_push_forward, which needs no table"
+            )
+        means = self.mean(grid.points, t)
+        distance = (grid.points.T - means) / std
+        log_kernel = -0.5 * distance**2 - 0.5 * math.log(2 * math.pi * std**2)
+        return (log_kernel + log_expected[t - 1] - log_expected[t][:, None]).exp()
+
+
+def tilted_marginals(
+    grid: Grid, densities: Float[Tensor, "steps+1 *grid"], log_expected: Float[Tensor, "steps+1 *grid"]
+) -> Float[Tensor, "steps+1 *grid"]:
+    """`p_t E_t / Z_t` for every t (Theorem 4.1 (i)); with log R_t in E_t's place, what marginal scaling claims."""
+    logs = densities.clamp(min=0).log() + log_expected
+    return torch.stack([normalise(grid, values) for values in logs])
+
+
+def standard_normal(grid: Grid) -> Float[Tensor, "*grid"]:
+    """Density of N(0, I)."""
+    log_density = -0.5 * (grid.points**2).sum(dim=1) - 0.5 * grid.dimension * math.log(2 * math.pi)
+    return log_density.exp().reshape(grid.shape)
+
+
+def check_finite(grid: Grid, log_reward: Float[Tensor, "*grid"]) -> None:
+    """Refuse rewards that are zero, infinite or nan on the grid.
+
+    Raises:
+        ValueError: names the first such point.
+    """
+    bad = ~log_reward.isfinite().flatten()
+    if bad.any():
+        where = [round(v, 4) for v in grid.points[bad][0].tolist()]
+        value = log_reward.flatten()[bad][0].item()
+        raise ValueError(
+            f"log_reward must be finite on the grid, but is {value} at {int(bad.sum())} of {bad.numel()} points, first at "
+            f"{where}: bound it (e.g. clamp the logarithm to [-700, 700]) or choose a grid on which it is finite"
+        )
+
+
+def check_mass(grid: Grid, density: Float[Tensor, "*grid"], t: int, tolerance: float) -> None:
+    """Refuse a density that the grid does not hold.
+
+    Raises:
+        ValueError: its mass differs from 1 by more than the tolerance.
+    """
+    held = mass(grid, density)
+    if not abs(held - 1) <= tolerance:
+        centre = [0.5 * (low + high) for low, high in zip(grid.lows, grid.highs, strict=True)]
+        wider = [
+            (c - 0.75 * (h - l), c + 0.75 * (h - l)) for c, l, h in zip(centre, grid.lows, grid.highs, strict=True)
+        ]
+        advice = " x ".join(f"[{low:g}, {high:g}]" for low, high in wider)
+        raise ValueError(
+            f"the grid {grid.describe()} holds {held:.8g} of the mass at t={t}, more than {tolerance:g} from 1: "
+            f"widen it (try {advice}), give it more points, or raise mass_tolerance"
+        )
+
+
+def _refinement(grid: Grid, density: Tensor, means: Tensor, std: float) -> int:
+    """How many times more points to move so that no gap shows between their images."""
+    present = density > 1e-12 * density.max()
+    worst = 0.0
+    for axis, spacing in enumerate(grid.spacing):
+        gaps = means.diff(dim=axis).norm(dim=-1)
+        both = present.narrow(axis, 0, grid.shape[axis] - 1) & present.narrow(axis, 1, grid.shape[axis] - 1)
+        if both.any():
+            worst = max(worst, float(gaps[both].max()) / max(spacing, std))
+    return min(max(1, -int(-0.9 * worst // 1)), 16 if grid.dimension == 1 else 4)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Differences between a grid and one of half the points, at the finer grid's points.
+
+    Attributes:
+        grid, half: the two grids.
+        log_expected: largest difference of log E_t over all t and points.
+        golden: RMS difference of the golden direction over all t and points, relative to its RMS.
+        golden_per_step: the same for each t = 1 … T.
+        density: largest total variation between the densities pushed forward under the golden prediction; None if not asked.
+    """
+
+    grid: Grid
+    half: Grid
+    log_expected: float
+    golden: float
+    golden_per_step: tuple[float, ...]
+    density: float | None
+
+
+def accuracy(chain: DDPMChain, grid: Grid, log_reward: LogReward, *, densities: bool = False) -> Accuracy:
+    """Grid halving: how far results move between half the points and all of them. The error of the full grid is smaller.
+
+    Args:
+        densities: also push the golden chain's densities forward on both grids.
+    """
+    half = grid.with_points(*((points + 1) // 2 for points in grid.shape))
+    fine, coarse = chain.expected_reward(grid, log_reward), chain.expected_reward(half, log_reward)
+    golden, rough = chain.golden_direction(grid, fine), chain.golden_direction(half, coarse)
+
+    def onto(values: Float[Tensor, "steps+1 ..."]) -> Float[Tensor, "steps+1 ..."]:
+        moved = interpolate(half, values.movedim(0, -1), grid.points)
+        return moved.movedim(-1, 0).reshape(len(values), *grid.shape, *moved.shape[1:-1])
+
+    error = (golden - onto(rough)).square().flatten(1)[1:]
+    scale = golden[1:].square().mean().sqrt().clamp(min=1e-300)
+    distance = None
+    if densities:
+        ours, theirs = (
+            chain.with_prediction(chain.golden_prediction(g, d)).push_forward(g)
+            for g, d in ((grid, golden), (half, rough))
+        )
+        distance = float(0.5 * (ours - onto(theirs)).abs().flatten(1).sum(dim=1).max()) * grid.cell
+    return Accuracy(
+        grid,
+        half,
+        float((fine - onto(coarse)).abs().max()),
+        float(error.mean().sqrt() / scale),
+        tuple((error.mean(dim=1).sqrt() / scale).tolist()),
+        distance,
+    )

@@ -1,0 +1,127 @@
+"""Beyond REG: the golden direction when everything is Gaussian, and its estimates.
+
+With posterior covariances `K = (α²/σ²) Cov[x_0|x]` of both branches, Gaussian data and the reward `[p_c/p_u]^w`,
+
+    Δ* = K_c [K_u + w (K_u - K_c)]⁻¹ Δ        exactly, in any dimension.
+
+Proof. log R_0 is quadratic with Hessian `-w (C_c⁻¹ - C_u⁻¹)`; at x̂_c its gradient is `w C_u⁻¹ (x̂_c - x̂_u)`, since x̂_u is where
+the unconditional posterior, hence `log p_u(x_0) + log p(x|x_0)`, is stationary. Averaging exp of a quadratic over N(x̂_c, C_c)
+turns a gradient g into `(I - C_c H)⁻ᵀ g`, that is `[C_u + w (C_u - C_c)]⁻¹ C_u` times it. REG keeps `K_c Δ`.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from companion.exact.chain import NoiseSchedule, Prediction
+from companion.exact.directions import Direction
+from companion.guidance.parametrization import KCoefficients, rectification_coefficients
+
+Estimate = Literal["matrix", "diagonal", "ones", "rayleigh", "direction_rayleigh", "power", "reference_identity"]
+ESTIMATES: tuple[Estimate, ...] = get_args(Estimate)
+
+
+def jacobian_matrix(
+    prediction: Prediction, x: Float[Tensor, "batch dim"], t: int, schedule: NoiseSchedule
+) -> Float[Tensor, "batch dim dim"]:
+    """K of a noise prediction at every sample by backpropagation, one pass per dimension; not symmetrised."""
+    coefficients: KCoefficients = rectification_coefficients("epsilon", *schedule.level(t))
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        output = prediction(leaf, t)
+        rows = [torch.autograd.grad(output[:, i].sum(), leaf, retain_graph=True)[0] for i in range(x.shape[1])]
+    identity = torch.eye(x.shape[1], dtype=x.dtype)
+    return coefficients.identity * identity + coefficients.jacobian * torch.stack(rows, dim=1)
+
+
+def covariance_direction(
+    conditional: Float[Tensor, "batch dim dim"],
+    reference: Float[Tensor, "batch dim dim"],
+    delta: Float[Tensor, "batch dim"],
+    weight: float,
+    *,
+    estimate: Estimate = "matrix",
+    floor: float = 0.1,
+    power: float = 2.0,
+) -> Float[Tensor, "batch dim"]:
+    """An estimate of `K_c [K_u + w (K_u - K_c)]⁻¹ Δ` from both branches' K.
+
+    | estimate | value |
+    |---|---|
+    | `matrix` | the formula, eigenvalues of the bracket not below `floor` |
+    | `diagonal` | the same elementwise with both diagonals |
+    | `ones` | the same elementwise with `K_c1` and `K_u1`, one backward pass in high dimension |
+    | `rayleigh` | `K_c Δ / max(ρ_u + w (ρ_u - ρ_c), ρ_c)`, ρ = ⟨Δ,KΔ⟩/⟨Δ,Δ⟩: two finite differences |
+    | `direction_rayleigh` | `Δ ρ_c / max(ρ_u + w (ρ_u - ρ_c), ρ_c)`: everyday guidance with an adaptive weight |
+    | `power` | `K_c^power Δ`; `power = 1 + w` is the first order of `K_u = I` |
+    | `reference_identity` | `K_c [I + w (I - K_c)]⁻¹ Δ`, the formula for a reference without information |
+
+    Args:
+        conditional, reference: K_c and K_u; symmetrised here.
+        delta: conditional minus reference prediction.
+        weight: the paper's w.
+        floor: smallest eigenvalue, or element, of the bracket; positive.
+        power: exponent for `power`.
+
+    Raises:
+        ValueError: unknown estimate, or a floor that is not positive.
+    """
+    if estimate not in ESTIMATES:
+        raise ValueError(f"estimate must be one of {', '.join(ESTIMATES)}, got {estimate!r}")
+    if not floor > 0:
+        raise ValueError(f"floor must be positive, got {floor}")
+    k_c, k_u = (0.5 * (k + k.mT) for k in (conditional, reference))
+    match estimate:
+        case "matrix":
+            return _apply(k_c, _solve_clamped(k_u + weight * (k_u - k_c), delta, floor))
+        case "reference_identity":
+            identity = torch.eye(k_c.shape[-1], dtype=k_c.dtype).expand_as(k_c)
+            return _apply(k_c, _solve_clamped(identity + weight * (identity - k_c), delta, floor))
+        case "diagonal" | "ones":
+            reduce = (lambda k: k.diagonal(dim1=-2, dim2=-1)) if estimate == "diagonal" else (lambda k: k.sum(dim=-1))
+            c, u = reduce(k_c), reduce(k_u)
+            return c / (u + weight * (u - c)).clamp(min=floor) * delta
+        case "power":
+            values, vectors = torch.linalg.eigh(k_c)
+            return _apply(vectors * values.clamp(min=0)[:, None] ** power, _apply(vectors.mT, delta))
+        case _:
+            square = delta.square().sum(dim=1, keepdim=True).clamp(min=torch.finfo(delta.dtype).tiny)
+            pulled = _apply(k_c, delta)
+            c = (delta * pulled).sum(dim=1, keepdim=True) / square
+            u = (delta * _apply(k_u, delta)).sum(dim=1, keepdim=True) / square
+            bracket = torch.maximum(u + weight * (u - c), c).clamp(min=torch.finfo(delta.dtype).eps)
+            return (pulled if estimate == "rayleigh" else c * delta) / bracket
+
+
+def covariance_guidance(
+    conditional: Prediction,
+    reference: Prediction,
+    schedule: NoiseSchedule,
+    weight: float,
+    *,
+    estimate: Estimate = "matrix",
+    floor: float = 0.1,
+    power: float = 2.0,
+) -> Direction:
+    """`covariance_direction` as a function of (x, t), for exact scores and networks in low dimension."""
+
+    def direction(x: Float[Tensor, "batch dim"], t: int) -> Float[Tensor, "batch dim"]:
+        k_c, k_u = (jacobian_matrix(branch, x, t, schedule) for branch in (conditional, reference))
+        delta = conditional(x, t) - reference(x, t)
+        return covariance_direction(k_c, k_u, delta, weight, estimate=estimate, floor=floor, power=power)
+
+    return direction
+
+
+def _apply(matrix: Float[Tensor, "batch dim dim"], vector: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
+    return (matrix @ vector[..., None])[..., 0]
+
+
+def _solve_clamped(
+    matrix: Float[Tensor, "batch dim dim"], vector: Float[Tensor, "batch dim"], floor: float
+) -> Float[Tensor, "batch dim"]:
+    """Solve with the eigenvalues raised to `floor`."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return _apply(vectors, _apply(vectors.mT, vector) / values.clamp(min=floor))

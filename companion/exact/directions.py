@@ -1,0 +1,145 @@
+"""Guidance directions: everyday, rectified, golden; how far they are apart, and what each approximation of REG costs.
+
+A `Direction` is a function of (x, t) like a prediction; guided predictions are `ε_c + w · direction` (`guided`). The golden
+shift `-√(1-ᾱ_t) ∇ log E_t` contains w already. Predictions are ε; the same functions serve exact scores and networks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from companion.exact.chain import NoiseSchedule, Prediction
+from companion.exact.grids import Grid, evaluate
+from companion.exact.rewards import Reward
+from companion.guidance.parametrization import rectification_coefficients
+from companion.guidance.rectification import Product, rectify
+
+Direction = Callable[[Float[Tensor, "batch dim"], int], Float[Tensor, "batch dim"]]
+Field = Float[Tensor, "steps+1 *grid dim"]
+"""A direction on a grid for t = 0 … T; t = 0 is zero."""
+
+
+def everyday_direction(conditional: Prediction, reference: Prediction) -> Direction:
+    """`Δ = ε_c - ε_u`: classifier-free guidance, autoguidance."""
+    return lambda x, t: conditional(x, t) - reference(x, t)
+
+
+def reward_direction(reward: Reward, schedule: NoiseSchedule) -> Direction:
+    """`-√(1-ᾱ_t) ∇ log R_t`, weight included: everyday guidance by any reward."""
+    return lambda x, t: -schedule.level(t)[1] * reward.gradient(x, *schedule.level(t))
+
+
+def rectified_direction(
+    conditional: Prediction, reference: Prediction, schedule: NoiseSchedule, product: Product = "jvp"
+) -> Direction:
+    """`product(K, Δ)` for any of `companion.guidance`'s products."""
+
+    def direction(x: Float[Tensor, "batch dim"], t: int) -> Float[Tensor, "batch dim"]:
+        coefficients = rectification_coefficients("epsilon", *schedule.level(t))
+        return rectify(lambda z: conditional(z, t), x, reference(x, t), coefficients, product=product).direction
+
+    return direction
+
+
+def guided(conditional: Prediction, direction: Direction, weight: float = 1.0) -> Prediction:
+    """The guided prediction `ε_c + w · direction`, w the paper's weight (guidance scale minus 1)."""
+    return lambda x, t: conditional(x, t) + weight * direction(x, t)
+
+
+def interval(direction: Direction, first: int, last: int) -> Direction:
+    """The direction where `first <= t <= last`, zero elsewhere (interval guidance, Kynkäänniemi et al. 2024)."""
+    return lambda x, t: direction(x, t) if first <= t <= last else torch.zeros_like(x)
+
+
+def direction_field(grid: Grid, direction: Direction, steps: int) -> Field:
+    """A direction on the whole grid for t = 0 … T."""
+    fields = [evaluate(grid, lambda x, t=t: direction(x, t)) for t in range(1, steps + 1)]
+    return torch.stack([torch.zeros_like(fields[0]), *fields])
+
+
+def direction_error(
+    field: Field, golden: Field, densities: Float[Tensor, "steps+1 *grid"] | None = None
+) -> Float[Tensor, " steps"]:
+    """Mean Euclidean distance to the golden field for t = 1 … T, uniform over the grid or weighted by densities."""
+    return _average((field - golden).norm(dim=-1), densities)
+
+
+def win_ratio(
+    field: Field, other: Field, golden: Field, densities: Float[Tensor, "steps+1 *grid"] | None = None
+) -> Float[Tensor, " steps"]:
+    """Share of the grid (or of the densities' mass) on which `field` is closer to golden than `other`, ties counted half."""
+    ours, theirs = (field - golden).norm(dim=-1), (other - golden).norm(dim=-1)
+    return _average((ours < theirs).double() + 0.5 * (ours == theirs).double(), densities)
+
+
+def _average(values: Tensor, densities: Tensor | None) -> Float[Tensor, " steps"]:
+    values = values[1:].flatten(1)
+    if densities is None:
+        return values.mean(dim=1)
+    weights = densities[1:].flatten(1).clamp(min=0)
+    return (values * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+@dataclass(frozen=True)
+class ErrorSplit:
+    """REG's shift minus the golden one, as a sum of what its three approximations contribute (fields t = 0 … T).
+
+    Attributes:
+        jensen: `R_0(x̂_0)` for `E_t`.
+        surrogate: `∇ log R_t(x_t)` for `α_t⁻¹ ∇ log R_0(x̂_0)`.
+        jacobian: the product for `Kᵀ`; zero for `vjp`.
+        total: their sum.
+    """
+
+    jensen: Field
+    surrogate: Field
+    jacobian: Field
+    total: Field
+
+
+def error_split(
+    grid: Grid,
+    conditional: Prediction,
+    reward: Reward,
+    schedule: NoiseSchedule,
+    golden: Field,
+    product: Product = "ones",
+    everyday: Direction | None = None,
+) -> ErrorSplit:
+    """Split a product's error exactly: the three parts telescope to the total.
+
+    Args:
+        conditional: ε_c, whose Jacobian is K.
+        reward: gives R_0; and R_t, unless `everyday` is given.
+        golden: from `DDPMChain.golden_direction`.
+        everyday: `w Δ` of networks, in place of `-√(1-ᾱ_t) ∇ log R_t`.
+    """
+    delta = reward_direction(reward, schedule) if everyday is None else everyday
+
+    def pulled(gradient: Callable[[Tensor, int, Tensor], Tensor], kind: Product) -> Direction:
+        """product(K, gradient(x, t, x̂_0)) at the conditional branch."""
+
+        def direction(x: Tensor, t: int) -> Tensor:
+            alpha, sigma = schedule.level(t)
+            noise = conditional(x, t)
+            shift = gradient(x, t, (x - sigma * noise) / alpha)
+            coefficients = rectification_coefficients("epsilon", alpha, sigma)
+            return rectify(lambda z: conditional(z, t), x, noise - shift, coefficients, product=kind).direction
+
+        return direction
+
+    def through_clean(x: Tensor, t: int, clean: Tensor) -> Tensor:
+        alpha, sigma = schedule.level(t)
+        return -sigma / alpha * reward.gradient(clean)
+
+    def at_noisy(x: Tensor, t: int, clean: Tensor) -> Tensor:
+        return delta(x, t)
+
+    steps = schedule.steps
+    looked_ahead = direction_field(grid, pulled(through_clean, "vjp"), steps)
+    chain_rule = direction_field(grid, pulled(at_noisy, "vjp"), steps)
+    final = direction_field(grid, pulled(at_noisy, product), steps)
+    return ErrorSplit(looked_ahead - golden, chain_rule - looked_ahead, final - chain_rule, final - golden)

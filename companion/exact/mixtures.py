@@ -1,0 +1,337 @@
+"""Gaussian mixtures: data whose noisy densities, scores, denoisers and posterior covariances are closed forms.
+
+If `x_0 ~ Σ_k w_k N(m_k, C_k)` and `x = α x_0 + σ ε`, then `x ~ Σ_k w_k N(α m_k, α² C_k + σ² I)`. A covariance is kept as its
+eigendecomposition `C_k = U_k diag(λ_k) U_kᵀ`, so every level costs one product with the U_k and divisions. All in float64.
+"""
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from companion.guidance.parametrization import PredictionType, check_prediction_type
+
+Level = float | Float[Tensor, "*batch"]
+Levels = Callable[[Float[Tensor, " batch"]], tuple[Level, Level]]
+"""Timesteps -> (alpha, sigma), numbers or one per sample."""
+
+
+class GaussianMixture:
+    """A mixture of Gaussians in any dimension; methods take the noise level (alpha, sigma), clean data by default.
+
+    Args:
+        weights: positive, any scale; kept normalised.
+        means: one per component.
+        covariances: symmetric positive semi-definite, one per component.
+
+    Raises:
+        ValueError: shapes disagree, a weight is not positive, a covariance is not symmetric positive semi-definite.
+    """
+
+    def __init__(
+        self,
+        weights: Float[Tensor, " components"] | Sequence[float],
+        means: Float[Tensor, "components dim"] | Sequence[Sequence[float]],
+        covariances: Float[Tensor, "components dim dim"],
+    ) -> None:
+        weights = torch.as_tensor(weights, dtype=torch.float64)
+        self.means = torch.as_tensor(means, dtype=torch.float64)
+        self.covariances = torch.as_tensor(covariances, dtype=torch.float64)
+        if self.means.ndim != 2 or self.covariances.shape != (*self.means.shape, self.means.shape[1]):
+            raise ValueError(
+                f"means must be (components, dim) and covariances (components, dim, dim), "
+                f"got {tuple(self.means.shape)} and {tuple(self.covariances.shape)}"
+            )
+        if weights.shape != self.means.shape[:1] or not (weights > 0).all():
+            raise ValueError(f"weights must be {len(self.means)} positive numbers, got {weights.tolist()}")
+        if not torch.allclose(self.covariances, self.covariances.mT):
+            raise ValueError("covariances must be symmetric")
+        self.weights = weights / weights.sum()
+        eigenvalues, self._axes = torch.linalg.eigh(self.covariances)
+        if (eigenvalues < -1e-12 * eigenvalues.abs().amax()).any():
+            raise ValueError(f"covariances must be positive semi-definite, smallest eigenvalue {eigenvalues.min():.3g}")
+        self._eigenvalues = eigenvalues.clamp(min=0)
+        # One matrix product projects a sample on the axes of all components.
+        self._flat_axes = self._axes.permute(1, 0, 2).reshape(self.dimension, -1)
+        self._projected_means = torch.einsum("kd,kde->ke", self.means, self._axes)
+
+    @classmethod
+    def isotropic(
+        cls,
+        weights: Float[Tensor, " components"] | Sequence[float],
+        means: Float[Tensor, "components dim"] | Sequence[Sequence[float]],
+        stds: float | Float[Tensor, " components"] | Sequence[float],
+    ) -> "GaussianMixture":
+        """Components `N(m_k, std_k² I)`; one std for all or one each."""
+        means = torch.as_tensor(means, dtype=torch.float64)
+        stds = torch.as_tensor(stds, dtype=torch.float64).expand(len(means))
+        return cls(weights, means, stds[:, None, None] ** 2 * torch.eye(means.shape[1], dtype=torch.float64))
+
+    @property
+    def components(self) -> int:
+        return len(self.means)
+
+    @property
+    def dimension(self) -> int:
+        return self.means.shape[1]
+
+    def mean(self) -> Float[Tensor, " dim"]:
+        """Mean of x_0."""
+        return self.weights @ self.means
+
+    def covariance(self) -> Float[Tensor, "dim dim"]:
+        """Covariance of x_0."""
+        centred = self.means - self.mean()
+        return torch.einsum("k,kij->ij", self.weights, self.covariances + centred[:, :, None] * centred[:, None, :])
+
+    def sample(
+        self, count: int, generator: torch.Generator, alpha: float = 1.0, sigma: float = 0.0
+    ) -> Float[Tensor, "count dim"]:
+        """Independent draws of `α x_0 + σ ε`.
+
+        Raises:
+            ValueError: `count` is below 1.
+        """
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        chosen = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        normal = torch.randn(count, self.dimension, dtype=torch.float64, generator=generator)
+        clean = self.means[chosen]
+        clean = clean + torch.einsum("nde,ne->nd", self._axes[chosen], self._eigenvalues[chosen].sqrt() * normal)
+        if sigma == 0:
+            return alpha * clean
+        return alpha * clean + sigma * torch.randn(clean.shape, dtype=torch.float64, generator=generator)
+
+    def log_prob(
+        self, x: Float[Tensor, "batch dim"], alpha: Level = 1.0, sigma: Level = 0.0
+    ) -> Float[Tensor, " batch"]:
+        """Log-density of `α x_0 + σ ε` at x."""
+        return self._log_joint(*self._project(x, alpha, sigma)).logsumexp(dim=1)
+
+    def score(
+        self, x: Float[Tensor, "batch dim"], alpha: Level = 1.0, sigma: Level = 0.0
+    ) -> Float[Tensor, "batch dim"]:
+        """Gradient of `log_prob` in x."""
+        offsets, variances = self._project(x, alpha, sigma)
+        return -self._average(offsets / variances, self._log_joint(offsets, variances).softmax(dim=1))
+
+    def noise(self, x: Float[Tensor, "batch dim"], alpha: Level, sigma: Level) -> Float[Tensor, "batch dim"]:
+        """The ideal noise prediction `E[ε | x] = -σ score(x)`."""
+        return -_column(sigma, x) * self.score(x, alpha, sigma)
+
+    def posterior_mean(self, x: Float[Tensor, "batch dim"], alpha: Level, sigma: Level) -> Float[Tensor, "batch dim"]:
+        """The ideal clean estimate `x̂_0 = E[x_0 | x]`."""
+        offsets, variances = self._project(x, alpha, sigma)
+        shares = self._log_joint(offsets, variances).softmax(dim=1)
+        gain = _column(alpha, x)[..., None] * self._eigenvalues / variances
+        return shares @ self.means + self._average(gain * offsets, shares)
+
+    def posterior_covariance(
+        self, x: Float[Tensor, "batch dim"], alpha: Level, sigma: Level
+    ) -> Float[Tensor, "batch dim dim"]:
+        """`Cov[x_0 | x]`; symmetric and positive semi-definite."""
+        offsets, variances = self._project(x, alpha, sigma)
+        shares = self._log_joint(offsets, variances).softmax(dim=1)
+        gain = _column(alpha, x)[..., None] * self._eigenvalues / variances
+        means = self.means + torch.einsum("kde,nke->nkd", self._axes, gain * offsets)
+        centred = means - torch.einsum("nk,nkd->nd", shares, means)[:, None]
+        within = self._eigenvalues * _column(sigma, x)[..., None] ** 2 / variances
+        within = torch.einsum("kde,nke,kfe->ndf", self._axes, shares[..., None] * within, self._axes)
+        return within + torch.einsum("nk,nkd,nkf->ndf", shares, centred, centred)
+
+    def rectification_matrix(
+        self, x: Float[Tensor, "batch dim"], alpha: Level, sigma: Level
+    ) -> Float[Tensor, "batch dim dim"]:
+        """`K = α ∂x̂_0/∂x = (α²/σ²) Cov[x_0 | x]` (Tweedie's second-order formula); needs `sigma > 0`."""
+        ratio = _column(alpha, x) / _column(sigma, x)
+        return ratio[..., None] ** 2 * self.posterior_covariance(x, alpha, sigma)
+
+    def _project(self, x: Tensor, alpha: Level, sigma: Level) -> tuple[Tensor, Tensor]:
+        """x - α m_k along the axes of each component, and the variances there: (batch, components, dim), broadcastable."""
+        if x.ndim != 2 or x.shape[1] != self.dimension:
+            raise ValueError(f"x must be (batch, {self.dimension}), got {tuple(x.shape)}")
+        alpha_, sigma_ = _column(alpha, x)[..., None], _column(sigma, x)[..., None]
+        offsets = (x @ self._flat_axes).reshape(len(x), *self.means.shape) - alpha_ * self._projected_means
+        return offsets, alpha_**2 * self._eigenvalues + sigma_**2
+
+    def _log_joint(self, offsets: Tensor, variances: Tensor) -> Float[Tensor, "batch components"]:
+        normaliser = (2 * torch.pi * variances).log().sum(dim=-1)
+        return self.weights.log() - 0.5 * (normaliser + (offsets**2 / variances).sum(dim=-1))
+
+    def _average(self, projected: Tensor, shares: Float[Tensor, "batch components"]) -> Float[Tensor, "batch dim"]:
+        """Σ_k share_k U_k projected_k."""
+        return (shares[..., None] * projected).reshape(len(shares), -1) @ self._flat_axes.T
+
+
+def mixture_of(mixtures: Sequence[GaussianMixture], weights: Sequence[float] | None = None) -> GaussianMixture:
+    """The mixture of mixtures, equally weighted by default: the unconditional data of a set of classes.
+
+    Raises:
+        ValueError: no mixtures, or a weight count that differs from theirs.
+    """
+    if not mixtures:
+        raise ValueError("mixtures must hold at least one GaussianMixture, got none")
+    shares = [1.0] * len(mixtures) if weights is None else list(weights)
+    if len(shares) != len(mixtures):
+        raise ValueError(f"weights must be {len(mixtures)} numbers, one per mixture, got {len(shares)}")
+    return GaussianMixture(
+        torch.cat([share * mixture.weights for share, mixture in zip(shares, mixtures, strict=True)]),
+        torch.cat([mixture.means for mixture in mixtures]),
+        torch.cat([mixture.covariances for mixture in mixtures]),
+    )
+
+
+class MixtureDenoiser(nn.Module):
+    """The ideal network for class-conditional mixture data, called like a diffusers model.
+
+    `denoiser(x, timestep, class_labels)` as `DiTTransformer2DModel`, `denoiser(x, timestep, encoder_hidden_states)` as
+    `UNet2DConditionModel`, where the first entry of the first token is the label. x may have any shape after the batch: it is
+    flattened to the mixtures' dimension. Computed in float64, returned in x's dtype; differentiable in both modes.
+
+    Args:
+        mixtures: the data of classes 0, 1, …
+        levels: `alphas_cumprod` (VP; timesteps are indices into it), or a function timesteps -> (alpha, sigma) for any
+            coordinates, e.g. `lambda t: (1.0, t)` for VE and `lambda t: (1 - t / 1000, t / 1000)` for diffusers' flows.
+        prediction_type: "v_prediction" needs VP levels, "flow_prediction" needs `alpha = 1 - sigma`.
+        unconditional: data of the null class; None mixes all classes equally.
+        null_class: label of the null class; None is the number of classes. (`DiTPipeline` always asks for 1000.)
+        sample_shape: (channels, height, width), published as `config` for the pipelines that read it there.
+
+    Raises:
+        ValueError: no mixtures, unknown prediction type, dimensions that disagree.
+    """
+
+    def __init__(
+        self,
+        mixtures: Sequence[GaussianMixture],
+        levels: Float[Tensor, " steps"] | Levels,
+        *,
+        prediction_type: PredictionType = "epsilon",
+        unconditional: GaussianMixture | None = None,
+        null_class: int | None = None,
+        sample_shape: tuple[int, int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.mixtures = tuple(mixtures)
+        self.unconditional = mixture_of(self.mixtures) if unconditional is None else unconditional
+        dimensions = {mixture.dimension for mixture in (*self.mixtures, self.unconditional)}
+        if len(dimensions) != 1:
+            raise ValueError(f"all mixtures must have one dimension, got {sorted(dimensions)}")
+        if sample_shape is not None and sample_shape[0] * sample_shape[1] * sample_shape[2] not in dimensions:
+            raise ValueError(f"sample_shape {sample_shape} does not multiply to the mixtures' dimension {dimensions}")
+        self.levels = alphas_cumprod_levels(levels) if isinstance(levels, Tensor) else levels
+        self.prediction_type = check_prediction_type(prediction_type)
+        self.null_class = len(self.mixtures) if null_class is None else null_class
+        channels, size = (sample_shape[0], sample_shape[2]) if sample_shape else (None, None)
+        self.config = SimpleNamespace(
+            in_channels=channels, out_channels=channels, sample_size=size, num_embeds_ada_norm=self.null_class
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64
+
+    @property
+    def device(self) -> torch.device:
+        return self.unconditional.means.device
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "batch ..."] | None = None,
+        timestep: Tensor | float = 0,
+        class_labels: Int[Tensor, " batch"] | int | None = None,
+        *,
+        sample: Float[Tensor, "batch ..."] | None = None,
+        encoder_hidden_states: Float[Tensor, "batch tokens width"] | None = None,
+        return_dict: bool = True,
+        **ignored: object,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """The prediction for each sample of a batch.
+
+        Raises:
+            ValueError: no input, an unknown label, or levels that the prediction type does not allow.
+        """
+        x = sample if hidden_states is None else hidden_states
+        if x is None:
+            raise ValueError("pass the noisy batch as the first argument, hidden_states= or sample=")
+        condition = class_labels if encoder_hidden_states is None else encoder_hidden_states
+        flat = x.reshape(len(x), -1).to(torch.float64)
+        alpha, sigma = self._level(timestep, flat)
+        output = torch.zeros_like(flat)
+        for mixture, chosen in self._branches(condition, len(x)):
+            predicted = self._predict(mixture, flat[chosen], alpha[chosen], sigma[chosen])
+            output = predicted if len(predicted) == len(x) else output.index_put((chosen,), predicted)
+        output = output.reshape(x.shape).to(x.dtype)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def rectification_matrix(
+        self, x: Float[Tensor, "batch ..."], timestep: Tensor | float, class_labels: Tensor | int | None = None
+    ) -> Float[Tensor, "batch dim dim"]:
+        """K of the conditional branch in closed form, x flattened; the same for every prediction type."""
+        flat = x.reshape(len(x), -1).to(torch.float64)
+        alpha, sigma = self._level(timestep, flat)
+        result = flat.new_zeros(*flat.shape, flat.shape[1])
+        for mixture, chosen in self._branches(class_labels, len(x)):
+            result[chosen] = mixture.rectification_matrix(flat[chosen], alpha[chosen], sigma[chosen])
+        return result
+
+    def _level(self, timestep: Tensor | float, flat: Tensor) -> tuple[Tensor, Tensor]:
+        steps = torch.as_tensor(timestep, device=flat.device).reshape(-1).expand(len(flat))
+        alpha, sigma = (torch.as_tensor(v, dtype=torch.float64).expand(len(flat)) for v in self.levels(steps))
+        if self.prediction_type == "v_prediction" and not torch.allclose(alpha**2 + sigma**2, torch.ones_like(alpha)):
+            raise ValueError(
+                "v_prediction needs levels with alpha² + sigma² = 1; use prediction_type='epsilon' or 'sample'"
+            )
+        if self.prediction_type == "flow_prediction" and not torch.allclose(alpha + sigma, torch.ones_like(alpha)):
+            raise ValueError("flow_prediction needs levels with alpha = 1 - sigma; give levels=lambda t: (1 - t, t)")
+        return alpha, sigma
+
+    def _branches(self, condition: Tensor | int | None, batch: int) -> list[tuple[GaussianMixture, Tensor]]:
+        """(mixture, indices of its samples), one entry per label in use."""
+        if condition is None:
+            condition = self.null_class
+        labels = torch.as_tensor(condition)
+        if labels.is_floating_point():
+            labels = (labels[:, 0, 0] if labels.ndim == 3 else labels).round().long()
+        labels = labels.reshape(-1).expand(batch)
+        branches = []
+        for label in labels.unique().tolist():
+            if label != self.null_class and not 0 <= label < len(self.mixtures):
+                raise ValueError(
+                    f"class label {label} must be in 0..{len(self.mixtures) - 1} or the null class {self.null_class}"
+                )
+            mixture = self.unconditional if label == self.null_class else self.mixtures[label]
+            branches.append((mixture, (labels == label).nonzero()[:, 0]))
+        return branches
+
+    def _predict(self, mixture: GaussianMixture, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        # Noise and clean estimate come from their own closed forms: converting one into the other cancels digits at small sigma.
+        match self.prediction_type:
+            case "epsilon":
+                return mixture.noise(x, alpha, sigma)
+            case "sample":
+                return mixture.posterior_mean(x, alpha, sigma)
+            case "v_prediction":
+                noise, clean = mixture.noise(x, alpha, sigma), mixture.posterior_mean(x, alpha, sigma)
+                return alpha[:, None] * noise - sigma[:, None] * clean
+            case "flow_prediction":
+                return mixture.noise(x, alpha, sigma) - mixture.posterior_mean(x, alpha, sigma)
+
+
+def alphas_cumprod_levels(alphas_cumprod: Float[Tensor, " steps"]) -> Levels:
+    """VP levels `(√ᾱ, √(1-ᾱ))` of integer timesteps, as diffusers' schedulers store them."""
+    table = alphas_cumprod.to(torch.float64)
+
+    def levels(timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        kept = table[timesteps.round().long()]
+        return kept.sqrt(), (1 - kept).sqrt()
+
+    return levels
+
+
+def _column(level: Level, x: Tensor) -> Tensor:
+    """A level as a column that broadcasts against a (batch, …) tensor."""
+    return torch.as_tensor(level, dtype=x.dtype, device=x.device).reshape(-1, 1)
