@@ -38,9 +38,9 @@ lint: .venv/ready-dev
 	.venv/bin/python -m mypy
 
 .venv/bin/python:
-	@test -n "$(PYTHON)" || { echo "No Python found: install Python 3.11 or newer, or name one: make demo PYTHON=/path/to/python3.11"; exit 1; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "$(PYTHON) is older than Python 3.11: install 3.11 or newer, or name one: make demo PYTHON=/path/to/python3.11"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python found: install 3.11 or newer, or name one: make demo PYTHON=/path/to/python3.11"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "$(PYTHON) is no Python 3.11 or newer: install one, or name one: make demo PYTHON=/path/to/python3.11"; exit 1; }
 	"$(PYTHON)" -m venv .venv
 
 # torch first and alone: the next line then keeps the build that pip offers here, or the one already in .venv.
