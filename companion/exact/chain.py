@@ -3,14 +3,15 @@
 Steps are counted as in the papers, t = T … 1; a network's integer timestep is t - 1. Level 0 is clean data. Kernels are
 `p(x_{t-1} | x_t) = N(μ_t(x_t), s_t² I)` with `μ_t(x) = (x - β_t/√(1-ᾱ_t) ε(x, t)) / √(1-β_t)`.
 
-The expected reward `E_t(x_t) = ∫ p(x_0 | x_t) R_0(x_0) dx_0` is Doob's h-function of the chain: `E_t` is a martingale along
-it, and the chain conditioned (softly) on the reward has the kernels `p(x_{t-1} | x_t) E_{t-1}/E_t` (REG, Theorem 4.1).
+The expected reward `E_t(x_t) = ∫ p(x_0 | x_t) R_0(x_0) dx_0` is Doob's h-function of the chain: `E_t` is a martingale
+along it, and the chain conditioned (softly) on the reward has the kernels `p(x_{t-1} | x_t) E_{t-1}/E_t` (REG,
+Theorem 4.1).
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from companion.exact.densities import mass, normalise, spread
 from companion.exact.grids import Grid, evaluate, gradient, interpolate, log_blur
 from companion.exact.mixtures import GaussianMixture
-from companion.guidance.parametrization import convert_output
+from companion.guidance.parametrization import check_prediction_type, convert_output
 
 Prediction = Callable[[Float[Tensor, "batch dim"], int], Float[Tensor, "batch dim"]]
 """A noise prediction ε(x, t), t = 1 … T; samples are independent."""
@@ -82,11 +83,10 @@ def mixture_prediction(mixture: GaussianMixture, schedule: NoiseSchedule) -> Pre
 
 
 def denoiser_prediction(denoiser: nn.Module, schedule: NoiseSchedule, label: int | None = None) -> Prediction:
-    """The noise prediction of a model called like diffusers' `(x, timestep, class_labels)`, of any `prediction_type` (an
-    attribute of the model or its config; ε where there is none). The model gets x in its own dtype."""
-    kind = getattr(
-        denoiser, "prediction_type", getattr(getattr(denoiser, "config", None), "prediction_type", "epsilon")
-    )
+    """The noise prediction of a model called like diffusers' `(x, timestep, class_labels)`, of any `prediction_type`
+    (an attribute of the model or its config; ε where there is none). The model gets x in its own dtype."""
+    published = getattr(getattr(denoiser, "config", None), "prediction_type", "epsilon")
+    kind = check_prediction_type(getattr(denoiser, "prediction_type", published))
     dtype = next((p.dtype for p in denoiser.parameters()), torch.float64)
 
     def prediction(x: Float[Tensor, "batch dim"], t: int) -> Float[Tensor, "batch dim"]:
@@ -156,14 +156,14 @@ class DDPMChain:
         levels = [log_expected]
         for t in range(1, self.steps + 1):
             blurred = log_blur(grid, levels[-1], self.std(t), nodes=self._nodes(grid))
-            means = evaluate(grid, lambda x, t=t: self.mean(x, t))
+            means = evaluate(grid, partial(self.mean, t=t))
             levels.append(interpolate(grid, blurred, means.reshape(-1, grid.dimension)).reshape(grid.shape))
         return torch.stack(levels)
 
     def golden_direction(
         self, grid: Grid, log_expected: Float[Tensor, "steps+1 *grid"]
     ) -> Float[Tensor, "steps+1 *grid dim"]:
-        """`ε̄*_t - ε_t = -√(1-ᾱ_t) ∇ log E_t` on the grid (Theorem 4.1); zero at t = 0. The reward's weight is in it already."""
+        """`ε̄*_t - ε_t = -√(1-ᾱ_t) ∇ log E_t` on the grid (Theorem 4.1), the reward's weight in it."""
         return torch.stack(
             [-self.schedule.level(t)[1] * gradient(grid, values) for t, values in enumerate(log_expected)]
         )
@@ -207,8 +207,8 @@ class DDPMChain:
     def push(
         self, grid: Grid, density: Float[Tensor, "*grid"], t: int, *, negligible: float = 0.0
     ) -> Float[Tensor, "*grid"]:
-        """One kernel: the density of x_{t-1} from that of x_t. Where μ_t stretches the grid, more points are moved; those
-        whose mass is below a `negligible` share of the largest are not."""
+        """One kernel: the density of x_{t-1} from that of x_t. Where μ_t stretches the grid, more points are moved;
+        those whose mass is below a `negligible` share of the largest are not."""
         std = self.std(t)
         means = evaluate(grid, lambda x: self.mean(x, t))
         refine = _refinement(grid, density, means, std)
@@ -268,8 +268,8 @@ class DDPMChain:
         std, spacing = self.std(t), grid.spacing[0]
         if std < spacing:
             raise ValueError(
-                f"the kernel at t={t} (std {std:.2g}) is narrower than the grid's spacing {spacing:.2g}: take more points, "
-                f"a later t, or tilted_push_forward, which needs no table"
+                f"the kernel at t={t} (std {std:.2g}) is narrower than the grid's spacing {spacing:.2g}: "
+                f"take more points, a later t, or tilted_push_forward, which needs no table"
             )
         means = self.mean(grid.points, t)
         distance = (grid.points.T - means) / std
@@ -302,8 +302,9 @@ def check_finite(grid: Grid, log_reward: Float[Tensor, "*grid"]) -> None:
         where = [round(v, 4) for v in grid.points[bad][0].tolist()]
         value = log_reward.flatten()[bad][0].item()
         raise ValueError(
-            f"log_reward must be finite on the grid, but is {value} at {int(bad.sum())} of {bad.numel()} points, first at "
-            f"{where}: bound it (e.g. clamp the logarithm to [-700, 700]) or choose a grid on which it is finite"
+            f"log_reward must be finite on the grid, but is {value} at {int(bad.sum())} of {bad.numel()} points, "
+            f"first at {where}: bound it (e.g. clamp the logarithm to [-700, 700]) or choose"
+            f" a grid on which it is finite"
         )
 
 
@@ -315,11 +316,9 @@ def check_mass(grid: Grid, density: Float[Tensor, "*grid"], t: int, tolerance: f
     """
     held = mass(grid, density)
     if not abs(held - 1) <= tolerance:
-        centre = [0.5 * (low + high) for low, high in zip(grid.lows, grid.highs, strict=True)]
-        wider = [
-            (c - 0.75 * (h - l), c + 0.75 * (h - l)) for c, l, h in zip(centre, grid.lows, grid.highs, strict=True)
-        ]
-        advice = " x ".join(f"[{low:g}, {high:g}]" for low, high in wider)
+        # Half as long again, about the same centre.
+        ends = zip(grid.lows, grid.highs, strict=True)
+        advice = " x ".join(f"[{1.25 * a - 0.25 * b:g}, {1.25 * b - 0.25 * a:g}]" for a, b in ends)
         raise ValueError(
             f"the grid {grid.describe()} holds {held:.8g} of the mass at t={t}, more than {tolerance:g} from 1: "
             f"widen it (try {advice}), give it more points, or raise mass_tolerance"
@@ -347,7 +346,8 @@ class Accuracy:
         log_expected: largest difference of log E_t over all t and points.
         golden: RMS difference of the golden direction over all t and points, relative to its RMS.
         golden_per_step: the same for each t = 1 … T.
-        density: largest total variation between the densities pushed forward under the golden prediction; None if not asked.
+        density: largest total variation between the densities pushed forward under the golden prediction; None if not
+        asked.
     """
 
     grid: Grid
@@ -359,7 +359,8 @@ class Accuracy:
 
 
 def accuracy(chain: DDPMChain, grid: Grid, log_reward: LogReward, *, densities: bool = False) -> Accuracy:
-    """Grid halving: how far results move between half the points and all of them. The error of the full grid is smaller.
+    """Grid halving: how far results move between half the points and all of them. The error of the full grid is
+    smaller.
 
     Args:
         densities: also push the golden chain's densities forward on both grids.

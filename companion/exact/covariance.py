@@ -4,9 +4,10 @@ With posterior covariances `K = (α²/σ²) Cov[x_0|x]` of both branches, Gaussi
 
     Δ* = K_c [K_u + w (K_u - K_c)]⁻¹ Δ        exactly, in any dimension.
 
-Proof. log R_0 is quadratic with Hessian `-w (C_c⁻¹ - C_u⁻¹)`; at x̂_c its gradient is `w C_u⁻¹ (x̂_c - x̂_u)`, since x̂_u is where
-the unconditional posterior, hence `log p_u(x_0) + log p(x|x_0)`, is stationary. Averaging exp of a quadratic over N(x̂_c, C_c)
-turns a gradient g into `(I - C_c H)⁻ᵀ g`, that is `[C_u + w (C_u - C_c)]⁻¹ C_u` times it. REG keeps `K_c Δ`.
+Proof. log R_0 is quadratic with Hessian `-w (C_c⁻¹ - C_u⁻¹)`; at x̂_c its gradient is `w C_u⁻¹ (x̂_c - x̂_u)`, since
+x̂_u is where the unconditional posterior, hence `log p_u(x_0) + log p(x|x_0)`, is stationary. Averaging exp of a
+quadratic over N(x̂_c, C_c) turns a gradient g into `(I - H C_c)⁻¹ g`, that is `[C_u + w (C_u - C_c)]⁻¹ C_u` times it.
+REG keeps `K_c Δ`.
 """
 
 from typing import Literal, get_args

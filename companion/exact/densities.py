@@ -44,7 +44,7 @@ def moments(grid: Grid, density: Float[Tensor, "*grid"]) -> tuple[Float[Tensor, 
 
 
 def kl(grid: Grid, p: Float[Tensor, "*grid"], q: Float[Tensor, "*grid"]) -> float:
-    """`KL(p ‖ q)` in nats. Values below 1e-300 count as that, so a q that lacks p's mass gives a large number, not inf."""
+    """`KL(p ‖ q)` in nats. Values below 1e-300 count as that: where q lacks p's mass it is large, not inf."""
     p, q = p.clamp(min=1e-300), q.clamp(min=1e-300)
     return float((p * (p.log() - q.log())).sum()) * grid.cell
 
@@ -86,9 +86,10 @@ def spread(
 ) -> Float[Tensor, "*grid"]:
     """Density of point masses blurred by `N(0, std² I)`; what falls off the grid is lost.
 
-    Masses land with a Gaussian about one spacing wide, normalised on the grid, so none is created or lost. If the kernel is
-    wider, the rest of its variance follows as a blur on the grid. If it is narrower, Hermite terms take the surplus out again
-    (moments are right to the seventh order), which needs a density that is smooth on the grid's scale.
+    Masses land with a Gaussian about one spacing wide, normalised on the grid, so none is created or lost. If the
+    kernel is wider, the rest of its variance follows as a blur on the grid. If it is narrower, Hermite terms take the
+    surplus out again (moments are right to the seventh order), which needs a density that is smooth on the grid's
+    scale.
 
     Args:
         negligible: masses below this share of the largest are dropped.
@@ -170,7 +171,7 @@ def _kernel(
 
 
 def _convolve(lines: Float[Tensor, "... points"], std: float) -> Float[Tensor, "... points"]:
-    """Blur of masses along the last axis with a sampled Gaussian: positive weights, so small tails keep their digits."""
+    """Blur of masses along the last axis with a sampled Gaussian; positive weights keep the digits of small tails."""
     reach = math.ceil(8.5 * std)
     offsets = torch.arange(-reach, reach + 1, dtype=lines.dtype)
     weights = (-0.5 * (offsets / std) ** 2).exp()

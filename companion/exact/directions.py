@@ -1,11 +1,13 @@
 """Guidance directions: everyday, rectified, golden; how far they are apart, and what each approximation of REG costs.
 
-A `Direction` is a function of (x, t) like a prediction; guided predictions are `ε_c + w · direction` (`guided`). The golden
-shift `-√(1-ᾱ_t) ∇ log E_t` contains w already. Predictions are ε; the same functions serve exact scores and networks.
+A `Direction` is a function of (x, t) like a prediction; guided predictions are `ε_c + w · direction` (`guided`). The
+golden shift `-√(1-ᾱ_t) ∇ log E_t` contains w already. Predictions are ε; the same functions serve exact scores and
+networks.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -56,8 +58,12 @@ def interval(direction: Direction, first: int, last: int) -> Direction:
 
 def direction_field(grid: Grid, direction: Direction, steps: int) -> Field:
     """A direction on the whole grid for t = 0 … T."""
-    fields = [evaluate(grid, lambda x, t=t: direction(x, t)) for t in range(1, steps + 1)]
+    fields = [evaluate(grid, partial(_at, direction, t)) for t in range(1, steps + 1)]
     return torch.stack([torch.zeros_like(fields[0]), *fields])
+
+
+def _at(direction: Direction, t: int, x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
+    return direction(x, t)
 
 
 def direction_error(
@@ -70,7 +76,7 @@ def direction_error(
 def win_ratio(
     field: Field, other: Field, golden: Field, densities: Float[Tensor, "steps+1 *grid"] | None = None
 ) -> Float[Tensor, " steps"]:
-    """Share of the grid (or of the densities' mass) on which `field` is closer to golden than `other`, ties counted half."""
+    """Share of the grid (or of the densities' mass) where `field` is closer to golden than `other`; ties count half."""
     ours, theirs = (field - golden).norm(dim=-1), (other - golden).norm(dim=-1)
     return _average((ours < theirs).double() + 0.5 * (ours == theirs).double(), densities)
 

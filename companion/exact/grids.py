@@ -1,7 +1,8 @@
 """Functions on regular grids in 1D and 2D: interpolation, gradients and Gaussian smoothing in log space.
 
-The logarithm of an expected reward is smooth and nearly quadratic far out, so all of this is exact for quadratics, of sixth
-order in the spacing inside the grid, and continues a function off the grid by a parabola. Values have the grid's shape.
+The logarithm of an expected reward is smooth and nearly quadratic far out, so all of this is exact for quadratics, of
+sixth order in the spacing inside the grid, and continues a function off the grid by a parabola. Values have the
+grid's shape.
 """
 
 import math
@@ -63,7 +64,9 @@ class Grid:
 
     @property
     def spacing(self) -> tuple[float, ...]:
-        return tuple((h - l) / (n - 1) for l, h, n in zip(self.lows, self.highs, self.shape, strict=True))
+        return tuple(
+            (high - low) / (points - 1) for low, high, points in zip(self.lows, self.highs, self.shape, strict=True)
+        )
 
     @property
     def cell(self) -> float:
@@ -116,10 +119,9 @@ def gradient(grid: Grid, values: Float[Tensor, "*grid"]) -> Float[Tensor, "*grid
     for axis, spacing in enumerate(grid.spacing):
         padded = extend(values.movedim(axis, -1), 3)
         count = grid.shape[axis]
-        partial = sum(
-            weight * (padded[..., 3 + k : 3 + k + count] - padded[..., 3 - k : 3 - k + count])
-            for k, weight in ((1, 3 / 4), (2, -3 / 20), (3, 1 / 60))
-        )
+        partial = torch.zeros_like(padded[..., :count])
+        for k, weight in ((1, 3 / 4), (2, -3 / 20), (3, 1 / 60)):
+            partial += weight * (padded[..., 3 + k : 3 + k + count] - padded[..., 3 - k : 3 - k + count])
         partials.append((partial / spacing).movedim(-1, axis))
     return torch.stack(partials, dim=-1)
 
@@ -143,7 +145,8 @@ def interpolate(
     positions = (x - torch.tensor(grid.lows, dtype=x.dtype)) / torch.tensor(grid.spacing, dtype=x.dtype)
     if outside == "nearest":
         positions = torch.minimum(positions.clamp(min=0), count - 1)
-    over = float(torch.maximum(-positions, positions - (count - 1)).max()) if len(x) else 0.0
+    at = positions.detach()
+    over = float(torch.maximum(-at, at - (count - 1)).max()) if len(x) else 0.0
     pad = TAPS // 2 + min(max(math.ceil(over), 0), 4 * max(grid.shape))
     padded = values.reshape(*grid.shape, -1)
     for axis in range(grid.dimension):
@@ -175,8 +178,9 @@ def interpolate(
 def log_blur(grid: Grid, log_values: Float[Tensor, "*grid"], std: float, *, nodes: int = 16) -> Float[Tensor, "*grid"]:
     """`log (N(0, std² I) ⋆ exp log_values)` on the grid, one axis after the other.
 
-    Gauss-Hermite quadrature over the kernel, moved and scaled at every point to where the integrand is (so it is exact for
-    quadratics however steep), of interpolated log-values. Kernels narrower than the spacing are therefore no special case.
+    Gauss-Hermite quadrature over the kernel, moved and scaled at every point to where the integrand is (so it is
+    exact for quadratics however steep), of interpolated log-values. Kernels narrower than the spacing are therefore
+    no special case.
 
     Args:
         std: of the kernel, in the data's units; 0 returns the values.

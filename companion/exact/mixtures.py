@@ -1,7 +1,8 @@
 """Gaussian mixtures: data whose noisy densities, scores, denoisers and posterior covariances are closed forms.
 
-If `x_0 ~ Σ_k w_k N(m_k, C_k)` and `x = α x_0 + σ ε`, then `x ~ Σ_k w_k N(α m_k, α² C_k + σ² I)`. A covariance is kept as its
-eigendecomposition `C_k = U_k diag(λ_k) U_kᵀ`, so every level costs one product with the U_k and divisions. All in float64.
+If `x_0 ~ Σ_k w_k N(m_k, C_k)` and `x = α x_0 + σ ε`, then `x ~ Σ_k w_k N(α m_k, α² C_k + σ² I)`. A covariance is kept
+as its eigendecomposition `C_k = U_k diag(λ_k) U_kᵀ`, so every level costs one product with the U_k and divisions. All
+in float64.
 """
 
 from collections.abc import Callable, Sequence
@@ -150,7 +151,7 @@ class GaussianMixture:
         return ratio[..., None] ** 2 * self.posterior_covariance(x, alpha, sigma)
 
     def _project(self, x: Tensor, alpha: Level, sigma: Level) -> tuple[Tensor, Tensor]:
-        """x - α m_k along the axes of each component, and the variances there: (batch, components, dim), broadcastable."""
+        """x - α m_k along each component's axes, and the variances there: broadcast to (batch, components, dim)."""
         if x.ndim != 2 or x.shape[1] != self.dimension:
             raise ValueError(f"x must be (batch, {self.dimension}), got {tuple(x.shape)}")
         alpha_, sigma_ = _column(alpha, x)[..., None], _column(sigma, x)[..., None]
@@ -188,8 +189,9 @@ class MixtureDenoiser(nn.Module):
     """The ideal network for class-conditional mixture data, called like a diffusers model.
 
     `denoiser(x, timestep, class_labels)` as `DiTTransformer2DModel`, `denoiser(x, timestep, encoder_hidden_states)` as
-    `UNet2DConditionModel`, where the first entry of the first token is the label. x may have any shape after the batch: it is
-    flattened to the mixtures' dimension. Computed in float64, returned in x's dtype; differentiable in both modes.
+    `UNet2DConditionModel`, where the first entry of the first token is the label. x may have any shape after the
+    batch: it is flattened to the mixtures' dimension. Computed in float64, returned in x's dtype; differentiable in
+    both modes.
 
     Args:
         mixtures: the data of classes 0, 1, …
@@ -308,7 +310,7 @@ class MixtureDenoiser(nn.Module):
         return branches
 
     def _predict(self, mixture: GaussianMixture, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        # Noise and clean estimate come from their own closed forms: converting one into the other cancels digits at small sigma.
+        # Each from its own closed form: converting one into the other cancels digits at small sigma.
         match self.prediction_type:
             case "epsilon":
                 return mixture.noise(x, alpha, sigma)

@@ -1,4 +1,4 @@
-"""The REG paper's toy network and its training: an MLP of width 128 with three residual layers on sinusoidal features."""
+"""The REG paper's toy network and its training: an MLP of width 128, three residual layers, sinusoidal features."""
 
 import math
 from dataclasses import dataclass

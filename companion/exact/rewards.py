@@ -1,4 +1,5 @@
-"""Rewards whose expectation guidance should follow: `R_0(x_0, y)` and, for everyday guidance, the same ratio at level t.
+"""Rewards whose expectation guidance should follow: `R_0(x_0, y)` and, for everyday guidance, the same ratio at level
+t.
 
 The weight w is the paper's (0 is no guidance) and is part of the reward.
 """

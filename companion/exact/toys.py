@@ -157,7 +157,7 @@ def tree() -> Toy:
                     means.append(start + place * (end - start))
                     covariances.append((length / 5) ** 2 * torch.outer(along, along) + width**2 * torch.eye(2))
                     weights.append(0.5**depth)
-                grown += [(end, angle + turn, 0.66 * length, 0.66 * width) for turn in (-0.55, 0.65)]
+                grown += [(end, angle + turn, 0.66 * length, 0.8 * width) for turn in (-0.55, 0.65)]
             twigs = grown
         classes.append(GaussianMixture(weights, torch.stack(means).tolist(), torch.stack(covariances)))
     return Toy("tree", tuple(classes), mixture_of(classes))
