@@ -1,8 +1,8 @@
 """Rectified gradient guidance for diffusion models: the public API.
 
-    pipe = companion.load("mini-dit")
-    with companion.rectified_guidance(pipe):
-        images = pipe([3, 7], guidance_scale=4.0).images
+pipe = companion.load("mini-dit")
+with companion.rectified_guidance(pipe):
+    images = pipe([3, 7], guidance_scale=4.0).images
 """
 
 from companion.guidance.parametrization import (

@@ -134,8 +134,9 @@ def _diagonal(output: Tensor, leaf: Tensor, probes: int | None, generator: torch
     if generator is None:
         raise ValueError("probes need a generator: pass torch.Generator().manual_seed(...)")
     for _ in range(probes):
-        signs = torch.randint(0, 2, leaf.shape, generator=generator, device=generator.device)
-        vector = (2 * signs - 1).to(leaf)
+        # One probe for all samples: what a sample gets then does not depend on the batch it is in.
+        signs = torch.randint(0, 2, leaf.shape[1:], generator=generator, device=generator.device)
+        vector = (2 * signs - 1).to(leaf).expand_as(leaf)
         [row] = torch.autograd.grad(output, leaf, vector, retain_graph=True)
         diagonal += vector * row / probes
     return diagonal

@@ -31,7 +31,7 @@ def build_classifier() -> ResNetForImageClassification:
 
 def train_classifier(folder: Path, config: TrainingConfig | None = None) -> tuple[ResNetForImageClassification, dict]:
     """Train on fresh single-object scenes; half of them blurred and all of them noised a little, as a decoder might."""
-    config = config or TrainingConfig(steps=3000, batch_size=64, learning_rate=2e-3, weight_decay=1e-2, ema_decay=0.998)
+    config = config or TrainingConfig(steps=1300, batch_size=64, learning_rate=2e-3, weight_decay=1e-2, ema_decay=0.998)
     torch.manual_seed(config.seed)
     model = build_classifier()
 
@@ -59,7 +59,7 @@ class SceneClassifier(nn.Module):
         return self.network(images).logits
 
 
-def load_classifier(device: str | torch.device = "cpu") -> SceneClassifier:
-    """The shipped classifier, in eval mode, float32."""
-    network = ResNetForImageClassification.from_pretrained(WEIGHTS, dtype=torch.float32, local_files_only=True)
+def load_classifier(device: str | torch.device = "cpu", folder: Path = WEIGHTS) -> SceneClassifier:
+    """The shipped classifier (or one trained anew, in `folder`), in eval mode, float32."""
+    network = ResNetForImageClassification.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return SceneClassifier(network).eval().to(device)

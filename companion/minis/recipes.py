@@ -1,5 +1,7 @@
 """How each embedded model is built and trained. `python -m companion train NAME` runs one of these."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -7,10 +9,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from companion.minis.scenes import SHAPES, SIZE, labels, render, scene
+from companion.minis.scenes import COLOURS, SHAPES, SIZE, TEXTURES, Scene, labels, render, scene
 from companion.minis.training import TrainingConfig, train
 from companion.seeding import sample_seed
 
@@ -33,14 +35,16 @@ def build_autoencoder() -> AutoencoderKL:
 
 
 def edge_loss(predicted: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Tensor:
-    """Mean absolute error of the horizontal and vertical differences: asks for sharp edges where L1 alone would blur."""
+    """Mean absolute error of the horizontal and vertical differences:
+    asks for sharp edges where L1 alone would blur.
+    """
     error = predicted - target
     return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
 
 
 def train_autoencoder(folder: Path, config: TrainingConfig | None = None) -> tuple[AutoencoderKL, dict]:
     """Train the autoencoder on mixed scenes, a fresh batch of new scenes each step."""
-    config = config or TrainingConfig(steps=7000, batch_size=16, learning_rate=2e-3, warmup=100)
+    config = config or TrainingConfig(steps=4600, batch_size=16, learning_rate=2e-3, warmup=100)
     torch.manual_seed(config.seed)
     model = build_autoencoder()
 
@@ -63,7 +67,8 @@ def train_autoencoder(folder: Path, config: TrainingConfig | None = None) -> tup
 def standardise_latents(model: AutoencoderKL, images: Float[Tensor, "batch 3 height width"]) -> None:
     """Fold zero mean and unit variance of every latent channel into the 1x1 convolutions around the latents.
 
-    Pipelines know one scaling factor for all channels; a diffusion model wants all of them at the noise's scale. Pictures
+    Pipelines know one scaling factor for all channels; a diffusion model wants all of them at the noise's scale.
+    Pictures
     decoded from the means are unchanged.
     """
     latents = model.encode(images).latent_dist.mean
@@ -78,7 +83,13 @@ def standardise_latents(model: AutoencoderKL, images: Float[Tensor, "batch 3 hei
 
 
 NULL_CLASS = 1000  # hard-coded in DiTPipeline
-SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": False}
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "clip_sample": False,
+}
 
 
 def build_dit() -> DiTTransformer2DModel:
@@ -95,33 +106,104 @@ def build_dit() -> DiTTransformer2DModel:
     )
 
 
+class DiTWithReader(nn.Module):
+    """A DiT with a head that reads the scene's parameters off its middle tokens while it is trained.
+
+    Yu et al. (2025, REPA) speed a diffusion transformer's training up by aligning its middle tokens with a pretrained
+    encoder's;
+    here the truth about every picture is known, so it takes the encoder's place. The head is not shipped.
+    """
+
+    def __init__(self, transformer: DiTTransformer2DModel) -> None:
+        super().__init__()
+        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        self.transformer = transformer
+        self.reader = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, _PARAMETERS))
+
+    def forward(
+        self, noisy: Float[Tensor, "b c h w"], timestep: Int[Tensor, " b"], condition: Int[Tensor, " b"]
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b tokens parameters"]]:
+        kept: list[Tensor] = []
+        middle = self.transformer.transformer_blocks[len(self.transformer.transformer_blocks) // 2 - 1]
+        handle = middle.register_forward_hook(lambda _, __, tokens: kept.append(tokens))
+        try:
+            predicted = self.transformer(noisy, timestep=timestep, class_labels=condition).sample
+        finally:
+            handle.remove()
+        return predicted, self.reader(kept[0])
+
+
+_PARAMETERS = 4 + len(TEXTURES) + len(COLOURS) + len(SHAPES)
+
+
+def scene_parameters(scenes: Sequence[Scene]) -> Float[Tensor, "batch parameters"]:
+    """Of each first object: centre (in half widths, from the middle), radius and rotation scaled to order 1; texture,
+    colour and shape as indicators.
+    """
+    rows = []
+    for item in (s.objects[0] for s in scenes):
+        place = [coordinate / (SIZE / 2) - 1 for coordinate in item.centre]
+        one_of = [
+            float(name == chosen)
+            for names, chosen in ((TEXTURES, item.texture), (tuple(COLOURS), item.colour), (SHAPES, item.shape))
+            for name in names
+        ]
+        rows.append([*place, item.radius / 16, item.rotation * 2, *one_of])
+    return torch.tensor(rows)
+
+
+def reading_loss(
+    read: Float[Tensor, "b tokens parameters"], truth: Float[Tensor, "b parameters"]
+) -> Float[Tensor, " b"]:
+    """Squared error of every token's reading; each token is to say where the centre lies seen from itself."""
+    side = math.isqrt(read.shape[1])
+    line = (torch.arange(side) + 0.5) / side * 2 - 1
+    tokens = torch.stack([line.repeat(side), line.repeat_interleave(side)], dim=1)
+    place = truth[:, None, :2] - tokens
+    wanted = torch.cat([place, truth[:, None, 2:].expand(-1, len(tokens), -1)], dim=2)
+    return (read.float() - wanted).square().mean(dim=(1, 2))
+
+
 @torch.no_grad()
 def encode_scenes(
     autoencoder: AutoencoderKL, count: int, file: Path, *, objects: int | None, batch_size: int = 128
-) -> tuple[Float[Tensor, "count channels height width"], Int[Tensor, " count"]]:
-    """Latents (posterior means, not scaled, float16) and labels of the first training scenes, kept in `file` between runs."""
+) -> dict[str, Tensor]:
+    """The first training scenes as their models need them, kept in `file` between runs.
+
+    Returns:
+        `latents` (count, channels, height, width): posterior means, not scaled, float16; `labels` (count); `parameters`
+        (count, parameters), see `scene_parameters`.
+    """
     if not file.exists():
-        means, classes = [], []
+        parts: dict[str, list[Tensor]] = {"latents": [], "labels": [], "parameters": []}
         for first in tqdm(range(0, count, batch_size), desc="encoding", mininterval=5):
             scenes = [scene(TRAINING_SEED, i, objects) for i in range(first, min(count, first + batch_size))]
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                means.append(autoencoder.encode(render(scenes)).latent_dist.mean.half())
-            classes.append(labels(scenes))
+                parts["latents"].append(autoencoder.encode(render(scenes)).latent_dist.mean.half())
+            parts["labels"].append(labels(scenes))
+            parts["parameters"].append(scene_parameters(scenes))
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"latents": torch.cat(means), "labels": torch.cat(classes)}, file)
-    stored = load_file(file)
-    return stored["latents"], stored["labels"]
+        save_file({name: torch.cat(tensors) for name, tensors in parts.items()}, file)
+    return load_file(file)
 
 
 def train_dit(
     folder: Path, autoencoder: AutoencoderKL, config: TrainingConfig | None = None, *, scenes: int = 80_000
 ) -> tuple[DiTPipeline, dict]:
-    """Train mini-dit on latents of single-object scenes; the loss is ε's squared error under min-SNR-5 weights (Hang et al. 2023)."""
-    config = config or TrainingConfig(steps=20_000, batch_size=64, learning_rate=2e-3, ema_decay=0.9995, optimiser="muon")
-    latents, classes = encode_scenes(autoencoder, scenes, folder / "latents.safetensors", objects=1)
+    """Train mini-dit on latents of single-object scenes.
+
+    The loss is ε's squared error under min-SNR-5 weights (Hang et al. 2023), plus the reading of the scene's
+    parameters off the
+    middle tokens where the noise leaves them legible.
+    """
+    config = config or TrainingConfig(
+        steps=12_500, batch_size=64, learning_rate=2e-3, ema_decay=0.9995, optimiser="muon"
+    )
+    data = encode_scenes(autoencoder, scenes, folder / "latents.safetensors", objects=1)
+    latents, classes = data["latents"], data["labels"]
     kept = DDPMScheduler(**SCHEDULE).alphas_cumprod
     torch.manual_seed(config.seed)
-    model = build_dit()
+    model = DiTWithReader(build_dit())
     for module in model.modules():
         if hasattr(module, "dropout_prob"):
             module.dropout_prob = 0.0  # each block would drop the label on its own; conditions are dropped whole below
@@ -136,11 +218,13 @@ def train_dit(
         condition = classes[chosen].masked_fill(dropped, NULL_CLASS)
         level = kept[timestep].view(-1, 1, 1, 1)
         noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
-        predicted = model(noisy, timestep=timestep, class_labels=condition).sample.float()
+        predicted, read = model(noisy, timestep, condition)
         ratio = level / (1 - level)
-        return (ratio.clamp(max=5) / ratio * (predicted - noise) ** 2).mean()
+        denoising = ratio.clamp(max=5) / ratio * (predicted.float() - noise) ** 2
+        legible = (ratio / (ratio + 0.02)).flatten()
+        return denoising.mean() + 0.25 * (legible * reading_loss(read, data["parameters"][chosen])).mean()
 
     record = train(model, loss, config, folder)
     autoencoder.register_to_config(scaling_factor=1.0)  # its latents have unit variance already
     scheduler = DDIMScheduler(**SCHEDULE, set_alpha_to_one=False)
-    return DiTPipeline(model, autoencoder, scheduler, id2label=dict(enumerate(SHAPES))), record
+    return DiTPipeline(model.transformer, autoencoder, scheduler, id2label=dict(enumerate(SHAPES))), record

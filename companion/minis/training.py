@@ -1,14 +1,15 @@
 """A training loop that survives a kill: every embedded model is trained by it.
 
 All that a step depends on (weights, optimiser, averaged weights, step count, seed) is in one checkpoint file, replaced
-atomically; data are drawn by step number, never from a stream, so a resumed run sees the batches an uninterrupted one would.
+atomically; data are drawn by step number, never from a stream, so a resumed run sees the batches an uninterrupted one
+would.
 """
 
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,7 +29,8 @@ class TrainingConfig:
         steps: optimiser steps in all, at least 1.
         batch_size: samples a step, at least 1.
         learning_rate: peak; warmed up linearly over `warmup` steps, then decayed to zero along a half cosine.
-        optimiser: `adamw`, or `muon` for the matrices inside a network's blocks (Jordan et al. 2024, at AdamW's step size: Liu et al.
+        optimiser: `adamw`, or `muon` for the matrices inside a network's blocks (Jordan et al. 2024, at AdamW's step
+            size: Liu et al.
             2025) with AdamW for everything else.
         ema_decay: of the averaged weights, in [0, 1); the averaged weights are what is shipped.
         seed: of the weights' initialisation and of the data.
@@ -68,10 +70,11 @@ def train(
     *,
     until: Callable[[], bool] = lambda: False,
 ) -> dict:
-    """Train `model` in place and leave the averaged weights in it; continue where a killed run of the same settings stopped.
+    """Train `model` in place, leave the averaged weights in it; continue where a killed run of these settings stopped.
 
     Args:
-        model: whatever `loss` computes with; its parameters are optimised with AdamW under bfloat16 autocast on the CPU.
+        model: whatever `loss` computes with; its parameters are optimised with AdamW under bfloat16 autocast on the
+            CPU.
         loss: maps the step number to a scalar; must draw all its randomness from that number.
         config: training settings.
         folder: receives `checkpoint.pt` and `log.jsonl`.
@@ -116,7 +119,10 @@ def train(
         torch.save(state, temporary)
         os.replace(temporary, path)
 
-    with tqdm(total=config.steps, initial=first, desc=folder.name, mininterval=5) as bar, (folder / "log.jsonl").open("a") as log:
+    with (
+        tqdm(total=config.steps, initial=first, desc=folder.name, mininterval=5) as bar,
+        (folder / "log.jsonl").open("a") as log,
+    ):
         for step in range(first, config.steps):
             for group in (group for optimiser in optimisers for group in optimiser.param_groups):
                 group["lr"] = config.rate(step)
@@ -134,7 +140,12 @@ def train(
             if step % 100 == 0:
                 mean = sum(recent) / len(recent)
                 bar.set_postfix(loss=f"{mean:.4f}")
-                log.write(json.dumps({"step": step, "loss": round(mean, 6), "seconds": round(spent + time.monotonic() - started)}) + "\n")
+                log.write(
+                    json.dumps(
+                        {"step": step, "loss": round(mean, 6), "seconds": round(spent + time.monotonic() - started)}
+                    )
+                    + "\n"
+                )
                 log.flush()
                 recent.clear()
             stop = until()
@@ -145,7 +156,12 @@ def train(
                 break
     average.copy_to(model.parameters())
     model.eval()
-    return {"steps": step, "seconds": round(spent + time.monotonic() - started), "settings": settings, **machine(device)}
+    return {
+        "steps": step,
+        "seconds": round(spent + time.monotonic() - started),
+        "settings": settings,
+        **machine(device),
+    }
 
 
 def _optimisers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
@@ -169,5 +185,3 @@ def machine(device: torch.device) -> dict[str, str | int]:
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {"device": name, "torch": torch.__version__, "diffusers": diffusers.__version__}
-
-

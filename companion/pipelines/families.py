@@ -1,4 +1,6 @@
-"""What must be known of a pipeline class to rectify its guidance: where its denoiser is and how it stacks its branches."""
+"""What must be known of a pipeline class to rectify its guidance:
+where its denoiser is and how it stacks its branches.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +26,8 @@ class Family:
     """Pipelines that call their denoiser in one way.
 
     Args:
-        pipeline: name of diffusers' class (importing them all takes seconds); subclasses that inherit its `__call__` belong too.
+        pipeline: name of diffusers' class (importing them all takes seconds); subclasses that inherit its `__call__`
+            belong too.
         component: name of the denoiser among the pipeline's components.
         sample: name of the denoiser's first parameter.
         reference_first: whether the stacked batch is [reference, conditional].
@@ -90,5 +93,9 @@ def family_of(pipe: DiffusionPipeline) -> Family:
             if base.__name__ == family.pipeline and base.__module__.startswith("diffusers."):
                 if type(pipe).__call__ is base.__call__:
                     return family
-                raise ValueError(f"{type(pipe).__name__} changes the __call__ of {family.pipeline}; only the original is supported")
-    raise ValueError(f"{type(pipe).__name__} is not supported; rectified guidance knows {', '.join(SUPPORTED_PIPELINES)}")
+                raise ValueError(
+                    f"{type(pipe).__name__} changes the __call__ of {family.pipeline}; only the original is supported"
+                )
+    raise ValueError(
+        f"{type(pipe).__name__} is not supported; rectified guidance knows {', '.join(SUPPORTED_PIPELINES)}"
+    )

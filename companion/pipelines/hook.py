@@ -1,8 +1,10 @@
 """Rectified guidance in an unmodified diffusers pipeline, through a hook on its denoiser.
 
-A classic pipeline evaluates its denoiser on the stacked batch [reference, conditional] and combines `u + s (c - u)` itself. The
+A classic pipeline evaluates its denoiser on the stacked batch [reference, conditional] and combines `u + s (c - u)`
+itself. The
 hook (diffusers' own `ModelHook`, the mechanism behind `apply_faster_cache`) hands back `[c - r, c]` with
-`r = product(K, c - u) · w(t)`, so that the pipeline's unchanged arithmetic gives `c + (s - 1) r`: rectified guidance at whatever
+`r = product(K, c - u) · w(t)`, so that the pipeline's unchanged arithmetic gives `c + (s - 1) r`: rectified guidance
+at whatever
 scale, rescaling and scheduler the pipeline was called with. Taking the hook off leaves no trace.
 """
 
@@ -21,7 +23,7 @@ from companion.guidance.rectification import Product, check_product, rectify
 from companion.guidance.weights import ConstantWeight, GuidanceWeight
 from companion.pipelines.families import Family, family_of
 from companion.pipelines.levels import NoiseLevel, check_scheduler, noise_level
-from companion.seeding import sample_generators
+from companion.seeding import sample_generators, sample_seed
 
 _HOOK = "companion_rectified_guidance"
 _DIFFERENTIATED = ("ones", "diagonal", "vjp")
@@ -32,18 +34,22 @@ class RectifiedGuidanceConfig:
     """How a pipeline's guidance is rectified.
 
     Args:
-        product: which product of K with the guidance direction (see `companion.guidance.rectification`). `none` leaves the
+        product: which product of K with the guidance direction (see `companion.guidance.rectification`). `none`
+            leaves the
             direction as it is: everyday guidance, with `weight` over time if one is given.
-        weight: weight over time in units of the pipeline's own `guidance_scale - 1`, called with the progress (0 to 1) and the
+        weight: weight over time in units of the pipeline's own `guidance_scale - 1`, called with the progress (0 to
+            1) and the
             timestep the network sees; a number is a constant; None is 1 throughout. Where it is 0, the reference branch
             and the rectification are not evaluated.
-        probes: for `diagonal`: Rademacher probes of Hutchinson's estimate a step; None computes the diagonal exactly, one
+        probes: for `diagonal`: Rademacher probes of Hutchinson's estimate a step; None computes the diagonal exactly,
+            one
             backward pass per latent dimension.
         seed: of the probes, a non-negative integer.
         relative_step: for `finite_difference`: step as a fraction of the input's norm; None follows the dtype.
 
     Raises:
-        ValueError: an unknown product, a weight that is neither a function nor a finite number, fewer than 1 probe, a step that is not positive.
+        ValueError: an unknown product, a weight that is neither a function nor a finite number, fewer than 1 probe, a
+        step that is not positive.
     """
 
     product: Product = "finite_difference"
@@ -62,7 +68,7 @@ class RectifiedGuidanceConfig:
             raise ValueError(f"probes must be at least 1, or None for the exact diagonal, got {self.probes}")
         if self.relative_step is not None and not self.relative_step > 0:
             raise ValueError(f"relative_step must be positive, got {self.relative_step}")
-        sample_generators(self.seed, [])
+        sample_seed(self.seed, 0)
 
     def weight_at(self, progress: float, level: float) -> float:
         """The weight of one step, in units of the pipeline's own."""
@@ -93,7 +99,9 @@ class GuidanceStep:
     direction: Float[Tensor, "batch ..."] | None
 
     def clean(self, guidance_scale: float) -> Float[Tensor, "batch ..."]:
-        """The guided estimate x̂_0 at the pipeline's `guidance_scale`: what the picture would be if sampling ended here."""
+        """The guided estimate x̂_0 at the pipeline's `guidance_scale`:
+        what the picture would be if sampling ended here.
+        """
         guided = self.prediction
         if self.direction is not None:
             guided = guided + (guidance_scale - 1) * self.direction
@@ -106,7 +114,9 @@ OnStep = Callable[[GuidanceStep], None]
 class RectifiedGuidanceHook(ModelHook):
     """The hook itself; `apply_rectified_guidance` puts it on a pipeline's denoiser."""
 
-    def __init__(self, pipe: DiffusionPipeline, family: Family, config: RectifiedGuidanceConfig, on_step: OnStep | None) -> None:
+    def __init__(
+        self, pipe: DiffusionPipeline, family: Family, config: RectifiedGuidanceConfig, on_step: OnStep | None
+    ) -> None:
         super().__init__()
         self.pipe, self.family, self.config, self.on_step = pipe, family, config, on_step
         self._index = -1
@@ -126,9 +136,7 @@ class RectifiedGuidanceHook(ModelHook):
         if self.on_step is not None:
             sample = call.sample[self._conditional(len(call.sample)) if direction is not None else slice(None)]
             channels = prediction.shape[1]
-            self.on_step(
-                GuidanceStep(index, total, timestep, level, sample[:, :channels], prediction, direction)
-            )
+            self.on_step(GuidanceStep(index, total, timestep, level, sample[:, :channels], prediction, direction))
         return output
 
     def _guided(
@@ -144,12 +152,16 @@ class RectifiedGuidanceHook(ModelHook):
         if weight == 0:
             output = on_branch(conditional)
             prediction = self._prediction(output)
-            return _map_output(output, lambda whole: torch.cat([whole, whole])), prediction, torch.zeros_like(prediction)
+            return (
+                _map_output(output, lambda whole: torch.cat([whole, whole])),
+                prediction,
+                torch.zeros_like(prediction),
+            )
 
         product = self.config.product
-        known: Tensor | None = None
-        if product in _DIFFERENTIATED:  # only the conditional branch needs a graph
-            output = _join(on_branch(reference), None, self.family.reference_first)
+        z = stacked[conditional]
+        if product in _DIFFERENTIATED:  # each branch on its own: only the conditional one needs a graph
+            output, known = on_branch(reference), None
             u = self._prediction(output)
         else:
             output = forward(*args, **kwargs)
@@ -157,16 +169,15 @@ class RectifiedGuidanceHook(ModelHook):
             u, known = both[reference], both[conditional]
             if product == "none" and weight == 1:
                 return output, known, known - u
-        z = stacked[conditional]
         channels = u.shape[1]
-        extra: dict[str, Any] = {}
+        last = output
 
         def denoise(latents: Tensor) -> Tensor:
+            nonlocal last
             inputs = latents if z.shape[1] == channels else torch.cat([latents, z[:, channels:]], dim=1)
             own = self.family.with_sample(_take(args, conditional, rows), _take(kwargs, conditional, rows), inputs)
-            result = forward(*own[0], **own[1])
-            extra.setdefault("output", result)
-            return self._prediction(result)
+            last = forward(*own[0], **own[1])
+            return self._prediction(last)
 
         generator = None
         if product == "diagonal" and self.config.probes is not None:
@@ -184,7 +195,9 @@ class RectifiedGuidanceHook(ModelHook):
         )
         direction = weight * direction
         if product in _DIFFERENTIATED:
-            output = _join(output, _map_output(extra["output"], Tensor.detach), self.family.reference_first)
+            parts = [_first(output), _first(last).detach()]
+            stack = torch.cat(parts if self.family.reference_first else parts[::-1])
+            output = _map_output(output, lambda _: stack)
 
         def moved(whole: Tensor) -> Tensor:
             whole = whole.clone()
@@ -203,14 +216,18 @@ class RectifiedGuidanceHook(ModelHook):
         return _first(output)[:, : self.family.channels(self.pipe)]
 
     def _locate(self, timestep: float | Tensor) -> tuple[int, int]:
-        """Number of this call in the schedule, and the schedule's length; finds its place again after an aborted run."""
+        """Number of this call in the schedule, and the schedule's length;
+        finds its place again after an aborted run.
+        """
         steps = self.pipe.scheduler.timesteps
         value = torch.as_tensor(timestep).flatten()[0].to(steps)
         self._index += 1
         if self._index >= len(steps) or steps[self._index] != value:
             found = (steps == value).nonzero()
             if len(found) == 0:
-                raise ValueError(f"timestep {float(value):g} is not in the schedule of {type(self.pipe.scheduler).__name__}")
+                raise ValueError(
+                    f"timestep {float(value):g} is not in the schedule of {type(self.pipe.scheduler).__name__}"
+                )
             self._index = int(found[0])
         return self._index, len(steps)
 
@@ -237,20 +254,13 @@ def _map_output(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return replace(output, sample=change(output.sample))
 
 
-def _join(reference: Any, conditional: Any | None, reference_first: bool) -> Any:
-    """One stacked output of two branches evaluated apart; with one of them, that one."""
-    if conditional is None:
-        return reference
-    parts = [_first(reference), _first(conditional)]
-    return _map_output(reference, lambda _: torch.cat(parts if reference_first else parts[::-1]))
-
-
 def apply_rectified_guidance(
     pipe: DiffusionPipeline, config: RectifiedGuidanceConfig | None = None, *, on_step: OnStep | None = None
 ) -> None:
     """Rectify every guided call of the pipeline until `remove_rectified_guidance`.
 
-    Call the pipeline as before; `guidance_scale` keeps its meaning (diffusers' s = 1 + w), and calls without guidance pass through.
+    Call the pipeline as before; `guidance_scale` keeps its meaning (diffusers' s = 1 + w), and calls without guidance
+    pass through.
 
     Args:
         pipe: a diffusers pipeline of a supported family, its denoiser in eval mode.
@@ -258,13 +268,17 @@ def apply_rectified_guidance(
         on_step: called after every denoiser call, e.g. for progress and previews; an exception in it ends the sampling.
 
     Raises:
-        ValueError: the pipeline's class or scheduler is not supported, its denoiser is in training mode, or the hook is on already.
+        ValueError: the pipeline's class or scheduler is not supported, its denoiser is in training mode, or the hook
+        is on already.
     """
     family = family_of(pipe)
     check_scheduler(pipe.scheduler)
     denoiser = family.denoiser(pipe)
     if denoiser.training:
-        raise ValueError(f"the pipeline's {family.component} is in training mode, where it drops conditions at random; call .eval() on it")
+        raise ValueError(
+            f"the pipeline's {family.component} is in training mode, where it drops conditions at random; "
+            "call .eval() on it"
+        )
     registry = HookRegistry.check_if_exists_or_initialize(denoiser)
     if registry.get_hook(_HOOK) is not None:
         raise ValueError("rectified guidance is on already; call remove_rectified_guidance(pipe) first")
@@ -284,7 +298,7 @@ def remove_rectified_guidance(pipe: DiffusionPipeline) -> None:
 def rectified_guidance(
     pipe: DiffusionPipeline, config: RectifiedGuidanceConfig | None = None, *, on_step: OnStep | None = None
 ) -> Iterator[DiffusionPipeline]:
-    """`with rectified_guidance(pipe): images = pipe(...).images`; the hook is off again afterwards, also after an exception.
+    """`with rectified_guidance(pipe): images = pipe(...).images`; the hook is off afterwards, also after an exception.
 
     Arguments and errors are those of `apply_rectified_guidance`.
     """

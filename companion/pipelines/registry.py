@@ -14,11 +14,14 @@ def model_names() -> tuple[str, ...]:
     return tuple(sorted(folder.parent.name for folder in WEIGHTS.glob("*/model_index.json")))
 
 
-def load(name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> DiffusionPipeline:
+def load(
+    name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> DiffusionPipeline:
     """A diffusers pipeline, ready to call.
 
     Args:
-        name: an embedded model (`model_names()`), a local folder with a `model_index.json`, or a hub name "owner/model".
+        name: an embedded model (`model_names()`), a local folder with a `model_index.json`, or a hub name
+            "owner/model".
         device: where to put it.
         dtype: of its weights; None is float32.
 
@@ -83,5 +86,7 @@ def _checked_device(device: str | torch.device) -> torch.device:
         target = torch.device(device)
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {str(device)!r} is not available here; use \"cpu\" or one that torch can see") from error
+        raise ValueError(
+            f'device {str(device)!r} is not available here; use "cpu" or one that torch can see'
+        ) from error
     return target

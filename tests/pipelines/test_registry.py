@@ -48,7 +48,9 @@ def test_a_folder_that_is_no_pipeline(tmp_path):
     assert "cannot be loaded as a diffusers pipeline" in refused(tmp_path)
     (tmp_path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
     assert "cannot be loaded as a diffusers pipeline" in refused(tmp_path)
-    (tmp_path / "model_index.json").write_text('{"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"]}')
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"]}'
+    )
     assert "cannot be loaded as a diffusers pipeline" in refused(tmp_path)
 
 

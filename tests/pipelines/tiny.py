@@ -64,14 +64,14 @@ def tiny_sd(scheduler: SchedulerMixin | None = None, dtype: torch.dtype = torch.
             attention_head_dim=4,
             sample_size=8,
         ),
-        0.1,
+        0.2,
     )
     pipe = StableDiffusionPipeline(
         vae=tiny_autoencoder(),
         text_encoder=None,
         tokenizer=None,
         unet=unet,
-        scheduler=scheduler or DDIMScheduler(clip_sample=False),
+        scheduler=scheduler or DDIMScheduler(clip_sample=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -84,4 +84,5 @@ def prompts(batch: int = 2, dtype: torch.dtype = torch.float64) -> dict[str, tor
     """Embeddings in the place of prompts."""
     generator = torch.Generator().manual_seed(1)
     words = torch.randn(2, batch, 5, 12, generator=generator, dtype=torch.float64).to(dtype)
+    words = 4 * words
     return {"prompt_embeds": words[0], "negative_prompt_embeds": words[1]}

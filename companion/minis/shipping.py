@@ -1,0 +1,45 @@
+"""How a trained model goes into the package: half-precision safetensors in diffusers' folder format,
+and a model card.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+class Saveable(Protocol):
+    """A pipeline or model of diffusers or transformers."""
+
+    def to(self, dtype: torch.dtype) -> Any: ...
+
+    def save_pretrained(self, folder: Path) -> Any: ...
+
+
+def ship(
+    model: Saveable, name: str, text: str, record: Mapping[str, Any], figures: Mapping[str, Any], folder: Path = WEIGHTS
+) -> Path:
+    """Write `folder/name` with the weights in float16 and a README.md; returns that folder.
+
+    Args:
+        model: converted to float16 in place.
+        name: of the model and its folder.
+        text: what the model is, how to load it.
+        record: recipe, seed, hardware, time (from `companion.minis.training.train`).
+        figures: what was measured with it, each with its unit or number of samples in its key.
+    """
+    target = folder / name
+    model.to(torch.float16).save_pretrained(target)
+    weights = sum(file.stat().st_size for file in target.rglob("*.safetensors"))
+    figures = {**figures, "size of the weights": f"{weights / 1e6:.1f} MB, float16"}
+    rows = "\n".join(f"| {key} | {value} |" for key, value in figures.items())
+    recipe = json.dumps(dict(record), indent=2)
+    (target / "README.md").write_text(
+        f"# {name}\n\n{text.strip()}\n\n## Figures\n\n| what | measured |\n|---|---|\n{rows}\n\n"
+        f"## How it was trained\n\n```json\n{recipe}\n```\n\nLicence: MIT, like the package.\n"
+    )
+    return target

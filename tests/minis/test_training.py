@@ -1,0 +1,77 @@
+"""The training loop: interrupted or not, it ends with the same weights."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from companion.minis.training import TrainingConfig, train
+
+CONFIG = TrainingConfig(steps=12, batch_size=8, learning_rate=0.05, warmup=3, ema_decay=0.9)
+
+
+class Regression(nn.Module):
+    """A linear map in a "block", so that both optimisers have work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.Linear(4, 4)
+
+    def loss(self, step: int) -> torch.Tensor:
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+        return ((self.blocks(x) - 2 * x - 1).float() ** 2).mean()
+
+
+def fit(folder: Path, config: TrainingConfig = CONFIG, stop_after: int | None = None) -> tuple[Regression, dict]:
+    model, calls = Regression(), [0]
+
+    def until() -> bool:
+        calls[0] += 1
+        return calls[0] == stop_after
+
+    return model, train(model, model.loss, config, folder, until=until)
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+@pytest.mark.parametrize("stop_after", [1, 7])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, optimiser, stop_after):
+    config = replace(CONFIG, optimiser=optimiser)
+    whole, record = fit(tmp_path / "whole", config)
+    _, first = fit(tmp_path / "cut", config, stop_after)
+    resumed, second = fit(tmp_path / "cut", config)
+    assert (record["steps"], first["steps"], second["steps"]) == (12, stop_after, 12)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_it_learns_and_logs(tmp_path):
+    model, record = fit(tmp_path, replace(CONFIG, steps=200, learning_rate=0.1))
+    assert torch.allclose(model.blocks.weight, 2 * torch.eye(4), atol=0.05)
+    assert torch.allclose(model.blocks.bias, torch.ones(4), atol=0.05)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [100, 200] and lines[1]["loss"] < lines[0]["loss"]
+    assert record["settings"]["steps"] == 200 and not model.training
+
+
+def test_a_folder_with_another_run_is_refused(tmp_path):
+    fit(tmp_path)
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        fit(tmp_path, replace(CONFIG, learning_rate=0.1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),
+        ({"optimiser": "sgd"}, "optimiser must be adamw or muon, got 'sgd'"),
+    ],
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **options)
