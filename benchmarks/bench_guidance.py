@@ -1,7 +1,7 @@
-"""What rectification costs in a pipeline: time and peak memory of every product beside plain guidance, one run, one machine.
+"""What rectification costs in a pipeline: time and peak memory of every product beside plain guidance.
 
-The products take turns within each round, so a machine that is busy for a while slows them all; the table gives medians over
-the rounds and ratios to plain guidance of the same round.
+The products take turns within each round, so a machine that is busy for a while slows them all; the table gives medians
+over the rounds, and of ratios to plain guidance in the same round.
 """
 
 import statistics
@@ -33,9 +33,8 @@ def main() -> None:
     for product in SIDES:
         draw(product, steps=2)  # pages and kernels warm
     rounds = [{product: draw(product) for product in SIDES} for _ in range(ROUNDS)]
-    print(
-        f"mini-dit, {IMAGES} images, {STEPS} DDIM steps, weights {weights / 2**20:.0f} MiB; medians of {ROUNDS} rounds.\n"
-    )
+    print(f"mini-dit, {weights / 2**20:.0f} MiB of weights, {IMAGES} images, {STEPS} DDIM steps;")
+    print(f"medians of {ROUNDS} rounds.\n")
     print("| product | seconds | time / CFG | peak above weights, MiB | peak with weights / CFG |")
     print("|---|---|---|---|---|")
     for product in SIDES:
