@@ -1,0 +1,95 @@
+"""The demo: pictures without and with REG from the same noise, in the browser; `--help` lists the options.
+
+Importing torch and diffusers takes seconds, so what can be refused without them is refused before.
+"""
+
+import argparse
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import NoReturn
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+HOST = "127.0.0.1"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"demo.py: {message}\n")
+
+
+def _arguments(argv: list[str] | None) -> tuple[_Parser, argparse.Namespace]:
+    parser = _Parser(prog="demo.py", description="Pictures without and with rectified gradient guidance, side by side.")
+    parser.add_argument(
+        "--model", help='an embedded model, a local folder in diffusers\' format, or a hub name "owner/model"'
+    )
+    parser.add_argument("--device", default="cpu", help='where the model runs: "cpu" (default), "cuda", ...')
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16", "float64"),
+        help="of the model's weights (default: float32)",
+    )
+    parser.add_argument("--port", type=int, default=7860, help="default: 7860")
+    parser.add_argument("--share", action="store_true", help="also make a public link, through Gradio's service")
+    chosen = parser.parse_args(argv)
+    folder = Path(chosen.model or ".")
+    if chosen.model is not None and folder.is_dir() and not (folder / "model_index.json").is_file():
+        parser.error(f"folder {chosen.model!r} holds no diffusers pipeline: it has no model_index.json")
+    if not 1 <= chosen.port <= 65535:
+        parser.error(f"--port must be from 1 to 65535, got {chosen.port}")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, chosen.port))
+        except OSError as error:
+            parser.error(
+                f"port {chosen.port} cannot be used ({os.strerror(error.errno or 0)}); choose another with --port"
+            )
+    return parser, chosen
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Serve the demo until it is interrupted; ends with status 2 and one sentence where an argument is wrong."""
+    parser, chosen = _arguments(argv)
+    print("Loading …", flush=True)
+    import torch
+    from diffusers.utils.logging import disable_progress_bar
+
+    import companion
+
+    disable_progress_bar()
+    name = chosen.model or next(iter(companion.model_names()), None)
+    if name is None:
+        parser.error("this copy of the package has no embedded model; name one with --model")
+    try:
+        pipe = companion.load(name, device=chosen.device, dtype=getattr(torch, chosen.dtype))
+    except ValueError as error:
+        parser.error(str(error))
+
+    from companion.page import Models, build_page, serve
+
+    try:
+        models = Models(name, pipe, device=chosen.device, dtype=pipe.dtype, local_only=chosen.share)
+        page = build_page(models)
+        server = serve(page, host=HOST, port=chosen.port, share=chosen.share)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(f"Open {server.local_url} (Ctrl-C ends it)", flush=True)
+    if server.share_url:
+        print(f"Public for a week: {server.share_url}", flush=True)
+    try:
+        signal.pause()
+    except KeyboardInterrupt:
+        page.close(verbose=False)
+
+
+if __name__ == "__main__":
+    main()
