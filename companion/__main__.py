@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DiTPipeline
+from transformers import ResNetForImageClassification
 
 from companion.evaluation.recognition import draw_classes, recognised
 from companion.minis import classifier, recipes
@@ -68,7 +69,7 @@ def ship_autoencoder(autoencoder: AutoencoderKL, record: dict, out: Path) -> Pat
 
 
 @torch.no_grad()
-def ship_classifier(network: torch.nn.Module, record: dict, out: Path) -> Path:
+def ship_classifier(network: ResNetForImageClassification, record: dict, out: Path) -> Path:
     """Measure the classifier on held-out scenes and write its folder."""
     scenes = [scene(HELD_OUT_SEED, i, 1) for i in range(5000)]
     share = recognised(render(scenes), labels(scenes), classifier.SceneClassifier(network))
@@ -80,7 +81,7 @@ def ship_classifier(network: torch.nn.Module, record: dict, out: Path) -> Path:
     return ship(network, "scene-classifier", text, record, figures, out)
 
 
-def ship_dit(pipe, record: dict, out: Path) -> Path:
+def ship_dit(pipe: DiTPipeline, record: dict, out: Path) -> Path:
     """Measure mini-dit by the shipped classifier and write its folder."""
     judge = classifier.load_classifier(folder=out / "scene-classifier")
     asked = torch.arange(500) % len(SHAPES)

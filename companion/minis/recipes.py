@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers.models.embeddings import LabelEmbedding
 from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -205,7 +206,7 @@ def train_dit(
     torch.manual_seed(config.seed)
     model = DiTWithReader(build_dit())
     for module in model.modules():
-        if hasattr(module, "dropout_prob"):
+        if isinstance(module, LabelEmbedding):
             module.dropout_prob = 0.0  # each block would drop the label on its own; conditions are dropped whole below
 
     def loss(step: int) -> Tensor:

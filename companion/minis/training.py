@@ -165,7 +165,7 @@ def train(
 
 
 def _optimisers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    rate, decay = config.learning_rate, config.weight_decay
     matrices = [
         parameter
         for name, parameter in model.named_parameters()
@@ -173,9 +173,9 @@ def _optimisers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Op
     ]
     chosen = {id(parameter) for parameter in matrices}
     others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
-    result: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, betas=(0.9, 0.99), **options)]
+    result: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), weight_decay=decay)]
     if matrices:
-        result.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options))
+        result.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
     return result
 
 

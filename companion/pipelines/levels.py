@@ -16,6 +16,7 @@ from torch import Tensor
 
 from companion.guidance.parametrization import (
     KCoefficients,
+    PredictionType,
     check_prediction_type,
     clean_from_output,
     rectification_coefficients,
@@ -28,7 +29,7 @@ class NoiseLevel:
 
     alpha: float
     sigma: float
-    prediction_type: str
+    prediction_type: PredictionType
     output_sign: float = 1.0
     data_scale: float = 1.0
 
@@ -114,7 +115,7 @@ def noise_level(scheduler: SchedulerMixin, timestep: float | Tensor) -> NoiseLev
     check_scheduler(scheduler)
     name = type(scheduler).__name__
     value = float(timestep.flatten()[0]) if torch.is_tensor(timestep) else float(timestep)
-    prediction_type = scheduler.config.get("prediction_type", "epsilon")
+    prediction_type = check_prediction_type(scheduler.config.get("prediction_type", "epsilon"))
     if name in _TABLE:
         if value != int(value) or not 0 <= value < len(scheduler.alphas_cumprod):
             raise ValueError(f"timestep must be an integer from 0 to {len(scheduler.alphas_cumprod) - 1}, got {value}")
