@@ -1,0 +1,71 @@
+"""The shipped models: what their cards say, checked again on other scenes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+
+import companion
+from companion.evaluation.recognition import draw_classes, recognised
+from companion.minis.classifier import load_classifier
+from companion.minis.scenes import SHAPES, labels, render, scene
+from companion.minis.shipping import WEIGHTS, ship
+
+SEED = 12345  # neither a training seed nor the one that the cards were measured with
+
+
+def test_sizes_formats_and_cards():
+    files = list(WEIGHTS.rglob("*.safetensors"))
+    assert sum(file.stat().st_size for file in files) < 60e6
+    for file in files:
+        assert {value.dtype for value in load_file(file).values() if value.is_floating_point()} == {torch.float16}, file
+    for folder in WEIGHTS.iterdir():
+        card = (folder / "README.md").read_text()
+        record = json.loads(card.split("```json\n")[1].split("```")[0])
+        assert {"steps", "seconds", "settings", "device", "torch", "diffusers"} <= set(record)
+        assert "seed" in record["settings"] and "| what | measured |" in card
+
+
+def test_classifier_is_right_on_held_out_scenes():
+    scenes = [scene(SEED, i, 1) for i in range(1000)]
+    judge = load_classifier()
+    assert recognised(render(scenes), labels(scenes), judge) >= 0.98
+    assert [judge.network.config.id2label[i] for i in range(10)] == list(SHAPES)
+
+
+@pytest.mark.parametrize(("objects", "decibels"), [(1, 35.0), (2, 32.5)])
+def test_autoencoder_on_held_out_scenes(objects, decibels):
+    model = AutoencoderKL.from_pretrained(WEIGHTS / "autoencoder", torch_dtype=torch.float32).eval()
+    images = render([scene(SEED, i, objects) for i in range(64)])
+    with torch.no_grad():
+        latents = model.encode(images).latent_dist.mean
+        decoded = model.decode(latents).sample.clamp(-1, 1)
+    noise = ((decoded - images) ** 2).mean(dim=(1, 2, 3))
+    assert (10 * torch.log10(4 / noise)).mean() > decibels
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.2
+    assert (latents.std(dim=(0, 2, 3)) - 1).abs().max() < 0.2
+
+
+def test_mini_dit_draws_what_is_asked():
+    pipe = companion.load("mini-dit")
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe).__name__ == "DiTPipeline" and pipe.get_label_ids(["star"]) == [3]
+    asked = torch.arange(40) % 10
+    judge = load_classifier()
+    drawn = draw_classes(pipe, asked, num_inference_steps=25, seed=SEED, batch_size=20)
+    assert recognised(drawn, asked, judge) >= 0.8  # 0.9 of many; this is 40
+    assert recognised(drawn, asked.roll(1), judge) < 0.3
+
+
+def test_a_card_says_what_was_measured(tmp_path):
+    model = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    folder = ship(model, "tiny", "A test.", {"steps": 3, "settings": {"seed": 0}}, {"error": "0.5"}, tmp_path)
+    card = (folder / "README.md").read_text()
+    assert card.startswith("# tiny\n\nA test.\n") and "| error | 0.5 |" in card and '"steps": 3' in card
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    size = sum(value.numel() * 2 for value in weights.values())
+    assert f"| size of the weights | {size / 1e6:.1f} MB, float16 |" in card
+    assert Path(folder) == tmp_path / "tiny"
