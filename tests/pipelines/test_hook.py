@@ -167,6 +167,13 @@ def test_calls_without_guidance_pass_through(family, scale):
     assert torch.equal(steps[0].clean(scale), steps[0].level.clean(steps[0].prediction, steps[0].sample))
 
 
+def test_the_null_class_asked_for_by_name_is_not_taken_for_guidance():
+    pipe = tiny_dit()
+    plain = draw_dit(pipe, scale=1.0, labels=[3, 1000])
+    with rectified_guidance(pipe):
+        assert torch.equal(draw_dit(pipe, scale=1.0, labels=[3, 1000]), plain)
+
+
 def test_restored_bit_for_bit_also_after_an_exception(family):
     make, draw = family
     pipe = make()
