@@ -28,6 +28,7 @@ from companion.exact.directions import (
     win_ratio,
 )
 from companion.exact.grids import Grid, evaluate, gradient, interpolate, log_blur
+from companion.exact.marginal_scaling import implied_reward, reward_levels
 from companion.exact.mixtures import GaussianMixture, MixtureDenoiser, alphas_cumprod_levels, mixture_of
 from companion.exact.monte_carlo import MonteCarloGolden, monte_carlo_golden
 from companion.exact.networks import ToyDenoiser, ToyTraining, train_toy_denoiser
@@ -86,6 +87,7 @@ __all__ = [
     "everyday_direction",
     "gradient",
     "guided",
+    "implied_reward",
     "interpolate",
     "interval",
     "jacobian_matrix",
@@ -101,6 +103,7 @@ __all__ = [
     "normalise",
     "rectified_direction",
     "reward_direction",
+    "reward_levels",
     "sample_density",
     "seed_interval",
     "standard_normal",
