@@ -145,19 +145,40 @@ class DDPMChain:
         beta = float(self.schedule.betas[t - 1])
         return (x - beta / self.schedule.level(t)[1] * self.prediction(x, t)) / (1 - beta) ** 0.5
 
-    def expected_reward(self, grid: Grid, log_reward: LogReward) -> Float[Tensor, "steps+1 *grid"]:
+    def expected_reward(
+        self, grid: Grid, log_reward: LogReward, *, margin: float = 0.0
+    ) -> Float[Tensor, "steps+1 *grid"]:
         """log E_0 … log E_T on the grid: per step one Gaussian blur in log space and one interpolation at μ_t.
 
+        Args:
+            margin: compute on a grid wider by this much on each side, in the data's units, and cut it off again. Near
+                the edge results rest on a continuation of log E beyond it, good where that is nearly quadratic; if it
+                has kinks there, a margin of a few times the largest s_t keeps their error away.
+
         Raises:
-            ValueError: the reward is zero, infinite or nan somewhere on the grid.
+            ValueError: the reward is zero, infinite or nan somewhere on the grid, or its expectation is infinite.
         """
+        cells = [math.ceil(margin / spacing) for spacing in grid.spacing]
+        if any(cells):
+            wide = self.expected_reward(grid.widened(*cells), log_reward)
+            for axis, (count, points) in enumerate(zip(cells, grid.shape, strict=True), 1):
+                wide = wide.narrow(axis, count, points)
+            return wide
         log_expected = evaluate(grid, log_reward)
         check_finite(grid, log_expected)
+        # An average never exceeds the reward's largest value, here over a region three times as wide.
+        around = Grid(grid.lows, grid.highs, tuple(33 for _ in grid.shape)).widened(*(32 for _ in grid.shape))
+        ceiling = max(float(log_expected.max()), float(evaluate(around, log_reward).nan_to_num(math.inf).max()))
         levels = [log_expected]
         for t in range(1, self.steps + 1):
-            blurred = log_blur(grid, levels[-1], self.std(t), nodes=self._nodes(grid))
-            means = evaluate(grid, partial(self.mean, t=t))
-            levels.append(interpolate(grid, blurred, means.reshape(-1, grid.dimension)).reshape(grid.shape))
+            blurred = log_blur(grid, levels[-1], self.std(t), nodes=self._nodes(grid), ceiling=ceiling)
+            means = evaluate(grid, partial(self.mean, t=t)).reshape(-1, grid.dimension)
+            levels.append(interpolate(grid, blurred, means, ceiling=ceiling).reshape(grid.shape))
+            if not levels[-1].isfinite().all():
+                raise ValueError(
+                    f"log E_{t} is not finite: beyond the grid {grid.describe()} the reward grows faster than the "
+                    f"kernel at t={t} decays; bound log_reward, or widen the grid to where it stops growing"
+                )
         return torch.stack(levels)
 
     def golden_direction(

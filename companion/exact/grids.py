@@ -87,6 +87,15 @@ class Grid:
         """The same region with other numbers of points."""
         return Grid(self.lows, self.highs, tuple(shape))
 
+    def widened(self, *cells: int) -> "Grid":
+        """More points of the same spacing on both sides, so many per axis."""
+        reach = [count * spacing for count, spacing in zip(cells, self.spacing, strict=True)]
+        return Grid(
+            tuple(low - r for low, r in zip(self.lows, reach, strict=True)),
+            tuple(high + r for high, r in zip(self.highs, reach, strict=True)),
+            tuple(points + 2 * count for points, count in zip(self.shape, cells, strict=True)),
+        )
+
     def describe(self) -> str:
         """For messages: `[-4, 4] x [-4, 4] (256 x 256 points)`."""
         ends = " x ".join(f"[{low:g}, {high:g}]" for low, high in zip(self.lows, self.highs, strict=True))
@@ -102,15 +111,26 @@ def evaluate(
     return values.reshape(*grid.shape, *values.shape[1:])
 
 
-def extend(values: Float[Tensor, "... points"], pad: int) -> Float[Tensor, "... longer"]:
-    """Continue the last axis by `pad` points on both sides, along the parabola through three points near each end."""
-    points = values.shape[-1]
-    stride = max(1, (points - 1) // 32)
-    at = -torch.arange(pad, 0, -1, dtype=values.dtype) / stride
-    parabola = torch.stack([(at - 1) * (at - 2) / 2, at * (2 - at), at * (at - 1) / 2])
-    left = values[..., [0, stride, 2 * stride]] @ parabola
-    right = values[..., [-1, -1 - stride, -1 - 2 * stride]] @ parabola.flip(1)
-    return torch.cat([left, values, right], dim=-1)
+def extend(values: Float[Tensor, "... points"], pad: int, ceiling: float = math.inf) -> Float[Tensor, "... longer"]:
+    """Continue the last axis by `pad` points on both sides along parabolas.
+
+    The curvature is the smaller of two measured side by side near the end, and none if they disagree in sign: exact
+    for quadratics, while a kink near the edge, which would grow from step to step, is continued by a line. No continued
+    value exceeds `ceiling`.
+    """
+    stride = max(1, (values.shape[-1] - 1) // 32)
+    out = torch.arange(1, pad + 1, dtype=values.dtype)
+    right = _continue([values[..., -1 - k * stride, None] for k in range(5)], out / stride)
+    left = _continue([values[..., k * stride, None] for k in range(5)], out / stride)
+    return torch.cat([left.flip(-1).clamp(max=ceiling), values, right.clamp(max=ceiling)], dim=-1)
+
+
+def _continue(ends: list[Tensor], out: Float[Tensor, " pad"]) -> Tensor:
+    """The parabola through the last values, listed from the edge inwards in unit steps, at `out` beyond it."""
+    a, b, c, d, e = ends
+    near, far = a - 2 * b + c, c - 2 * d + e
+    curvature = torch.where(near * far > 0, torch.where(near.abs() < far.abs(), near, far), 0.0)
+    return a + (a - b + 0.5 * curvature) * out + 0.5 * curvature * out**2
 
 
 def gradient(grid: Grid, values: Float[Tensor, "*grid"]) -> Float[Tensor, "*grid dim"]:
@@ -132,6 +152,7 @@ def interpolate(
     x: Float[Tensor, "batch dim"],
     *,
     outside: Literal["parabola", "nearest"] = "parabola",
+    ceiling: float = math.inf,
 ) -> Float[Tensor, "batch ..."]:
     """Values at any points, by sixth-order Lagrange interpolation; differentiable in x.
 
@@ -139,6 +160,10 @@ def interpolate(
         values: on the grid, with any number of further dimensions.
         x: points, in the data's units.
         outside: off the grid, continue by a parabola or take the value at the nearest edge.
+        ceiling: no continued value is larger.
+
+    Raises:
+        ValueError: a coordinate is not finite.
     """
     rest = values.shape[grid.dimension :]
     count = torch.tensor(grid.shape, dtype=x.dtype)
@@ -147,10 +172,14 @@ def interpolate(
         positions = torch.minimum(positions.clamp(min=0), count - 1)
     at = positions.detach()
     over = float(torch.maximum(-at, at - (count - 1)).max()) if len(x) else 0.0
+    if not math.isfinite(over):
+        raise ValueError(
+            "x must be finite, but a coordinate is nan or infinite: check the prediction that moved it there"
+        )
     pad = TAPS // 2 + min(max(math.ceil(over), 0), 4 * max(grid.shape))
     padded = values.reshape(*grid.shape, -1)
     for axis in range(grid.dimension):
-        padded = extend(padded.movedim(axis, -1), pad).movedim(-1, axis)
+        padded = extend(padded.movedim(axis, -1), pad, ceiling).movedim(-1, axis)
     positions = torch.minimum((positions + pad).clamp(min=2.0), count + 2 * pad - 4)
     base = positions.detach().floor()
     weights = [_lagrange(fraction) for fraction in (positions - base).unbind(dim=1)]
@@ -159,23 +188,23 @@ def interpolate(
     flat = padded.reshape(-1, padded.shape[-1]).T.contiguous()
     parts = []
     for some in torch.arange(len(x)).split(2**14):
-        result = torch.zeros(len(flat), len(some), dtype=values.dtype)
         row, taps = base[some, 0], [[weight[some] for weight in axis] for axis in weights]
         if grid.dimension == 1:
-            for i, first in enumerate(taps[0]):
-                result = result + first * flat[:, i:].index_select(1, row)
+            result = _combine(taps[0], [flat[:, i:].index_select(1, row) for i in range(TAPS)])
         else:
             row = row * width + base[some, 1]
-            for i, first in enumerate(taps[0]):
-                line = torch.zeros_like(result)
-                for j, second in enumerate(taps[1]):
-                    line = line + second * flat[:, i * width + j :].index_select(1, row)
-                result = result + first * line
+            lines = [
+                _combine(taps[1], [flat[:, i * width + j :].index_select(1, row) for j in range(TAPS)])
+                for i in range(TAPS)
+            ]
+            result = _combine(taps[0], lines)
         parts.append(result.T)
     return torch.cat(parts).reshape(len(x), *rest) if parts else values.new_zeros(0, *rest)
 
 
-def log_blur(grid: Grid, log_values: Float[Tensor, "*grid"], std: float, *, nodes: int = 16) -> Float[Tensor, "*grid"]:
+def log_blur(
+    grid: Grid, log_values: Float[Tensor, "*grid"], std: float, *, nodes: int = 16, ceiling: float = math.inf
+) -> Float[Tensor, "*grid"]:
     """`log (N(0, std² I) ⋆ exp log_values)` on the grid, one axis after the other.
 
     Gauss-Hermite quadrature over the kernel, moved and scaled at every point to where the integrand is (so it is
@@ -185,6 +214,7 @@ def log_blur(grid: Grid, log_values: Float[Tensor, "*grid"], std: float, *, node
     Args:
         std: of the kernel, in the data's units; 0 returns the values.
         nodes: quadrature nodes per axis.
+        ceiling: a bound of `log_values` off the grid, if one is known.
     """
     if std == 0:
         return log_values
@@ -192,18 +222,20 @@ def log_blur(grid: Grid, log_values: Float[Tensor, "*grid"], std: float, *, node
         lines = log_values.movedim(axis, -1)
         flat = lines.reshape(-1, lines.shape[-1])
         chunk = max(1, CHUNK // (flat.shape[1] * nodes))
-        flat = torch.cat([_blur_lines(some, std / spacing, nodes) for some in flat.split(chunk)])
+        flat = torch.cat([_blur_lines(some, std / spacing, nodes, ceiling) for some in flat.split(chunk)])
         log_values = flat.reshape(lines.shape).movedim(-1, axis)
     return log_values
 
 
-def _blur_lines(lines: Float[Tensor, "lines points"], std: float, nodes: int) -> Float[Tensor, "lines points"]:
+def _blur_lines(
+    lines: Float[Tensor, "lines points"], std: float, nodes: int, ceiling: float
+) -> Float[Tensor, "lines points"]:
     """The blur along the last axis; `std` in units of the spacing."""
     points = lines.shape[1]
     abscissae, masses = _hermite(nodes)
     # Slope and curvature over the kernel's own width: a kink narrower than that must not narrow the quadrature.
     reach = max(1, round(std))
-    padded = extend(lines, reach)
+    padded = extend(lines, reach, ceiling)
     after, before = padded[:, 2 * reach :], padded[:, :points]
     slope = (after - before) / (2 * reach)
     curvature = (after - 2 * lines + before) / reach**2
@@ -212,7 +244,7 @@ def _blur_lines(lines: Float[Tensor, "lines points"], std: float, nodes: int) ->
     width = std / narrowing.sqrt()
     steps = centre[..., None] + width[..., None] * abscissae
     positions = torch.arange(points, dtype=lines.dtype)[:, None] + steps
-    values = _interpolate_lines(lines, positions.reshape(len(lines), -1)).reshape(positions.shape)
+    values = _interpolate_lines(lines, positions.reshape(len(lines), -1), ceiling).reshape(positions.shape)
     log_masses = (masses).log() + abscissae**2 / 2
     change = log_masses - steps**2 / (2 * std**2) + (width / std).log()[..., None]
     return (values + change).logsumexp(dim=-1)
@@ -226,20 +258,34 @@ def _hermite(nodes: int) -> tuple[Float[Tensor, " nodes"], Float[Tensor, " nodes
 
 
 def _interpolate_lines(
-    lines: Float[Tensor, "lines points"], positions: Float[Tensor, "lines many"]
+    lines: Float[Tensor, "lines points"], positions: Float[Tensor, "lines many"], ceiling: float
 ) -> Float[Tensor, "lines many"]:
     """Each line at its own positions, in units of the spacing."""
     points = lines.shape[1]
     over = max(-float(positions.min()), float(positions.max()) - (points - 1), 0.0)
     pad = TAPS // 2 + min(math.ceil(over), 4 * points)
-    padded = extend(lines, pad)
+    padded = extend(lines, pad, ceiling)
     positions = (positions + pad).clamp(2.0, points + 2 * pad - 4.0)
     base = positions.floor()
     index = base.long() - 2
-    result = torch.zeros_like(positions)
-    for k, weight in enumerate(_lagrange(positions - base)):
-        result += weight * padded.gather(1, index + k)
-    return result
+    return _combine(_lagrange(positions - base), [padded[:, k:].gather(1, index) for k in range(TAPS)])
+
+
+def _combine(weights: list[Tensor], taps: list[Tensor]) -> Tensor:
+    """The weighted sum of six taps, kept from ringing where they are not smooth.
+
+    Between the two middle taps a function leaves their range by an eighth of its curvature. The result may leave it by
+    four times that, the curvature being the smaller of the two taps' own: nothing changes where the function is
+    resolved, and at the top of a cliff, where ringing would be exponentiated, nothing leaves the range.
+    """
+    result = weights[0] * taps[0]
+    for weight, tap in zip(weights[1:], taps[1:], strict=True):
+        result = result + weight * tap
+    _, a, b, c, d, _ = taps
+    first, second = a - 2 * b + c, b - 2 * c + d
+    above = 0.5 * torch.maximum(first, second).clamp(max=0)
+    below = 0.5 * torch.minimum(first, second).clamp(min=0)
+    return torch.minimum(torch.maximum(result, torch.minimum(b, c) - below), torch.maximum(b, c) - above)
 
 
 def _lagrange(fraction: Tensor) -> list[Tensor]:

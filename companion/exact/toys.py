@@ -57,6 +57,14 @@ def paper_1d() -> Toy:
     return Toy("paper_1d", (conditional,), unconditional)
 
 
+def shared_mode() -> Toy:
+    """1D: a mode of its own on the right and, on the left, one shared with another class. Guidance must move mass from
+    the left to the right: `R_0` differs by `3^w` between them."""
+    conditional = GaussianMixture.isotropic([0.5, 0.5], [[-0.6], [1.8]], 0.25)
+    other = GaussianMixture.isotropic([1.0], [[-0.6]], 0.25)
+    return Toy("shared_mode", (conditional, other), mixture_of([conditional, other]))
+
+
 def isotropic() -> Toy:
     """Round blobs, three to a class, sharing the plane."""
     stds = 0.3
@@ -199,6 +207,7 @@ TOYS: dict[str, Callable[[], Toy]] = {
     function.__name__: function
     for function in (
         paper_1d,
+        shared_mode,
         isotropic,
         anisotropic,
         spiral,
@@ -212,4 +221,4 @@ TOYS: dict[str, Callable[[], Toy]] = {
         eight_gaussians,
     )
 }
-"""Every toy by its name; `paper_1d` is 1D."""
+"""Every toy by its name; `paper_1d` and `shared_mode` are 1D."""
