@@ -1,0 +1,134 @@
+import pytest
+import torch
+
+from companion.exact import (
+    DDPMChain,
+    GaussianMixture,
+    Grid,
+    Toy,
+    classifier_free_reward,
+    direction_field,
+    guided,
+    linear_schedule,
+    mass,
+    mixture_prediction,
+    moments,
+    rectified_direction,
+    toy,
+)
+from companion.exact.comparison import (
+    METHODS,
+    band_means,
+    compare,
+    gains,
+    guided_chains,
+    mean_errors,
+    noise_floor,
+    target_density,
+    win_ratio_table,
+    win_ratios,
+)
+
+SCHEDULE = linear_schedule(6, 0.02, 0.5)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return compare(toy("anisotropic"), (0.0, 1.5), Grid.square(-3, 3, 40), SCHEDULE)
+
+
+@pytest.mark.parametrize("product", ["none", "ones", "diagonal", "vjp", "jvp"])
+def test_fields_and_chains_are_those_of_automatic_differentiation(pair, product):
+    comparison = pair[1]
+    data = comparison.data
+    conditional, unconditional = (mixture_prediction(m, SCHEDULE) for m in (data.classes[0], data.unconditional))
+    direction = rectified_direction(conditional, unconditional, SCHEDULE, product)
+    name = {"none": "CFG", "vjp": "jvp"}.get(product, product)
+    field = 1.5 * direction_field(comparison.grid, direction, 6)
+    torch.testing.assert_close(comparison.fields[name], field, atol=1e-9, rtol=1e-9)
+    x = torch.randn(7, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = DDPMChain(guided(conditional, direction, 1.5), SCHEDULE).mean(x, 3)
+    torch.testing.assert_close(guided_chains(comparison)[name].mean(x, 3), expected, atol=1e-9, rtol=1e-9)
+
+
+def test_golden_chain_follows_the_golden_field(pair):
+    comparison = pair[1]
+    chains = guided_chains(comparison)
+    assert list(chains) == ["unguided", *METHODS, "golden"]
+    grid = comparison.grid
+    shift = chains["golden"].prediction(grid.points, 4) - comparison.chain.prediction(grid.points, 4)
+    torch.testing.assert_close(shift.reshape(*grid.shape, 2), comparison.golden[4], atol=1e-10, rtol=1e-10)
+    reward = classifier_free_reward(comparison.data.classes[0], comparison.data.unconditional, 1.5)
+    golden = comparison.chain.golden_direction(grid, comparison.chain.expected_reward(grid, reward))
+    torch.testing.assert_close(comparison.golden, golden)
+
+
+def test_without_weight_nothing_is_guided(pair):
+    comparison = pair[0]
+    assert comparison.golden.abs().max() < 1e-12
+    assert all(mean_errors(comparison, name, weighted=True)["all"] < 1e-12 for name in METHODS)
+    chains = guided_chains(comparison)
+    x = comparison.grid.points[::37]
+    for chain in chains.values():
+        torch.testing.assert_close(chain.mean(x, 2), comparison.chain.mean(x, 2), atol=1e-12, rtol=0)
+
+
+def test_target_of_gaussians_is_the_closed_form():
+    """p_c^(1+w) / p_u^w of Gaussians is the Gaussian whose precisions and precision times mean combine so."""
+    c, u, weight = (0.4, 0.5), (-0.3, 1.1), 2.0
+    mixtures = [GaussianMixture.isotropic([1.0], [[m]], s) for m, s in (c, u)]
+    data = Toy("gaussian", (mixtures[0],), mixtures[1])
+    grid = Grid.line(-5, 5, 800)
+    [comparison] = compare(data, [weight], grid, SCHEDULE)
+    target = target_density(comparison, grid)
+    precision = (1 + weight) / c[1] ** 2 - weight / u[1] ** 2
+    mean = ((1 + weight) * c[0] / c[1] ** 2 - weight * u[0] / u[1] ** 2) / precision
+    assert mass(grid, target) == pytest.approx(1)
+    assert float(moments(grid, target)[0]) == pytest.approx(mean, rel=1e-8)
+    assert float(moments(grid, target)[1]) == pytest.approx(1 / precision, rel=1e-8)
+    # One Gaussian has one K per level, so every product's gain is that number.
+    variance = c[1] ** 2
+    for t, gain in enumerate(gains(comparison.fields["jvp"], comparison.fields["CFG"], comparison.densities), 1):
+        alpha, sigma = SCHEDULE.level(t)
+        assert float(gain) == pytest.approx(alpha**2 * variance / (alpha**2 * variance + sigma**2), rel=1e-9)
+    doubled = gains(2 * comparison.fields["CFG"], comparison.fields["CFG"], comparison.densities)
+    torch.testing.assert_close(doubled, torch.full((6,), 2.0, dtype=torch.float64))
+
+
+def test_bands_run_from_noise_to_data():
+    means = band_means(torch.arange(1.0, 8.0))
+    assert means == {"noisy": 6.0, "middle": 3.5, "clean": 1.5, "all": 4.0}
+    with pytest.raises(ValueError, match="at least 3"):
+        band_means(torch.ones(2))
+
+
+def test_table_holds_the_win_ratios(pair):
+    names, table = win_ratio_table(pair, ["ones", "jvp"])
+    assert names == [("anisotropic", w, m) for w in (0.0, 1.5) for m in ("ones", "jvp")]
+    assert table.shape == (4, 8)
+    assert table[3, 0] == pytest.approx(win_ratios(pair[1], "jvp", weighted=False)["noisy"])
+    assert table[3, 7] == pytest.approx(win_ratios(pair[1], "jvp", weighted=True)["all"])
+    # By hand for the noisiest third (t = 5, 6), without the library's averages.
+    comparison, shares = pair[1], []
+    for t in (5, 6):
+        ours, theirs = ((comparison.fields[m] - comparison.golden)[t].norm(dim=-1) for m in ("jvp", "CFG"))
+        shares.append(float(comparison.densities[t][ours < theirs].sum() / comparison.densities[t].sum()))
+    assert table[3, 4] == pytest.approx(sum(shares) / 2)
+
+
+def test_compare_refuses_what_is_not_there():
+    grid = Grid.square(-3, 3, 8)
+    with pytest.raises(ValueError, match="weights"):
+        compare(toy("moons"), (), grid, SCHEDULE)
+    with pytest.raises(ValueError, match="label"):
+        compare(toy("moons"), (1.0,), grid, SCHEDULE, label=2)
+
+
+def test_noise_floor_is_what_equal_distributions_show():
+    generator = torch.Generator().manual_seed(0)
+    data = toy("moons").classes[0]
+    few, many = (noise_floor(lambda n: data.sample(n, generator), n, pairs=8) for n in (50, 800))
+    assert abs(many[0]) < many[1] < few[1]
+    assert many[1] < 0.02
+    with pytest.raises(ValueError, match="pairs"):
+        noise_floor(lambda n: data.sample(n, generator), 10, pairs=0)
