@@ -7,6 +7,7 @@ import argparse
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -59,6 +60,8 @@ def _arguments(argv: list[str] | None) -> tuple[_Parser, argparse.Namespace]:
 def main(argv: list[str] | None = None) -> None:
     """Serve the demo until it is interrupted; ends with status 2 and one sentence where an argument is wrong."""
     parser, chosen = _arguments(argv)
+    for ending in (signal.SIGINT, signal.SIGTERM):  # also where the shell had them ignored
+        signal.signal(ending, signal.default_int_handler)
     print("Loading …", flush=True)
     import torch
     from diffusers.utils.logging import disable_progress_bar
@@ -86,7 +89,8 @@ def main(argv: list[str] | None = None) -> None:
     if server.share_url:
         print(f"Public for a week: {server.share_url}", flush=True)
     try:
-        signal.pause()
+        while True:
+            time.sleep(3600)
     except KeyboardInterrupt:
         page.close(verbose=False)
 

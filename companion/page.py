@@ -186,7 +186,10 @@ def read(
     scale = _number("guidance scale", guidance_scale, 1, MAX_SCALE)
     step_count = _integer("steps", steps, 1, MAX_STEPS)
     seed_number = _integer("seed", seed, 0, _LARGEST_SEED)
-    pipe = models.pipe(str(model or "").strip())
+    name = str(model or "").strip()
+    if not name:
+        raise ValueError("choose a model")
+    pipe = models.pipe(name)
     asked: list[Any]
     if takes_prompts(pipe):
         asked = [line.strip() for line in str(prompts or "").splitlines() if line.strip()]
@@ -211,7 +214,7 @@ def read(
         seed=seed_number,
     )
     check_settings(pipe, settings)
-    return Run(str(model).strip(), pipe, settings, tuple(captions[i % len(asked)] for i in range(count)))
+    return Run(name, pipe, settings, tuple(captions[i % len(asked)] for i in range(count)))
 
 
 # ------------------------------------------------------------------------------------------------- showing the results
