@@ -198,7 +198,7 @@ def train_dit(
     middle tokens where the noise leaves them legible.
     """
     config = config or TrainingConfig(
-        steps=12_500, batch_size=64, learning_rate=2e-3, ema_decay=0.9995, optimiser="muon"
+        steps=10_500, batch_size=64, learning_rate=2e-3, ema_decay=0.9995, optimiser="muon"
     )
     data = encode_scenes(autoencoder, scenes, folder / "latents.safetensors", objects=1)
     latents, classes = data["latents"], data["labels"]
@@ -226,6 +226,19 @@ def train_dit(
         return denoising.mean() + 0.25 * (legible * reading_loss(read, data["parameters"][chosen])).mean()
 
     record = train(model, loss, config, folder)
+    return dit_pipeline(model.transformer, autoencoder), record
+
+
+@torch.no_grad()
+def dit_pipeline(transformer: DiTTransformer2DModel, autoencoder: AutoencoderKL) -> DiTPipeline:
+    """The pipeline around a trained transformer: DDIM, the shapes' names as labels,
+    nothing in the classes it never saw.
+    """
+    for module in transformer.modules():
+        if isinstance(module, LabelEmbedding):
+            module.embedding_table.weight[len(SHAPES) : NULL_CLASS] = 0.0
     autoencoder.register_to_config(scaling_factor=1.0)  # its latents have unit variance already
-    scheduler = DDIMScheduler(**SCHEDULE, set_alpha_to_one=False)
-    return DiTPipeline(model.transformer, autoencoder, scheduler, id2label=dict(enumerate(SHAPES))), record
+    names = dict(enumerate(SHAPES))
+    pipe = DiTPipeline(transformer, autoencoder, DDIMScheduler(**SCHEDULE, set_alpha_to_one=False), id2label=names)
+    pipe.register_to_config(id2label=names)  # read from the saved configuration, but not written there by itself
+    return pipe

@@ -57,7 +57,7 @@ class Family:
 
 
 def _second_half_is_null(pipe: DiffusionPipeline, call: DenoiserCall) -> bool:
-    """DiTPipeline keeps no record of its guidance; but only with guidance it repeats the latents, under the null class."""
+    """DiTPipeline keeps no record of its guidance, but only then repeats the latents, under the null class."""
     labels = call.keywords["class_labels"]
     half = len(labels) // 2
     if len(labels) % 2 or not bool((labels[half:] == _NULL_CLASS).all()):

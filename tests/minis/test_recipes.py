@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DiTPipeline
 from safetensors.torch import load_file
 
 from companion.minis import recipes
@@ -50,6 +50,8 @@ def test_training_mini_dit_gives_an_unmodified_pipeline(autoencoder, tmp_path, m
     assert type(pipe).__name__ == "DiTPipeline" and record["steps"] == 2
     assert pipe.get_label_ids(list(SHAPES)) == list(range(10))
     assert pipe.vae.config.scaling_factor == 1.0
+    pipe.save_pretrained(tmp_path / "saved")
+    assert DiTPipeline.from_pretrained(tmp_path / "saved").get_label_ids(list(SHAPES)) == list(range(10))
     alphas = DDPMScheduler(beta_start=1e-4, beta_end=0.02).alphas_cumprod  # the paper's and DiT's schedule
     assert torch.equal(pipe.scheduler.alphas_cumprod, alphas)
     pipe.set_progress_bar_config(disable=True)
