@@ -242,6 +242,29 @@ def test_golden_direction_is_within_a_thousandth_of_its_rms():
     assert (golden - truth)[1:].square().mean().sqrt() < 1e-3 * truth[1:].square().mean().sqrt()
 
 
+def test_rewards_with_cliffs_stay_bounded():
+    """log R of the spiral falls by hundreds within one spacing; an average of R never exceeds its largest value, 2."""
+    data, schedule = toy("spiral"), linear_schedule(20, 1e-4, 0.2)
+    chain = DDPMChain(mixture_prediction(data.classes[0], schedule), schedule, nodes=8)
+    reward = classifier_free_reward(data.classes[0], data.unconditional, 1.0)
+    log_expected = chain.expected_reward(data.grid(64), reward)
+    assert log_expected[0].min() < -200
+    # Interpolation may overshoot a little at level 1, where nothing has smoothed R yet.
+    assert log_expected.max() < math.log(2) + 0.5
+    assert log_expected[10:].max() < math.log(2) + 1e-3
+
+
+def test_margin_is_a_wider_grid_cut_off():
+    chain, reward = paper_chain()
+    narrow = chain.expected_reward(Grid.line(-1, 2, 301), reward, margin=1.0)
+    wide = chain.expected_reward(Grid.line(-2, 3, 501), reward)
+    torch.testing.assert_close(narrow, wide[:, 100:-100], atol=1e-9, rtol=1e-9)
+    # It mends what the edge's continuation loses.
+    truth = chain.expected_reward(Grid.line(-4, 5, 901), reward)[:, 300:-300]
+    plain = chain.expected_reward(Grid.line(-1, 2, 301), reward)
+    assert (narrow - truth).abs().max() < 0.5 * (plain - truth).abs().max()
+
+
 @pytest.mark.parametrize("prediction_type", [kind for kind in PREDICTION_TYPES if kind != "flow_prediction"])
 def test_any_denoiser_in_a_chain(prediction_type):
     data = toy("moons")
@@ -276,6 +299,9 @@ def test_errors_say_what_to_change():
         chain.expected_reward(grid, lambda x: torch.where(x[:, 0] > 0, 0.0, -torch.inf))
     with pytest.raises(ValueError, match="log_reward must be finite"):
         chain.expected_reward(grid, lambda x: 1 / (x[:, 0] - grid.points[7, 0]))
+    broken = chain.with_prediction(lambda x, t: x / 0)
+    with pytest.raises(ValueError, match="check the prediction"):
+        broken.expected_reward(grid, lambda x: x[:, 0])
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         linear_schedule(0)
     with pytest.raises(ValueError, match="at least one step"):
