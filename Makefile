@@ -1,7 +1,7 @@
 # One set-up for everything: `make demo` on a machine with nothing but Python 3.11 makes .venv and opens the demo.
 #   PYTHON=...             the interpreter that .venv is made with
 #   ARGS="--port 7861"     passed on to demo.py (make demo), pytest (make test) or benchmarks (make bench)
-#   COMPANION_PROFILE=full notebooks at the papers' size instead of the quick one
+#   COMPANION_PROFILE=paper notebooks at the papers' size instead of the quick one
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP := .venv/bin/python -m pip --disable-pip-version-check

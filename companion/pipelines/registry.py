@@ -1,5 +1,6 @@
 """Models by name: the embedded ones, local folders in diffusers' format, and names on the model hub."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -7,6 +8,12 @@ from diffusers import DiffusionPipeline
 
 WEIGHTS = Path(__file__).parent.parent / "minis" / "weights"
 _HUB_SECONDS = 3.0
+
+# DiTPipeline expects numbers as keys of its class names, but its configuration is JSON, where keys are strings:
+# diffusers reads them correctly, and complains of every such model.
+logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(
+    lambda record: not record.getMessage().startswith("Expected types for id2label")
+)
 
 
 def model_names() -> tuple[str, ...]:
@@ -32,7 +39,7 @@ def load(
     source = _folder_of(str(name))
     target = _checked_device(device)
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype or torch.float32)
+        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype or torch.float32)
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"model {str(name)!r} cannot be loaded as a diffusers pipeline: {reason}") from error

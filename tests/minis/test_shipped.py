@@ -38,7 +38,7 @@ def test_classifier_is_right_on_held_out_scenes():
 
 @pytest.mark.parametrize(("objects", "decibels"), [(1, 35.0), (2, 32.5)])
 def test_autoencoder_on_held_out_scenes(objects, decibels):
-    model = AutoencoderKL.from_pretrained(WEIGHTS / "autoencoder", torch_dtype=torch.float32).eval()
+    model = AutoencoderKL.from_pretrained(WEIGHTS / "autoencoder", dtype=torch.float32).eval()
     images = render([scene(SEED, i, objects) for i in range(64)])
     with torch.no_grad():
         latents = model.encode(images).latent_dist.mean
