@@ -1,5 +1,13 @@
 """Ground truth in 1D and 2D: mixtures, chains on a grid, golden gradients, and what everyday guidance leaves out."""
 
+from companion.exact.bounds import (
+    DefectBound,
+    ExtrapolationError,
+    TiltedMoments,
+    defect_bound,
+    extrapolation_error,
+    tilted_moments,
+)
 from companion.exact.chain import (
     Accuracy,
     DDPMChain,
@@ -25,6 +33,7 @@ from companion.exact.directions import (
     interval,
     rectified_direction,
     reward_direction,
+    split_sizes,
     win_ratio,
 )
 from companion.exact.grids import Grid, evaluate, gradient, interpolate, log_blur
@@ -32,6 +41,7 @@ from companion.exact.marginal_scaling import implied_reward, reward_levels
 from companion.exact.mixtures import GaussianMixture, MixtureDenoiser, alphas_cumprod_levels, mixture_of
 from companion.exact.monte_carlo import MonteCarloGolden, monte_carlo_golden
 from companion.exact.networks import ToyDenoiser, ToyTraining, train_toy_denoiser
+from companion.exact.pretrained import excess_loss, load_paper_1d
 from companion.exact.rewards import (
     Reward,
     autoguidance_reward,
@@ -54,9 +64,11 @@ __all__ = [
     "TOYS",
     "Accuracy",
     "DDPMChain",
+    "DefectBound",
     "Direction",
     "ErrorSplit",
     "Estimate",
+    "ExtrapolationError",
     "GaussianMixture",
     "Grid",
     "Interval",
@@ -65,6 +77,7 @@ __all__ = [
     "NoiseSchedule",
     "Prediction",
     "Reward",
+    "TiltedMoments",
     "Toy",
     "ToyDenoiser",
     "ToyTraining",
@@ -77,6 +90,7 @@ __all__ = [
     "classifier_reward",
     "covariance_direction",
     "covariance_guidance",
+    "defect_bound",
     "denoiser_prediction",
     "direction_error",
     "direction_field",
@@ -85,6 +99,8 @@ __all__ = [
     "error_split",
     "evaluate",
     "everyday_direction",
+    "excess_loss",
+    "extrapolation_error",
     "gradient",
     "guided",
     "implied_reward",
@@ -93,6 +109,7 @@ __all__ = [
     "jacobian_matrix",
     "kl",
     "linear_schedule",
+    "load_paper_1d",
     "log_blur",
     "logits_reward",
     "mass",
@@ -106,8 +123,10 @@ __all__ = [
     "reward_levels",
     "sample_density",
     "seed_interval",
+    "split_sizes",
     "standard_normal",
     "tilted_marginals",
+    "tilted_moments",
     "total_variation",
     "toy",
     "train_toy_denoiser",

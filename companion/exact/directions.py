@@ -149,3 +149,9 @@ def error_split(
     chain_rule = direction_field(grid, pulled(at_noisy, "vjp"), steps)
     final = direction_field(grid, pulled(at_noisy, product), steps)
     return ErrorSplit(looked_ahead - golden, chain_rule - looked_ahead, final - chain_rule, final - golden)
+
+
+def split_sizes(split: ErrorSplit, densities: Float[Tensor, "steps+1 *grid"]) -> dict[str, float]:
+    """Mean Euclidean size of each part over the densities and t = 1 … T, by its name; parts may cancel one another."""
+    parts = {"jensen": split.jensen, "surrogate": split.surrogate, "jacobian": split.jacobian, "total": split.total}
+    return {name: float(_average(part.norm(dim=-1), densities).mean()) for name, part in parts.items()}

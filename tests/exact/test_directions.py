@@ -25,6 +25,7 @@ from companion.exact import (
     mixture_prediction,
     rectified_direction,
     reward_direction,
+    split_sizes,
     toy,
     win_ratio,
 )
@@ -117,6 +118,14 @@ def test_error_split_telescopes(fields, product):
     assert (split.jacobian.abs().max() < 1e-9) == (product == "vjp")
     # The surrogate is exact as t → 0, where x̂_0 → x_t.
     assert split.surrogate[1].norm(dim=-1).median() < 0.2 * split.surrogate[10].norm(dim=-1).median()
+
+
+def test_split_sizes_agree_with_the_direction_error(fields):
+    grid, conditional, unconditional, reward, golden, densities = fields
+    sizes = split_sizes(error_split(grid, conditional, reward, SCHEDULE, golden, "diagonal"), densities)
+    field = direction_field(grid, rectified_direction(conditional, unconditional, SCHEDULE, "diagonal"), 20)
+    assert sizes["total"] == pytest.approx(float(direction_error(field, golden, densities).mean()))
+    assert sizes["total"] <= sizes["jensen"] + sizes["surrogate"] + sizes["jacobian"]
 
 
 def test_no_jensen_gap_for_an_affine_log_reward():
