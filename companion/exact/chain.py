@@ -146,7 +146,7 @@ class DDPMChain:
         return (x - beta / self.schedule.level(t)[1] * self.prediction(x, t)) / (1 - beta) ** 0.5
 
     def expected_reward(
-        self, grid: Grid, log_reward: LogReward, *, margin: float = 0.0
+        self, grid: Grid, log_reward: LogReward, *, margin: float = 0.0, bound: float = math.inf
     ) -> Float[Tensor, "steps+1 *grid"]:
         """log E_0 … log E_T on the grid: per step one Gaussian blur in log space and one interpolation at μ_t.
 
@@ -154,6 +154,8 @@ class DDPMChain:
             margin: compute on a grid wider by this much on each side, in the data's units, and cut it off again. Near
                 the edge results rest on a continuation of log E beyond it, good where that is nearly quadratic; if it
                 has kinks there, a margin of a few times the largest s_t keeps their error away.
+            bound: no log E is larger, if you know that no log R_0 is. At cliffs narrower than the spacing interpolation
+                rings; without a bound that may feed on itself from step to step.
 
         Raises:
             ValueError: the reward is zero, infinite or nan somewhere on the grid, or its expectation is infinite.
@@ -173,7 +175,7 @@ class DDPMChain:
         for t in range(1, self.steps + 1):
             blurred = log_blur(grid, levels[-1], self.std(t), nodes=self._nodes(grid), ceiling=ceiling)
             means = evaluate(grid, partial(self.mean, t=t)).reshape(-1, grid.dimension)
-            levels.append(interpolate(grid, blurred, means, ceiling=ceiling).reshape(grid.shape))
+            levels.append(interpolate(grid, blurred, means, ceiling=ceiling).clamp(max=bound).reshape(grid.shape))
             if not levels[-1].isfinite().all():
                 raise ValueError(
                     f"log E_{t} is not finite: beyond the grid {grid.describe()} the reward grows faster than the "

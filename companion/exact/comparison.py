@@ -4,7 +4,7 @@ Scores are exact, so K of the conditional branch is a closed form and serves all
 products `vjp`, `jvp` and `finite_difference` of `companion.guidance` are one and the same here, called `jvp`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -60,7 +60,7 @@ def compare(
 
     Args:
         weights: the paper's w.
-        grid: fine enough for the data's narrowest Gaussian (`accuracy` tells).
+        grid: fine enough for the data's narrowest Gaussian (`accuracy` tells); must hold the reward's largest values.
         margin: of `DDPMChain.expected_reward`.
 
     Raises:
@@ -78,7 +78,9 @@ def compare(
     comparisons = []
     for weight in weights:
         reward = classifier_free_reward(conditional, unconditional, weight)
-        golden = chain.golden_direction(grid, chain.expected_reward(grid, reward, margin=margin))
+        # The reward's largest value on the grid, and a little for what lies between its points.
+        bound = float(evaluate(grid, reward).max()) + 0.1
+        golden = chain.golden_direction(grid, chain.expected_reward(grid, reward, margin=margin, bound=bound))
         fields = {name: weight * field for name, field in unit.items()}
         comparisons.append(Comparison(data, label, weight, grid, reward, chain, fields, golden, densities))
     return comparisons
@@ -181,6 +183,24 @@ def noise_floor(
         raise ValueError(f"pairs must be at least 1, got {pairs}")
     values = [energy_distance(draw(count), draw(count)) for _ in range(pairs)]
     return sum(values) / pairs, max(values)
+
+
+def text_table(columns: Sequence[str], rows: Mapping[str, Sequence[float]], *, digits: int = 3) -> str:
+    """Numbers under their columns' names, one named row each; what rounds to zero is printed without a sign.
+
+    Raises:
+        ValueError: a row has not one number per column.
+    """
+    for name, values in rows.items():
+        if len(values) != len(columns):
+            raise ValueError(f"row {name!r} must hold {len(columns)} numbers, one per column, got {len(values)}")
+    first = max(map(len, rows), default=0)
+    widths = [max(len(column), digits + 3) + 2 for column in columns]
+    lines = [" " * first + "".join(f"{column:>{width}}" for column, width in zip(columns, widths, strict=True))]
+    for name, values in rows.items():
+        cells = [f"{round(value, digits) + 0.0:>{w}.{digits}f}" for value, w in zip(values, widths, strict=True)]
+        lines.append(f"{name:<{first}}" + "".join(cells))
+    return "\n".join(lines)
 
 
 def _density(mixture: GaussianMixture, level: tuple[float, float], x: Tensor) -> Tensor:

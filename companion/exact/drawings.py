@@ -12,6 +12,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.quiver import Quiver
+from matplotlib.ticker import NullFormatter
 from torch import Tensor, linalg
 
 from companion.exact.grids import Grid
@@ -113,4 +114,5 @@ def draw_intervals(axis: Axes, distances: dict[str, Interval], floor: float) -> 
     axis.set(xscale="log", yticks=range(len(distances)), yticklabels=list(distances))
     axis.set_ylim(len(distances) - 0.5, -0.5)
     axis.set_xlim(left=least / 1.5)
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.tick_params(labelsize="x-small")

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from companion.exact import (
     Toy,
     classifier_free_reward,
     direction_field,
+    evaluate,
     guided,
     linear_schedule,
     mass,
@@ -25,6 +28,7 @@ from companion.exact.comparison import (
     mean_errors,
     noise_floor,
     target_density,
+    text_table,
     win_ratio_table,
     win_ratios,
 )
@@ -59,7 +63,10 @@ def test_golden_chain_follows_the_golden_field(pair):
     shift = chains["golden"].prediction(grid.points, 4) - comparison.chain.prediction(grid.points, 4)
     torch.testing.assert_close(shift.reshape(*grid.shape, 2), comparison.golden[4], atol=1e-10, rtol=1e-10)
     reward = classifier_free_reward(comparison.data.classes[0], comparison.data.unconditional, 1.5)
-    golden = comparison.chain.golden_direction(grid, comparison.chain.expected_reward(grid, reward))
+    # By Bayes' rule R_0 is at most 2^w with two classes.
+    bound = float(evaluate(grid, reward).max()) + 0.1
+    assert bound == pytest.approx(1.5 * math.log(2) + 0.1, abs=1e-3)
+    golden = comparison.chain.golden_direction(grid, comparison.chain.expected_reward(grid, reward, bound=bound))
     torch.testing.assert_close(comparison.golden, golden)
 
 
@@ -132,3 +139,22 @@ def test_noise_floor_is_what_equal_distributions_show():
     assert many[1] < 0.02
     with pytest.raises(ValueError, match="pairs"):
         noise_floor(lambda n: data.sample(n, generator), 10, pairs=0)
+
+
+def test_text_table_lines_up_and_has_no_minus_zero():
+    text = text_table(["CFG", "a long name"], {"first": [1.23456, -1e-9], "b": [-12.5, 3.0]})
+    head, *lines = text.splitlines()
+    assert [line.split() for line in lines] == [["first", "1.235", "0.000"], ["b", "-12.500", "3.000"]]
+    assert {len(line) for line in lines} == {len(head)}
+    with pytest.raises(ValueError, match="one per column"):
+        text_table(["a"], {"b": [1.0, 2.0]})
+
+
+def test_cliffs_narrower_than_the_spacing_do_not_ring():
+    """A checkerboard's R_0 is at most 2^w, so no expectation of it is larger: coarse grids agree with finer ones."""
+    schedule = linear_schedule(30, 1e-3, 0.3)
+    coarse, fine = (compare(toy("checkerboard"), [3.0], Grid.square(-3, 3, n), schedule)[0] for n in (64, 91))
+    assert coarse.golden.isfinite().all()
+    assert win_ratios(coarse, "jvp", weighted=True)["all"] == pytest.approx(
+        win_ratios(fine, "jvp", weighted=True)["all"], abs=0.03
+    )
