@@ -9,6 +9,7 @@ s = -1 is the reference's posterior, 0 the conditional's and w the one reweighte
 `m' = Cov(x_0, ℓ)` and `m'' = κ_s = E[(x_0 - m)(ℓ - E ℓ)²]`.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -203,7 +204,7 @@ def defect_bound(
     for t in range(1, chain.steps + 1):
         kernel = chain.tilted_kernel(grid, log_expected, t)
         kernel = kernel / kernel.sum(dim=1, keepdim=True)
-        stretch = gradient(grid, evaluate(grid, lambda x, t=t: chain.mean(x, t))[..., 0])[..., 0]
+        stretch = gradient(grid, evaluate(grid, partial(chain.mean, t=t))[..., 0])[..., 0]
         defects.append(slope[t] - stretch * (kernel @ slope[t - 1]))
         bounds.append(defects[-1].abs() + stretch.abs() * (kernel @ bounds[-1]))
     sigmas = torch.tensor([chain.schedule.level(t)[1] for t in range(chain.steps + 1)])[:, None]

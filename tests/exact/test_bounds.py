@@ -55,7 +55,7 @@ def test_both_shifts_of_a_mixture():
             log_c, log_u = float(c.log_prob(z)), float(u.log_prob(z))
             return math.exp(log_c + power * (log_c - log_u) - (at - ALPHA * clean) ** 2 / (2 * SIGMA**2))
 
-        above, below = (integrate.quad(integrand, -3, 4, (power,), epsabs=0, epsrel=1e-10)[0] for power in (weight, 0))
+        above, below = (integrate.quad(integrand, -3, 4, (power,), epsabs=0, epsrel=1e-9)[0] for power in (weight, 0))
         return math.log(above / below)
 
     golden = -SIGMA * (log_expected(x + h) - log_expected(x - h)) / (2 * h)
