@@ -98,7 +98,9 @@ def draw_win_ratios(
         ratios.numpy(), vmin=0, vmax=1, cmap="PuOr", annot=True, fmt=".2f", annot_kws={"size": 7}, ax=axis,
         xticklabels=list(columns), yticklabels=list(rows), cbar_kws={"label": "share where REG is closer than CFG"},
     )  # fmt: skip
-    axis.tick_params(labelsize="x-small", rotation=0, length=0)
+    axis.tick_params(labelsize="x-small", length=0)
+    axis.set_yticklabels(axis.get_yticklabels(), rotation=0)
+    axis.set_xticklabels(axis.get_xticklabels(), rotation=35, ha="right")
     return figure
 
 
