@@ -285,7 +285,7 @@ def _table(state: SideBySide) -> str:
         "</thead><tbody>"
         + row("time", cells(lambda side: _seconds(side.seconds), lambda side: side.seconds))
         + row(
-            "peak memory above idle",
+            "peak memory above the model's own",
             cells(lambda side: f"{side.peak_bytes / 2**20:.0f} MiB", lambda side: side.peak_bytes),
         )
         + row("recognised by the classifier", cells(recognised))
@@ -409,7 +409,8 @@ _CSS = """
 .pictures .grid-wrap { min-height: 0 !important; max-height: none !important; padding: 0; }
 .pictures .grid-container {
   grid-template-columns: repeat(auto-fill, minmax(min(88px, 45%), 1fr)) !important; gap: 6px; }
-.pictures .caption-label { font-size: .72rem; padding: 1px 4px; left: 3px; right: auto; max-width: calc(100% - 6px); }
+.pictures .caption-label { font-size: .66rem; line-height: 1.2; padding: 1px 3px; left: 2px; right: auto; bottom: 2px;
+  max-width: calc(100% - 4px); white-space: normal; overflow: visible; }
 .pictures .empty { min-height: 9rem; }
 .status { padding: .5rem .75rem; border-radius: 8px; border-left: 4px solid var(--border-color-primary);
   background: var(--background-fill-secondary); min-height: 2.4rem; overflow-wrap: anywhere; }

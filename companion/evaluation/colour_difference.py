@@ -7,6 +7,7 @@ difference (Mahy et al. 1994), 100 the distance from black to white.
 import numpy as np
 from jaxtyping import Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -40,22 +41,23 @@ def colour_difference(first: Image.Image, second: Image.Image) -> Float[np.ndarr
     return np.linalg.norm(cielab(first) - cielab(second), axis=-1)
 
 
-def difference_picture(first: Image.Image, second: Image.Image, *, highest: float = 60.0) -> Image.Image:
-    """ΔE as a map with a colour bar; larger differences than `highest` are drawn as `highest`.
+def difference_picture(first: Image.Image, second: Image.Image) -> Image.Image:
+    """ΔE as a map with a colour bar.
 
-    The scale is the same whatever the pictures, so that two maps can be compared.
+    The scale is the same whatever the pictures, so that two maps can be compared: up to 100, black against white, and
+    finer for small differences (colours in proportion to the square root).
 
     Raises:
-        ValueError: the pictures differ in size, or `highest` is not positive.
+        ValueError: the pictures differ in size.
     """
-    if not highest > 0:
-        raise ValueError(f"highest must be positive, got {highest}")
     # A Figure of its own, without pyplot: pyplot's figures belong to no thread but the main one.
     figure = Figure(figsize=(4.6, 4.0), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    drawn = axes.imshow(colour_difference(first, second), cmap="cividis", vmin=0, vmax=highest, interpolation="nearest")
+    drawn = axes.imshow(
+        colour_difference(first, second), cmap="cividis", norm=PowerNorm(0.5, 0, 100), interpolation="nearest"
+    )
     axes.set_axis_off()
-    bar = figure.colorbar(drawn, ax=axes, extend="max", fraction=0.046, pad=0.03)
+    bar = figure.colorbar(drawn, ax=axes, extend="max", fraction=0.046, pad=0.03, ticks=[0, 2.3, 10, 25, 50, 100])
     bar.set_label(f"colour difference ΔE ({JUST_NOTICEABLE}: just noticeable)")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

@@ -174,7 +174,7 @@ class Side:
         images: the pictures.
         seconds: time of the pipeline's call, decoding included, previews not.
         preview_seconds: what the previews cost on top.
-        peak_bytes: peak memory above what was in use before.
+        peak_bytes: peak memory of its tensors above the model's own, exact (see `companion.evaluation.memory`).
         verdicts: one per picture; None where no classifier was given or the model does not draw scenes.
     """
 
@@ -215,7 +215,7 @@ class SideBySide:
 OnProgress = Callable[[SideBySide], None]
 
 
-_warm: "weakref.WeakSet[DiffusionPipeline]" = weakref.WeakSet()
+_peaks: "weakref.WeakKeyDictionary[DiffusionPipeline, dict[tuple, int]]" = weakref.WeakKeyDictionary()
 
 
 class Cancelled(Exception):
@@ -238,16 +238,13 @@ def compare(
         ValueError: see `check_settings`.
     """
     check_settings(pipe, settings)
-    if pipe not in _warm:
-        # The first run pages the weights in and sets the kernels up; that belongs to neither side.
-        _warm.add(pipe)
-        compare(pipe, replace(settings, steps=1, scheduler=None, weight=None))
     state = SideBySide()
     own_scheduler, own_bar = pipe.scheduler, getattr(pipe, "_progress_bar_config", None)
     pipe.scheduler = _scheduler(pipe, settings.scheduler)
     pipe.set_progress_bar_config(disable=True)
     try:
         products: dict[SideName, Product] = {"without": "none", "with_reg": settings.product}
+        peaks = {name: _peak_bytes(pipe, settings, product) for name, product in products.items()}
         for name, product in products.items():
             watch = None
             if on_progress is not None:
@@ -257,7 +254,7 @@ def compare(
                     state = replace(state, **{name: view})
                     on_progress(state)
 
-            state = replace(state, **{name: _sample(pipe, settings, product, judge, watch)})
+            state = replace(state, **{name: _sample(pipe, settings, product, peaks[name], judge, watch)})
             if on_progress is not None:
                 on_progress(state)
     finally:
@@ -341,6 +338,7 @@ def _sample(
     pipe: DiffusionPipeline,
     settings: Settings,
     product: Product,
+    peak_bytes: int,
     judge: Judge | None,
     watch: Callable[[View], None] | None,
 ) -> View:
@@ -369,18 +367,35 @@ def _sample(
         aside += _now(device) - began
 
     config = RectifiedGuidanceConfig(product=product, weight=settings.weight)
-    noise = sample_generators(settings.seed, range(len(settings.conditions)))
-    with peak_memory(device) as peak, rectified_guidance(pipe, config, on_step=on_step):
+    with rectified_guidance(pipe, config, on_step=on_step):
         began = _now(device)
-        images = pipe(
-            list(settings.conditions),
-            guidance_scale=settings.guidance_scale,
-            num_inference_steps=settings.steps,
-            generator=noise,
-        ).images
+        images = _call(pipe, settings, settings.steps)
         seconds = _now(device) - began - aside
-    side = Side(tuple(images), seconds, aside, peak.bytes, _judge(pipe, judge, settings, images))
+    side = Side(tuple(images), seconds, aside, peak_bytes, _judge(pipe, judge, settings, images))
     return replace(view, images=side.images, side=side)
+
+
+def _call(pipe: DiffusionPipeline, settings: Settings, steps: int) -> list[Image.Image]:
+    return pipe(
+        list(settings.conditions),
+        guidance_scale=settings.guidance_scale,
+        num_inference_steps=steps,
+        generator=sample_generators(settings.seed, range(len(settings.conditions))),
+    ).images
+
+
+def _peak_bytes(pipe: DiffusionPipeline, settings: Settings, product: Product) -> int:
+    """Peak of one guided step, which the others repeat, and the decoding; measured once for a product and batch size.
+
+    It also pages the weights in and sets the kernels up, which belongs to the time of neither side.
+    """
+    known = _peaks.setdefault(pipe, {})
+    key = (product, len(settings.conditions), settings.guidance_scale > 1)
+    if key not in known:
+        with rectified_guidance(pipe, RectifiedGuidanceConfig(product=product)), peak_memory(pipe.device) as peak:
+            _call(pipe, settings, steps=1)
+        known[key] = peak.bytes
+    return known[key]
 
 
 def _now(device: torch.device) -> float:

@@ -16,8 +16,11 @@ from companion.exact.rewards import Reward
 
 def reward_levels(grid: Grid, reward: Reward, schedule: NoiseSchedule) -> Float[Tensor, "steps+1 *grid"]:
     """log R_0 … log R_T on the grid: the rewards that everyday guidance uses, for `tilted_marginals`."""
-    levels = [schedule.level(t) for t in range(schedule.steps + 1)]
-    return torch.stack([evaluate(grid, lambda x, level=level: reward.log(x, *level)) for level in levels])
+
+    def at(t: int) -> Float[Tensor, "*grid"]:
+        return evaluate(grid, lambda x: reward.log(x, *schedule.level(t)))
+
+    return torch.stack([at(t) for t in range(schedule.steps + 1)])
 
 
 def implied_reward(

@@ -53,6 +53,4 @@ def test_picture_shows_where_they_differ():
 
 def test_refusals():
     with pytest.raises(ValueError, match="one size"):
-        colour_difference(plain(0, 0, 0), Image.new("RGB", (2, 3)))
-    with pytest.raises(ValueError, match="highest must be positive"):
-        difference_picture(plain(0, 0, 0), plain(0, 0, 0), highest=0)
+        difference_picture(plain(0, 0, 0), Image.new("RGB", (2, 3)))
