@@ -64,11 +64,13 @@ def main(argv: list[str] | None = None) -> None:
         signal.signal(ending, signal.default_int_handler)
     print("Loading …", flush=True)
     import torch
-    from diffusers.utils.logging import disable_progress_bar
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
     import companion
 
-    disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     name = chosen.model or next(iter(companion.model_names()), None)
     if name is None:
         parser.error("this copy of the package has no embedded model; name one with --model")

@@ -319,8 +319,8 @@ def _pair(pairs: Any, index: int) -> dict[str, Any]:
     return {"slider": enlarged, "difference": difference_picture(first, second)}
 
 
-def _ending(run: Run, models: Models, state: SideBySide, status: str) -> dict[str, Any]:
-    """Everything the page shows when a run has ended, finished or not."""
+def _ending(run: Run, models: Models, state: SideBySide, chosen: int, status: str) -> dict[str, Any]:
+    """Everything the page shows when a run has ended, finished or not; of the pairs, the chosen one if there is one."""
     pairs = list(zip(state.without.images, state.with_reg.images, strict=False))
     script = as_python(run.model, run.pipe, run.settings, device=models.device, dtype=models.dtype)
     return {
@@ -334,12 +334,16 @@ def _ending(run: Run, models: Models, state: SideBySide, status: str) -> dict[st
         "table": _table(state),
         "pairs": pairs,
         "details": gr.update(visible=True),
-        **(_pair(pairs, 0) if pairs else {"slider": None, "difference": None}),
+        **(_pair(pairs, _existing(chosen, pairs)) if pairs else {"slider": None, "difference": None}),
     }
 
 
+def _existing(chosen: int, pairs: Sequence[Any]) -> int:
+    return chosen if chosen < len(pairs) else 0
+
+
 def show(
-    run: Run, models: Models, turns: Turns, cancelled: threading.Event
+    run: Run, models: Models, turns: Turns, cancelled: threading.Event, chosen: int = 0
 ) -> Iterator[tuple[SideBySide, dict[str, Any]]]:
     """What to change on the page, by name, while a run waits, is made and ends; with it the state of the run.
 
@@ -379,13 +383,13 @@ def show(
             text = f"Cancelled at step {view.step} of {view.total} {side} REG; unfinished pictures are previews."
             yield (
                 state,
-                _ending(run, models, state, _status("done", text))
+                _ending(run, models, state, chosen, _status("done", text))
                 if any(seen.values())
                 else {"status": _status("done", text)},
             )
             return
         seconds = sum(view.side.seconds for view in (state.without, state.with_reg) if view.side is not None)
-        yield state, _ending(run, models, state, _status("done", f"Done: both sides in {_seconds(seconds)}."))
+        yield state, _ending(run, models, state, chosen, _status("done", f"Done: both sides in {_seconds(seconds)}."))
 
 
 # ----------------------------------------------------------------------------------------------------------- the page
@@ -457,6 +461,7 @@ def build_page(models: Models) -> gr.Blocks:
         steps: Any,
         pictures: Any,
         seed: Any,
+        chosen: int,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - how Gradio asks for one
     ) -> Iterator[dict[Any, Any]]:
@@ -469,9 +474,9 @@ def build_page(models: Models) -> gr.Blocks:
                 models, model, classes, prompts, guidance_scale, schedule, linear_first, linear_last, power, peak,
                 interval_low, interval_high, product, scheduler, steps, pictures, seed,
             )  # fmt: skip
-            for state, changes in show(run, models, turns, cancelled):
-                done = state.without.step + state.with_reg.step
-                progress((done, 2 * max(state.without.total, 1)), unit="steps")
+            for state, changes in show(run, models, turns, cancelled, chosen):
+                if state.without.total:
+                    progress((state.without.step + state.with_reg.step, 2 * state.without.total), unit="steps")
                 yield {outputs[name]: value for name, value in changes.items()}
         except Exception as error:  # whatever it is, the page says it and goes on
             if not isinstance(error, ValueError):
@@ -507,8 +512,11 @@ def build_page(models: Models) -> gr.Blocks:
     def choose_pair(pairs: Any, event: gr.SelectData) -> Any:
         if not pairs or event.index >= len(pairs):
             return gr.skip()
-        shown, chosen = _pair(pairs, event.index), gr.update(selected_index=event.index)
-        return shown["slider"], shown["difference"], chosen, chosen
+        shown = _pair(pairs, event.index)
+        return event.index, shown["slider"], shown["difference"]
+
+    def mark_pair(pairs: Any, chosen: int) -> Any:
+        return [gr.update(selected_index=_existing(chosen, pairs) if pairs else None)] * 2
 
     with gr.Blocks(title="REG, side by side", analytics_enabled=False) as page:
         gr.HTML(_INTRODUCTION, elem_id="head", padding=False)
@@ -525,7 +533,9 @@ def build_page(models: Models) -> gr.Blocks:
             # One place checks everything, by name and in one sentence; Gradio's own checks would come first.
             if isinstance(control, gr.components.Component):
                 control.preprocess = lambda payload: payload  # type: ignore[method-assign]
-        inputs = [controls[name] for name in _INPUTS]
+        chosen = gr.State(0)
+        galleries = [outputs["without"], outputs["with_reg"]]
+        inputs = [*(controls[name] for name in _INPUTS), chosen]
         groups = [controls[name] for name in ("linear", "power-cosine", "interval")]
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
@@ -535,10 +545,8 @@ def build_page(models: Models) -> gr.Blocks:
         clicked = start.click(may_start(False), None, [start, stop], queue=False, **hidden).then(
             generate, inputs, [*outputs.values()], api_name="generate", show_progress="hidden", concurrency_limit=32
         )
-        for ended in (
-            clicked.then,
-            clicked.failure,
-        ):  # Gradio 6.31's `then` does not come after a failure, though it should
+        clicked.then(mark_pair, [outputs["pairs"], chosen], galleries, queue=False, **hidden)
+        for ended in (clicked.then, clicked.failure):  # Gradio 6.31's `then` comes after a success only
             ended(may_start(True), None, [start, stop], queue=False, **hidden)
         stop.click(cancel, None, None, queue=False, api_name="cancel", show_progress="hidden")
         page.unload(cancel)
@@ -549,9 +557,10 @@ def build_page(models: Models) -> gr.Blocks:
             [outputs["status"], controls["classes"], controls["prompts"], controls["scheduler"]],
             **hidden,
         )
-        for name in ("without", "with_reg"):
-            changed = [outputs[shown] for shown in ("slider", "difference", "without", "with_reg")]
-            outputs[name].select(choose_pair, outputs["pairs"], changed, **hidden)
+        for gallery in galleries:
+            gallery.select(
+                choose_pair, outputs["pairs"], [chosen, outputs["slider"], outputs["difference"]], **hidden
+            ).then(mark_pair, [outputs["pairs"], chosen], galleries, queue=False, **hidden)
     return page
 
 

@@ -57,7 +57,9 @@ def difference_picture(first: Image.Image, second: Image.Image) -> Image.Image:
         colour_difference(first, second), cmap="cividis", norm=PowerNorm(0.5, 0, 100), interpolation="nearest"
     )
     axes.set_axis_off()
-    bar = figure.colorbar(drawn, ax=axes, extend="max", fraction=0.046, pad=0.03, ticks=[0, 2.3, 10, 25, 50, 100])
+    bar = figure.colorbar(
+        drawn, ax=axes, extend="max", fraction=0.046, pad=0.03, ticks=[0, 2.3, 10, 25, 50, 100], format="%g"
+    )
     bar.set_label(f"colour difference ΔE ({JUST_NOTICEABLE}: just noticeable)")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
