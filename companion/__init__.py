@@ -15,7 +15,6 @@ from companion.guidance.parametrization import (
 )
 from companion.guidance.rectification import PRODUCTS, Rectified, rectify
 from companion.guidance.weights import ConstantWeight, GuidanceWeight, IntervalWeight, LinearWeight, PowerCosineWeight
-from companion.pipelines.families import SUPPORTED_PIPELINES
 from companion.pipelines.hook import (
     GuidanceStep,
     RectifiedGuidanceConfig,
@@ -32,7 +31,6 @@ __version__ = "0.1.0"
 __all__ = [
     "PREDICTION_TYPES",
     "PRODUCTS",
-    "SUPPORTED_PIPELINES",
     "UNDERSTOOD_SCHEDULERS",
     "ConstantWeight",
     "GuidanceStep",

@@ -37,7 +37,7 @@ from companion.evaluation.side_by_side import (
 from companion.evaluation.turns import Turns
 from companion.guidance.weights import GuidanceWeight, IntervalWeight, LinearWeight, PowerCosineWeight
 from companion.minis import classifier
-from companion.pipelines.families import family_of
+from companion.pipelines.hook import check_pipeline
 from companion.pipelines.registry import load, model_names
 
 MAX_PICTURES = 16
@@ -85,7 +85,7 @@ class Models:
         dtype: torch.dtype = torch.float32,
         local_only: bool = False,
     ) -> None:
-        family_of(pipe)
+        check_pipeline(pipe)
         self.first, self.device, self.dtype, self.local_only = first, device, dtype, local_only
         self.names: tuple[str, ...] = tuple(dict.fromkeys([first, *model_names()]))
         self._loaded: dict[str, DiffusionPipeline] = {first: pipe}
@@ -103,7 +103,7 @@ class Models:
         with self._loading:
             if name not in self._loaded:
                 pipe = load(name, device=self.device, dtype=self.dtype)
-                family_of(pipe)
+                check_pipeline(pipe)
                 self._loaded[name] = pipe
             return self._loaded[name]
 

@@ -28,8 +28,7 @@ from companion.evaluation.memory import peak_memory
 from companion.guidance.rectification import Product, check_product
 from companion.guidance.weights import GuidanceWeight
 from companion.minis.scenes import SHAPES, SIZE
-from companion.pipelines.families import family_of
-from companion.pipelines.hook import GuidanceStep, RectifiedGuidanceConfig, rectified_guidance
+from companion.pipelines.hook import GuidanceStep, RectifiedGuidanceConfig, check_pipeline, rectified_guidance
 from companion.seeding import sample_generators
 
 SideName = Literal["without", "with_reg"]
@@ -133,7 +132,7 @@ def check_settings(pipe: DiffusionPipeline, settings: Settings) -> None:
         ValueError: unsupported pipeline, classes or prompts that it does not take, a scheduler or a number of steps
             that does not work with it.
     """
-    family_of(pipe)
+    check_pipeline(pipe)
     for condition in settings.conditions:
         if takes_prompts(pipe):
             if not isinstance(condition, str):

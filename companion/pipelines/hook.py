@@ -1,19 +1,22 @@
 """Rectified guidance in an unmodified diffusers pipeline, through a hook on its denoiser.
 
-A classic pipeline evaluates its denoiser on the stacked batch [reference, conditional] and combines `u + s (c - u)`
-itself. The
-hook (diffusers' own `ModelHook`, the mechanism behind `apply_faster_cache`) hands back `[c - r, c]` with
-`r = product(K, c - u) · w(t)`, so that the pipeline's unchanged arithmetic gives `c + (s - 1) r`: rectified guidance
-at whatever
-scale, rescaling and scheduler the pipeline was called with. Taking the hook off leaves no trace.
+A pipeline evaluates its denoiser on a stacked batch [reference, conditional], or once per branch, and combines
+`u + s (c - u)` itself. The hook (diffusers' own `ModelHook`, the mechanism behind `apply_faster_cache`) hands back
+`c - r` in the place of u, with `r = product(K, c - u) · w(t)`, so that the pipeline's unchanged arithmetic gives
+`c + (s - 1) r`: rectified guidance at whatever scale, rescaling and scheduler the pipeline was called with. Taking the
+hook off leaves no trace. Which branch is which, and in what the network's output differs from what the scheduler is
+given, is read from the pipeline's source (`companion.pipelines.anatomy`).
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
 from jaxtyping import Float
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 
 from companion.guidance.rectification import Product, check_product, rectify
 from companion.guidance.weights import ConstantWeight, GuidanceWeight
-from companion.pipelines.families import Family, family_of
+from companion.pipelines.anatomy import SAMPLE_NAMES, Anatomy, Refusal, anatomy_of, call_code, evaluate
 from companion.pipelines.levels import NoiseLevel, check_scheduler, noise_level
 from companion.seeding import sample_generators, sample_seed
 
@@ -46,6 +49,8 @@ class RectifiedGuidanceConfig:
             backward pass per latent dimension.
         seed: of the probes, a non-negative integer.
         relative_step: for `finite_difference`: step as a fraction of the input's norm; None follows the dtype.
+        guide: autoguidance (Karras et al. 2024): a weaker network of the denoiser's own call signature, evaluated under
+            the conditional branch's arguments in the place of the reference branch.
 
     Raises:
         ValueError: an unknown product, a weight that is neither a function nor a finite number, fewer than 1 probe, a
@@ -57,6 +62,7 @@ class RectifiedGuidanceConfig:
     probes: int | None = 4
     seed: int = 0
     relative_step: float | None = None
+    guide: nn.Module | None = None
 
     def __post_init__(self) -> None:
         check_product(self.product)
@@ -112,146 +118,355 @@ OnStep = Callable[[GuidanceStep], None]
 
 
 class RectifiedGuidanceHook(ModelHook):
-    """The hook itself; `apply_rectified_guidance` puts it on a pipeline's denoiser."""
+    """The hook itself; `apply_rectified_guidance` puts it on a pipeline's denoisers."""
+
+    def __init__(self, rectifier: "_Rectifier") -> None:
+        super().__init__()
+        self.rectifier = rectifier
+
+    @torch.compiler.disable(recursive=False)  # the network inside may be compiled; reading the pipeline's frame may not
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if getattr(module, "is_cache_enabled", False):
+            raise ValueError(
+                "rectified guidance evaluates the network between the pipeline's own calls, which would spoil a cache; "
+                "call disable_cache() on the pipeline's denoiser"
+            )
+        return self.rectifier.evaluate(_Call(self.fn_ref.original_forward, args, kwargs))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a denoiser."""
+
+    forward: Callable[..., Any]
+    args: tuple
+    kwargs: dict[str, Any]
+
+    @property
+    def sample(self) -> Tensor:
+        """The network's sample, its batch first; some networks take a list of samples of one shape."""
+        given = self.args[0] if self.args else next(self.kwargs[name] for name in SAMPLE_NAMES if name in self.kwargs)
+        return torch.stack(list(given)) if isinstance(given, (list, tuple)) else given
+
+    @property
+    def listed(self) -> bool:
+        return isinstance(self.args[0] if self.args else None, (list, tuple))
+
+    def with_sample(self, sample: Tensor) -> "_Call":
+        """The same call on another sample."""
+        value = list(sample.unbind(0)) if self.listed else sample
+        if self.args:
+            return replace(self, args=(value, *self.args[1:]))
+        name = next(name for name in SAMPLE_NAMES if name in self.kwargs)
+        return replace(self, kwargs={**self.kwargs, name: value})
+
+    def on(self, branch: slice) -> "_Call":
+        """The call on some rows of its batch."""
+        rows, lists = len(self.sample), self.listed
+        args = tuple(_take(value, branch, rows, lists) for value in self.args)
+        return replace(self, args=args, kwargs=_take(self.kwargs, branch, rows, lists))
+
+    def check_one_level(self) -> None:
+        """Refuse a call whose samples or tokens are at different noise levels: there K has no one coefficient."""
+        times = [value for name, value in self.kwargs.items() if "timestep" in name] or list(self.args[1:2])
+        for time in times:
+            if torch.is_tensor(time) and time.numel() > 1 and bool((time != time.flatten()[0]).any()):
+                raise ValueError("the network is called at several noise levels at once, which cannot be rectified")
+
+    def __call__(self) -> Any:
+        return self.forward(*self.args, **self.kwargs)
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """Where in its schedule a pipeline is when it calls its denoiser."""
+
+    index: int
+    total: int
+    timestep: float
+    level: NoiseLevel
+    latents: Tensor
+    weight: float
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """The conditional branch of a call that has been evaluated, with the region of the sample that is denoised."""
+
+    call: _Call
+    output: Any
+    region: tuple[int, ...]
+
+
+class _Rectifier:
+    """What the hooks of one pipeline share: the configuration, and the state of the run."""
 
     def __init__(
-        self, pipe: DiffusionPipeline, family: Family, config: RectifiedGuidanceConfig, on_step: OnStep | None
+        self, pipe: DiffusionPipeline, anatomy: Anatomy, config: RectifiedGuidanceConfig, on_step: OnStep | None
     ) -> None:
-        super().__init__()
-        self.pipe, self.family, self.config, self.on_step = pipe, family, config, on_step
+        self.pipe, self.anatomy, self.config, self.on_step = pipe, anatomy, config, on_step
+        self.code = call_code(type(pipe))
         self._index = -1
+        self._pending: _Branch | None = None
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = self.family.read_call(args, kwargs)
-        index, total = self._locate(call.timestep)
-        level = noise_level(self.pipe.scheduler, call.timestep)
-        timestep = float(torch.as_tensor(call.timestep).flatten()[0])
-        if not self.family.is_guided(self.pipe, call):
-            output = self.fn_ref.original_forward(*args, **kwargs)
-            prediction = self._prediction(output)
-            direction = None
+    def evaluate(self, call: _Call) -> Any:
+        """The output that the pipeline is given for its call."""
+        frame = _running(self.code)
+        role = self.anatomy.role(frame.f_lineno) if frame is not None else "other"
+        if frame is None or role == "other":
+            return call()
+        guided = all(bool(evaluate(test, frame)) is wanted for test, wanted in self.anatomy.guided)
+        if role == "reference":
+            branch, self._pending = self._pending, None
+            if branch is None:
+                raise ValueError(f"{type(self.pipe).__name__} called its reference branch without a conditional one")
+            moment = self._moment(frame, self._index)
+            return self._rectified_reference(branch, call, moment)
+        moment = self._moment(frame, None)
+        call.check_one_level()
+        rows, samples = len(call.sample), len(moment.latents)
+        if role == "stacked" and guided:
+            if rows not in (2 * samples, samples) or rows % 2:  # DiTPipeline keeps its latents stacked
+                raise ValueError(
+                    f"{type(self.pipe).__name__} guides {samples} samples by a batch of {rows}; "
+                    "rectified guidance knows batches of two branches"
+                )
+            return self._rectified_stack(call, moment)
+        if role == "stacked" and rows != samples and rows % samples == 0 and moment.latents.ndim == call.sample.ndim:
+            raise ValueError(f"{type(self.pipe).__name__} was called with guidance that is not understood")
+        output = call()
+        branch = _Branch(call, output, _region(call.sample, _first(output), moment.latents))
+        if guided:
+            self._pending = branch
         else:
-            weight = self.config.weight_at(index / max(1, total - 1), timestep)
-            output, prediction, direction = self._guided(args, kwargs, call.sample, weight, level, index)
-        if self.on_step is not None:
-            sample = call.sample[self._conditional(len(call.sample)) if direction is not None else slice(None)]
-            channels = prediction.shape[1]
-            self.on_step(GuidanceStep(index, total, timestep, level, sample[:, :channels], prediction, direction))
+            self._report(moment, branch.call.sample, branch, None)
         return output
 
-    def _guided(
-        self, args: tuple, kwargs: dict, stacked: Tensor, weight: float, level: NoiseLevel, index: int
-    ) -> tuple[Any, Tensor, Tensor]:
-        """The denoiser's output with the reference branch moved, the conditional prediction and the direction."""
-        forward, rows = self.fn_ref.original_forward, len(stacked)
-        conditional, reference = self._conditional(rows), self._reference(rows)
-
-        def on_branch(branch: slice) -> Any:
-            return forward(*_take(args, branch, rows), **_take(kwargs, branch, rows))
-
-        if weight == 0:
-            output = on_branch(conditional)
-            prediction = self._prediction(output)
-            return (
-                _map_output(output, lambda whole: torch.cat([whole, whole])),
-                prediction,
-                torch.zeros_like(prediction),
-            )
-
-        product = self.config.product
-        z = stacked[conditional]
-        if product in _DIFFERENTIATED:  # each branch on its own: only the conditional one needs a graph
-            output, known = on_branch(reference), None
-            u = self._prediction(output)
+    def _rectified_stack(self, call: _Call, moment: _Moment) -> Any:
+        """The output for a stacked batch, its reference rows moved."""
+        rows = len(call.sample)
+        first, second = slice(0, rows // 2), slice(rows // 2, rows)
+        conditional, reference = (second, first) if self.anatomy.reference_first else (first, second)
+        only = call.on(conditional)
+        if moment.weight == 0:
+            output = only()
+            branch = _Branch(only, output, _region(only.sample, _first(output), moment.latents))
+            self._report(moment, only.sample, branch, torch.zeros_like(_inside(_first(output), branch.region)))
+            return _map_output(output, lambda whole: torch.cat([whole, whole]))
+        if self.config.guide is not None or self.config.product in _DIFFERENTIATED:
+            # Each branch on its own: only the conditional one needs a graph, and a guide is another network.
+            other = call.on(reference)() if self.config.guide is None else replace(only, forward=self.config.guide)()
+            known = None if self.config.product in _DIFFERENTIATED else only()
+            beside = _first(other)
         else:
-            output = forward(*args, **kwargs)
-            both = self._prediction(output)
-            u, known = both[reference], both[conditional]
-            if product == "none" and weight == 1:
-                return output, known, known - u
-        channels = u.shape[1]
-        last = output
+            both = call()
+            known = _map_output(both, lambda whole: whole[conditional])
+            beside = _first(both)[reference]
+            if self.config.product == "none" and moment.weight == 1:
+                region = _region(only.sample, beside, moment.latents)
+                direction = _inside(_first(known), region) - _inside(beside, region)
+                self._report(moment, only.sample, _Branch(only, known, region), direction)
+                return both
+        region = _region(only.sample, beside, moment.latents)
+        branch, direction = self._rectify(only, known, _inside(beside, region), region, moment)
+        self._report(moment, only.sample, branch, direction)
+        outside = beside if self.config.guide is None else _first(branch.output)
+        moved = _replaced(outside, _inside(_first(branch.output), region) - direction)
+        parts = [moved, _first(branch.output)] if self.anatomy.reference_first else [_first(branch.output), moved]
+        return _map_output(branch.output, lambda _: torch.cat(parts))
+
+    def _rectified_reference(self, branch: _Branch, call: _Call, moment: _Moment) -> Any:
+        """The output for the reference call of a pipeline that calls once per branch."""
+        known = _first(branch.output)
+        if moment.weight == 0:
+            self._report(moment, branch.call.sample, branch, torch.zeros_like(_inside(known, branch.region)))
+            return _map_output(branch.output, torch.clone)
+        guide = self.config.guide
+        output = call() if guide is None else replace(branch.call, forward=guide)()
+        if self.config.product == "none" and moment.weight == 1:
+            direction = _inside(known, branch.region) - _inside(_first(output), branch.region)
+            self._report(moment, branch.call.sample, branch, direction)
+            return output
+        beside = _inside(_first(output), branch.region)
+        branch, direction = self._rectify(branch.call, branch.output, beside, branch.region, moment)
+        self._report(moment, branch.call.sample, branch, direction)
+        c = _inside(_first(branch.output), branch.region)
+        return _map_output(output, lambda whole: _replaced(whole, c - direction))
+
+    def _rectify(
+        self, call: _Call, known: Any | None, reference: Tensor, region: tuple[int, ...], moment: _Moment
+    ) -> tuple[_Branch, Tensor]:
+        """The conditional branch, and its rectified and weighted direction."""
+        z, last = call.sample, known
 
         def denoise(latents: Tensor) -> Tensor:
             nonlocal last
-            inputs = latents if z.shape[1] == channels else torch.cat([latents, z[:, channels:]], dim=1)
-            own = self.family.with_sample(_take(args, conditional, rows), _take(kwargs, conditional, rows), inputs)
-            last = forward(*own[0], **own[1])
-            return self._prediction(last)
+            output = call.with_sample(_with_inside(z, latents))()
+            if last is None:
+                last = output
+            return _inside(_first(output), region)
 
-        generator = None
+        product, generator = self.config.product, None
         if product == "diagonal" and self.config.probes is not None:
-            [generator] = sample_generators(self.config.seed, [index])
-        c, direction = rectify(
+            [generator] = sample_generators(self.config.seed, [moment.index])
+        _, direction = rectify(
             denoise,
-            z[:, :channels],
-            u,
-            level.coefficients,
+            _inside(z, region),
+            reference,
+            moment.level.coefficients,
             product=product,
-            prediction=known,
+            prediction=None if known is None else _inside(_first(known), region),
             probes=self.config.probes,
             generator=generator,
             relative_step=self.config.relative_step,
         )
-        direction = weight * direction
-        if product in _DIFFERENTIATED:
-            parts = [_first(output), _first(last).detach()]
-            stack = torch.cat(parts if self.family.reference_first else parts[::-1])
-            output = _map_output(output, lambda _: stack)
+        output = _map_output(last, torch.Tensor.detach)
+        return _Branch(call, output, region), moment.weight * direction
 
-        def moved(whole: Tensor) -> Tensor:
-            whole = whole.clone()
-            whole[reference, :channels] = c - direction
-            return whole
+    def _report(self, moment: _Moment, z: Tensor, branch: _Branch, direction: Tensor | None) -> None:
+        if self.on_step is not None:
+            sample, prediction = _inside(z, branch.region), _inside(_first(branch.output), branch.region)
+            self.on_step(
+                GuidanceStep(moment.index, moment.total, moment.timestep, moment.level, sample, prediction, direction)
+            )
 
-        return _map_output(output, moved), c, direction
+    def _moment(self, frame: FrameType, index: int | None) -> _Moment:
+        """Where the pipeline is; `index` where that is known because the other branch was called before."""
+        scheduler = getattr(self.pipe, self.anatomy.scheduler)
+        timestep, latents = (evaluate(code, frame) for code in (self.anatomy.timestep, self.anatomy.latents))
+        steps = torch.as_tensor(
+            scheduler.timesteps if self.anatomy.timesteps is None else evaluate(self.anatomy.timesteps, frame)
+        )
+        value = torch.as_tensor(timestep).flatten()[0]
+        self._index = self._place(steps, value.to(steps)) if index is None else index
+        level = noise_level(scheduler, value)
+        level = replace(level, output_sign=self.anatomy.sign * level.output_sign)
+        progress = self._index / max(1, len(steps) - 1)
+        weight = self.config.weight_at(progress, float(value))
+        return _Moment(self._index, len(steps), float(value), level, latents, weight)
 
-    def _conditional(self, rows: int) -> slice:
-        return slice(rows // 2, rows) if self.family.reference_first else slice(0, rows // 2)
-
-    def _reference(self, rows: int) -> slice:
-        return slice(0, rows // 2) if self.family.reference_first else slice(rows // 2, rows)
-
-    def _prediction(self, output: Any) -> Tensor:
-        return _first(output)[:, : self.family.channels(self.pipe)]
-
-    def _locate(self, timestep: float | Tensor) -> tuple[int, int]:
-        """Number of this call in the schedule, and the schedule's length;
-        finds its place again after an aborted run.
-        """
-        steps = self.pipe.scheduler.timesteps
-        value = torch.as_tensor(timestep).flatten()[0].to(steps)
-        self._index += 1
-        if self._index >= len(steps) or steps[self._index] != value:
-            found = (steps == value).nonzero()
-            if len(found) == 0:
-                raise ValueError(
-                    f"timestep {float(value):g} is not in the schedule of {type(self.pipe.scheduler).__name__}"
-                )
-            self._index = int(found[0])
-        return self._index, len(steps)
+    def _place(self, steps: Tensor, value: Tensor) -> int:
+        """Number of this call among the steps; finds its place again after an aborted run."""
+        following = self._index + 1
+        if following < len(steps) and steps[following] == value:
+            return following
+        found = (steps == value).nonzero()
+        if len(found) == 0:
+            raise ValueError(f"timestep {float(value):g} is not in the schedule of {type(self.pipe).__name__}")
+        return int(found[0])
 
 
-def _take(value: Any, branch: slice, rows: int) -> Any:
-    """The branch's rows of every tensor of the stacked batch, however deeply nested; anything else as it is."""
+def _running(code: Any) -> FrameType | None:
+    """The frame of a pipeline's `__call__` that is running now, if one is."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame
+
+
+def _region(sample: Tensor, output: Tensor, latents: Tensor) -> tuple[int, ...]:
+    """Shape, without the batch, of the part of the network's input and output that is the sampler's latents.
+
+    It leads in every dimension: pipelines put conditions (masks, images) behind the latents, and networks a learned
+    variance behind the prediction.
+    """
+    inside, outside, wanted = sample.shape[1:], output.shape[1:], latents.shape[1:]
+    if len(inside) == len(outside):
+        if len(wanted) == len(inside) and all(w <= min(i, o) for w, i, o in zip(wanted, inside, outside, strict=True)):
+            return tuple(wanted)
+        common = tuple(min(i, o) for i, o in zip(inside, outside, strict=True))
+        if torch.Size(common).numel() == wanted.numel():
+            return common
+    raise ValueError(
+        f"latents of shape {tuple(wanted)} are not found in the network's input of shape {tuple(inside)} "
+        f"and output of shape {tuple(outside)}"
+    )
+
+
+def _inside(whole: Tensor, region: tuple[int, ...]) -> Tensor:
+    """The leading part of that shape, of every sample."""
+    for dim, size in enumerate(region, start=1):
+        whole = whole.narrow(dim, 0, size)
+    return whole
+
+
+def _with_inside(whole: Tensor, part: Tensor) -> Tensor:
+    """`whole` with its leading part replaced by another; differentiable in both modes."""
+    if part.shape == whole.shape:
+        return part
+    behind = [size - own for size, own in zip(whole.shape[:0:-1], part.shape[:0:-1], strict=True)]
+    rest = _replaced(whole, torch.zeros(part.shape, dtype=whole.dtype, device=whole.device))
+    return F.pad(part, [amount for size in behind for amount in (0, size)]) + rest
+
+
+def _replaced(whole: Tensor, part: Tensor) -> Tensor:
+    """A copy of `whole` with its leading part replaced."""
+    whole = whole.clone()
+    _inside(whole, tuple(part.shape[1:])).copy_(part)
+    return whole
+
+
+_UNBATCHED = ("rotary", "rope", "img_ids", "txt_ids")  # positions, shared by the batch whatever their length
+
+
+def _take(value: Any, branch: slice, rows: int, lists: bool = False) -> Any:
+    """The branch's rows of every tensor of the stacked batch, however deeply nested; anything else as it is.
+
+    Args:
+        lists: whether lists of `rows` items are batches too.
+    """
     if torch.is_tensor(value):
         return value[branch] if value.ndim > 0 and len(value) == rows else value
     if isinstance(value, dict):
-        return {name: _take(item, branch, rows) for name, item in value.items()}
+        return {
+            name: item if any(word in str(name) for word in _UNBATCHED) else _take(item, branch, rows, lists)
+            for name, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
-        return type(value)(_take(item, branch, rows) for item in value)
+        if lists and len(value) == rows:
+            return value[branch]
+        return type(value)(_take(item, branch, rows, lists) for item in value)
     return value
 
 
 def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output.sample
+    """The prediction in a denoiser's output, a tuple or a dataclass; samples in a list are stacked."""
+    prediction = output[0] if isinstance(output, tuple) else output.sample
+    return torch.stack(list(prediction)) if isinstance(prediction, (list, tuple)) else prediction
 
 
 def _map_output(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The denoiser's output, tuple or dataclass, with its sample changed."""
+    """The denoiser's output, tuple or dataclass, with its prediction changed."""
+    given = output[0] if isinstance(output, tuple) else output.sample
+    changed: Any = change(_first(output))
+    if isinstance(given, (list, tuple)):
+        changed = list(changed.unbind(0))
     if isinstance(output, tuple):
-        return (change(output[0]), *output[1:])
-    return replace(output, sample=change(output.sample))
+        return (changed, *output[1:])
+    return replace(output, sample=changed)
+
+
+def _denoisers(pipe: DiffusionPipeline, anatomy: Anatomy) -> dict[str, nn.Module]:
+    found = {name: getattr(pipe, name, None) for name in anatomy.components}
+    denoisers = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    if not denoisers:
+        raise ValueError(
+            f"{type(pipe).__name__} has no network in torch as its {' or '.join(anatomy.components)}, "
+            "which rectified guidance needs"
+        )
+    return denoisers
+
+
+def check_pipeline(pipe: DiffusionPipeline) -> Anatomy:
+    """How the pipeline guides.
+
+    Raises:
+        ValueError: its class is not understood, and why.
+    """
+    try:
+        return anatomy_of(type(pipe))
+    except Refusal as refusal:
+        raise ValueError(f"{type(pipe).__name__} cannot be rectified: {refusal}") from refusal
 
 
 def apply_rectified_guidance(
@@ -263,7 +478,7 @@ def apply_rectified_guidance(
     pass through.
 
     Args:
-        pipe: a diffusers pipeline of a supported family, its denoiser in eval mode.
+        pipe: a diffusers pipeline whose guidance is understood (`docs/pipelines.md` lists them), in eval mode.
         config: what to apply; None is the default `finite_difference` product.
         on_step: called after every denoiser call, e.g. for progress and previews; an exception in it ends the sampling.
 
@@ -271,18 +486,20 @@ def apply_rectified_guidance(
         ValueError: the pipeline's class or scheduler is not supported, its denoiser is in training mode, or the hook
         is on already.
     """
-    family = family_of(pipe)
-    check_scheduler(pipe.scheduler)
-    denoiser = family.denoiser(pipe)
-    if denoiser.training:
-        raise ValueError(
-            f"the pipeline's {family.component} is in training mode, where it drops conditions at random; "
-            "call .eval() on it"
-        )
-    registry = HookRegistry.check_if_exists_or_initialize(denoiser)
-    if registry.get_hook(_HOOK) is not None:
-        raise ValueError("rectified guidance is on already; call remove_rectified_guidance(pipe) first")
-    registry.register_hook(RectifiedGuidanceHook(pipe, family, config or RectifiedGuidanceConfig(), on_step), _HOOK)
+    config = config or RectifiedGuidanceConfig()
+    anatomy = check_pipeline(pipe)
+    check_scheduler(getattr(pipe, anatomy.scheduler))
+    denoisers = _denoisers(pipe, anatomy)
+    for name, denoiser in denoisers.items():
+        if denoiser.training:
+            raise ValueError(
+                f"the pipeline's {name} is in training mode, where it drops conditions at random; call .eval() on it"
+            )
+        if HookRegistry.check_if_exists_or_initialize(denoiser).get_hook(_HOOK) is not None:
+            raise ValueError("rectified guidance is on already; call remove_rectified_guidance(pipe) first")
+    rectifier = _Rectifier(pipe, anatomy, config, on_step)
+    for denoiser in denoisers.values():
+        HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(RectifiedGuidanceHook(rectifier), _HOOK)
 
 
 def remove_rectified_guidance(pipe: DiffusionPipeline) -> None:
@@ -291,7 +508,8 @@ def remove_rectified_guidance(pipe: DiffusionPipeline) -> None:
     Raises:
         ValueError: the pipeline's class is not supported.
     """
-    HookRegistry.check_if_exists_or_initialize(family_of(pipe).denoiser(pipe)).remove_hook(_HOOK)
+    for denoiser in _denoisers(pipe, check_pipeline(pipe)).values():
+        HookRegistry.check_if_exists_or_initialize(denoiser).remove_hook(_HOOK)
 
 
 @contextmanager

@@ -51,6 +51,8 @@ def _names(*candidates: str) -> frozenset[str]:
 
 # z is the sampler's own variance-preserving state, and timesteps index ᾱ.
 _TABLE = _names(
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
     "DDIMScheduler",
     "DDIMInverseScheduler",
     "DDIMParallelScheduler",
@@ -59,6 +61,7 @@ _TABLE = _names(
     "LCMScheduler",
     "PNDMScheduler",
     "TCDScheduler",
+    "UnCLIPScheduler",
 )
 # z is the sampler's own variance-preserving state; levels are kept as σ/α, one per step.
 _PRESERVING = _names(
@@ -82,7 +85,10 @@ _EXPLODING = _names(
 # Variance exploding as well, but the scheduler preconditions the network (Karras et al. 2022, table 1).
 _PRECONDITIONED = _names("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 
-UNDERSTOOD_SCHEDULERS = tuple(sorted(_TABLE | _PRESERVING | _EXPLODING | _PRECONDITIONED))
+# z = (1 - σ) x_0 + σ ε, and the network predicts the velocity ε - x_0.
+_FLOW = _names("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+
+UNDERSTOOD_SCHEDULERS = tuple(sorted(_TABLE | _PRESERVING | _EXPLODING | _PRECONDITIONED | _FLOW))
 
 
 def check_scheduler(scheduler: SchedulerMixin) -> None:
@@ -97,9 +103,22 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
             f"scheduler {name} does not say which noise level its network sees in a way this package knows; "
             f"use one of {', '.join(UNDERSTOOD_SCHEDULERS)}"
         )
-    if scheduler.config.get("use_flow_sigmas"):
-        raise ValueError(f"scheduler {name} with use_flow_sigmas=True is not supported; set use_flow_sigmas=False")
-    check_prediction_type(scheduler.config.get("prediction_type", "epsilon"))
+    prediction_type = _prediction_type(scheduler)
+    if (prediction_type == "flow_prediction") != _is_flow(scheduler):
+        flow = "with" if _is_flow(scheduler) else "without"
+        raise ValueError(
+            f"scheduler {name} {flow} flow sigmas and prediction_type={prediction_type!r} do not belong together; "
+            'use_flow_sigmas=True goes with prediction_type="flow_prediction", and only with it'
+        )
+
+
+def _is_flow(scheduler: SchedulerMixin) -> bool:
+    return type(scheduler).__name__ in _FLOW or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def _prediction_type(scheduler: SchedulerMixin) -> PredictionType:
+    given = "flow_prediction" if type(scheduler).__name__ in _FLOW else "epsilon"
+    return check_prediction_type(scheduler.config.get("prediction_type", given))
 
 
 def noise_level(scheduler: SchedulerMixin, timestep: float | Tensor) -> NoiseLevel:
@@ -115,7 +134,10 @@ def noise_level(scheduler: SchedulerMixin, timestep: float | Tensor) -> NoiseLev
     check_scheduler(scheduler)
     name = type(scheduler).__name__
     value = float(timestep.flatten()[0]) if torch.is_tensor(timestep) else float(timestep)
-    prediction_type = check_prediction_type(scheduler.config.get("prediction_type", "epsilon"))
+    prediction_type = _prediction_type(scheduler)
+    if _is_flow(scheduler):
+        sigma = _current_ratio(scheduler, value)
+        return NoiseLevel(1 - sigma, sigma, prediction_type)
     if name in _TABLE:
         if value != int(value) or not 0 <= value < len(scheduler.alphas_cumprod):
             raise ValueError(f"timestep must be an integer from 0 to {len(scheduler.alphas_cumprod) - 1}, got {value}")
@@ -133,9 +155,11 @@ def noise_level(scheduler: SchedulerMixin, timestep: float | Tensor) -> NoiseLev
 
 
 def _current_ratio(scheduler: SchedulerMixin, timestep: float) -> float:
-    """σ/α of the present call, from the scheduler's list of σ."""
+    """σ/α of the present call (of a flow: σ), from the scheduler's list of σ."""
     index = scheduler.step_index
-    if index is None:  # multistep schedulers find their place only in `step`
+    if index is None:  # some schedulers find their place only in `step`, image-to-image pipelines where they start
+        index = getattr(scheduler, "begin_index", None)
+    if index is None:
         index = scheduler.index_for_timestep(torch.tensor(timestep, dtype=scheduler.timesteps.dtype))
     if not getattr(scheduler, "state_in_first_order", True):  # the second evaluation of a second-order step
         if hasattr(scheduler, "mid_point_sigma"):

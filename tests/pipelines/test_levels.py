@@ -16,6 +16,7 @@ STEP_SAYS_CLEAN = [
     "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
     "LMSDiscreteScheduler",
+    "CogVideoXDDIMScheduler",
 ]
 CONVERTS_TO_CLEAN = [
     "DPMSolverMultistepScheduler",
@@ -26,7 +27,7 @@ CONVERTS_TO_CLEAN = [
 
 
 def make(name: str, prediction: str, **options):
-    extra = {"clip_sample": False} if name in ("DDIMScheduler", "DDPMScheduler") else {}
+    extra = {"clip_sample": False} if name in ("DDIMScheduler", "DDPMScheduler", "CogVideoXDDIMScheduler") else {}
     scheduler = getattr(diffusers, name)(prediction_type=prediction, **extra, **options)
     scheduler.set_timesteps(STEPS)
     return scheduler
@@ -109,16 +110,58 @@ def test_edm_preconditioning_is_v_prediction(prediction):
         assert level.coefficients == pytest.approx((c_skip, c_out * c_in), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"])
+def test_flow_levels_by_the_step_to_the_end(name):
+    """From z = (1 - σ) x_0 + σ ε, one step of size σ along the velocity ends in x̂_0."""
+    scheduler = getattr(diffusers, name)(shift=3.0)
+    scheduler.set_timesteps(STEPS)
+    clean, noise = random_pair()
+    z = noise
+    for t in scheduler.timesteps:
+        level = noise_level(scheduler, t)
+        assert level.alpha == 1 - level.sigma
+        velocity = noise - clean
+        assert torch.allclose(z, level.alpha * clean + level.sigma * noise, atol=1e-6)  # the level is where z is
+        assert torch.allclose(level.clean(velocity, z), clean, atol=1e-6)
+        z = scheduler.step(velocity, t, z).prev_sample
+    assert torch.allclose(z, clean, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONVERTS_TO_CLEAN)
+def test_flow_levels_of_multistep_schedulers(name):
+    scheduler = make(name, "flow_prediction", use_flow_sigmas=True)
+    x, output = random_pair()
+    for t in scheduler.timesteps:
+        level = noise_level(scheduler, t)
+        if scheduler.step_index is None:
+            scheduler._init_step_index(t)
+        said = scheduler.convert_model_output(output, sample=x)
+        if name == "DEISMultistepScheduler":  # this one converts to ε
+            said = (x - level.sigma * said) / level.alpha
+        assert torch.allclose(level.clean(output, x), said, rtol=2e-5, atol=1e-5 / level.alpha)
+        scheduler.step(output, t, x)
+
+
+def test_a_run_that_begins_in_the_middle():
+    """Image-to-image pipelines tell the scheduler where they begin; equal timesteps would not."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(STEPS)
+    scheduler.set_begin_index(3)
+    assert noise_level(scheduler, scheduler.timesteps[3]).sigma == pytest.approx(float(scheduler.sigmas[3]))
+
+
 def test_timesteps_may_be_tensors_of_equal_values():
     scheduler = make("DDIMScheduler", "epsilon")
     assert noise_level(scheduler, torch.tensor([500, 500])) == noise_level(scheduler, 500)
 
 
 def test_what_is_not_understood_is_refused():
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler does not say which noise level"):
-        noise_level(FlowMatchEulerDiscreteScheduler(), 500)
-    with pytest.raises(ValueError, match="use_flow_sigmas=False"):
-        noise_level(diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), 500)
+    with pytest.raises(ValueError, match="IPNDMScheduler does not say which noise level"):
+        noise_level(diffusers.IPNDMScheduler(), 500)
+    with pytest.raises(ValueError, match="with flow sigmas and prediction_type='epsilon' do not belong together"):
+        noise_level(diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True), 500)
+    with pytest.raises(ValueError, match="without flow sigmas and prediction_type='flow_prediction'"):
+        noise_level(diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"), 500)
     with pytest.raises(ValueError, match="timestep must be an integer from 0 to 999, got 1000"):
         noise_level(DDIMScheduler(), 1000)
     assert EulerDiscreteScheduler.__name__ in companion.UNDERSTOOD_SCHEDULERS

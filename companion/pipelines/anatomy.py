@@ -1,0 +1,547 @@
+"""How a diffusers pipeline does its guidance, read from the text of its own `__call__`.
+
+Diffusers has some 170 pipelines with classifier-free guidance and no common interface for it: which branch of a
+stacked batch comes first, whether the branches are two calls, how guidance is switched on, what becomes of the
+prediction before the scheduler sees it, all this is in each class's sampling loop. The loops are written alike, though,
+so they can be read: this module follows the denoiser's output through the statements of the loop to the combination
+`u + s (c - u)` (or `c + s (c - u)`), and on to `scheduler.step`. A statement it does not know ends in a refusal that
+quotes it. Nothing is guessed from names, batch sizes or the order of arguments.
+"""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from types import CodeType
+from typing import Any, Literal, NoReturn
+
+Role = Literal["stacked", "conditional", "reference", "other"]
+
+SAMPLE_NAMES = ("hidden_states", "sample", "x")
+_NOT_DENOISERS = ("controlnet", "vae", "image_encoder", "text_encoder", "adapter", "scheduler", "image_processor")
+
+# What may be done to a prediction on its way without changing what it means.
+_SAME_METHODS = frozenset(
+    ("float", "to", "type", "contiguous", "clone", "squeeze", "unsqueeze", "reshape", "view", "permute", "transpose")
+    + ("flatten", "unflatten", "movedim")
+)
+_REARRANGEMENTS = ("unpack", "pack", "patchify", "rearrange")
+_RESCALINGS = ("rescale_noise_cfg", "rescale_cfg")
+_NOISE = frozenset(("latents", "sigma", "sigmas", "t", "timestep", "c_skip", "c_out", "sample", "latent_model_input"))
+
+
+@dataclass(frozen=True)
+class CallSite:
+    """One call of a denoiser in the source: its lines, and the branch it evaluates."""
+
+    first_line: int
+    last_line: int
+    role: Role
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The guidance of one pipeline class.
+
+    Args:
+        mechanism: `stacked`: one call on both branches; `per_branch`: one call each.
+        components: attribute names of the denoisers (some pipelines have one for high and one for low noise).
+        scheduler: attribute name of the scheduler.
+        reference_first: `stacked`: whether the batch is [reference, conditional]; `per_branch`: whether the reference
+            is called first.
+        sites: the denoiser calls of the loop.
+        sign: -1 where the pipeline negates the network's output before its scheduler sees it, else 1.
+        guided: expressions, and what each must be, under which the two branches are combined.
+        timestep, latents: what the scheduler's `step` is given, as expressions.
+        timesteps: what the loop runs over, as an expression.
+    """
+
+    mechanism: Literal["stacked", "per_branch"]
+    components: tuple[str, ...]
+    scheduler: str
+    reference_first: bool
+    sites: tuple[CallSite, ...]
+    sign: int
+    guided: tuple[tuple[CodeType, bool], ...]
+    timestep: CodeType
+    latents: CodeType
+    timesteps: CodeType | None
+
+    def role(self, line: int) -> Role:
+        """Of the denoiser call that runs on this line of the source file."""
+        for site in self.sites:
+            if site.first_line <= line <= site.last_line:
+                return site.role
+        return "other"
+
+
+class Refusal(ValueError):
+    """Why a pipeline cannot be rectified; `kind` is `unguided` where there is nothing to rectify."""
+
+    def __init__(self, reason: str, kind: Literal["unguided", "unknown"] = "unknown") -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+@cache
+def anatomy_of(pipeline: type) -> Anatomy:
+    """The anatomy of a pipeline class.
+
+    Raises:
+        Refusal: its `__call__` does no classifier-free guidance, or does it in a way that is not understood; the
+            message says which and why.
+    """
+    try:
+        call = inspect.unwrap(pipeline.__call__)
+        lines, first = inspect.getsourcelines(call)
+    except (OSError, TypeError) as error:
+        raise Refusal(f"the source of {pipeline.__name__}.__call__ cannot be read: {error}") from error
+    [function] = ast.parse(textwrap.dedent("".join(lines))).body
+    ast.increment_lineno(function, first - 1)
+    assert isinstance(function, ast.FunctionDef)
+    return read_call(function)
+
+
+def call_code(pipeline: type) -> CodeType:
+    """The code object of the class's `__call__`, by which a running call is recognised."""
+    return inspect.unwrap(pipeline.__call__).__code__
+
+
+# ------------------------------------------------------------------------------------------------- reading the source
+
+
+@dataclass(frozen=True)
+class _Output:
+    """A variable that holds a denoiser's output, or a part of it."""
+
+    site: int
+    sign: int = 1
+    half: int | None = None
+
+
+@dataclass(frozen=True)
+class _Guided:
+    """A variable that holds the combination of both branches."""
+
+    sign: int = 1
+
+
+_Value = _Output | _Guided
+_Names = dict[str, _Value]
+
+
+@dataclass
+class _Reading:
+    """What has been found so far."""
+
+    sites: list[ast.Call] = field(default_factory=list)
+    components: list[str] = field(default_factory=list)
+    combinations: list[tuple[_Output, _Output, tuple[tuple[ast.expr, bool], ...], ast.stmt]] = field(
+        default_factory=list
+    )
+    steps: list[tuple[ast.Call, _Value]] = field(default_factory=list)
+    aliases: dict[str, list[str]] = field(default_factory=dict)
+    unknown: str | None = None
+
+
+def read_call(function: ast.FunctionDef) -> Anatomy:
+    """The anatomy of a `__call__` given as a syntax tree with the line numbers of its file; see `anatomy_of`."""
+    loop = _sampling_loop(function)
+    reading = _Reading(aliases=_aliases(function))
+    _read_block(loop.body, {}, (), reading)
+    if not reading.combinations:
+        _refuse_without_combination(function, loop, reading)
+    first, *others = reading.combinations
+    conditional, reference, guided, combined = first
+    if any((c, u) != (conditional, reference) for c, u, _, _ in others):
+        raise Refusal("it combines branches in more than one way")
+    if reading.unknown:
+        raise Refusal(f"its prediction goes through `{reading.unknown}`, which is not understood")
+    stacked = conditional.site == reference.site
+    if stacked and {conditional.half, reference.half} != {0, 1}:
+        raise Refusal("the two branches are not the halves of one batch")
+    if not stacked and (conditional.half, reference.half) != (None, None):
+        raise Refusal("it combines parts of different calls")
+    steps = [(call, value) for call, value in reading.steps if _scheduler_of(call) is not None]
+    if not steps:
+        raise Refusal("the guided prediction does not reach its scheduler's step")
+    step, value = steps[0]
+    sign = value.sign * (conditional.sign if isinstance(value, _Guided) else 1)
+    timestep, latents = _argument(step, 1, "timestep"), _argument(step, 2, "sample")
+    if timestep is None or latents is None:
+        raise Refusal(f"`{ast.unparse(step)}` does not give the scheduler (prediction, timestep, sample)")
+    late = _assigned_between(loop, reading.sites[min(conditional.site, reference.site)], combined)
+    shared = tuple(
+        (test, wanted) for test, wanted in guided if all(_contains(g, test, wanted) for _, _, g, _ in others)
+    )
+    for test, _ in shared:
+        if _free_names(test) & late:
+            raise Refusal(f"whether it guides, `{ast.unparse(test)}`, is decided only after the network was called")
+    roles: dict[int, Role] = (
+        {conditional.site: "stacked"} if stacked else {conditional.site: "conditional", reference.site: "reference"}
+    )
+    return Anatomy(
+        mechanism="stacked" if stacked else "per_branch",
+        components=tuple(dict.fromkeys(reading.components)),
+        scheduler=str(_scheduler_of(step)),
+        reference_first=reference.half == 0 if stacked else reference.site < conditional.site,
+        sites=tuple(
+            CallSite(call.lineno, call.end_lineno or call.lineno, roles.get(i, "other"))
+            for i, call in enumerate(reading.sites)
+        ),
+        sign=sign,
+        guided=tuple((_compiled(test), wanted) for test, wanted in shared),
+        timestep=_compiled(timestep),
+        latents=_compiled(latents),
+        timesteps=_loop_over(loop),
+    )
+
+
+def _refuse_without_combination(function: ast.FunctionDef, loop: ast.For, reading: _Reading) -> NoReturn:
+    if _mentions(loop, ("self.guider",)):
+        raise Refusal("its guidance is a guider component: give it a RectifiedGradientGuidance")
+    if not _mentions(loop, ("guid", "cfg", "uncond", "neg")):
+        if _mentions(function, ("guidance_scale",)):
+            raise Refusal("its guidance_scale is an input of a distilled network; there are no branches", "unguided")
+        raise Refusal("it does no classifier-free guidance", "unguided")
+    if reading.unknown:
+        raise Refusal(f"its prediction goes through `{reading.unknown}`, which is not understood")
+    if _mentions(loop, ("do_classifier_free_guidance", "do_true_cfg", "uncond", "neg")):
+        raise Refusal("its branches are not combined as u + s (c - u) in its sampling loop")
+    raise Refusal("its guidance_scale is an input of a distilled network; there are no branches", "unguided")
+
+
+def _sampling_loop(function: ast.FunctionDef) -> ast.For:
+    """The innermost loop that contains a scheduler's step."""
+    loops = [
+        node
+        for node in ast.walk(function)
+        if isinstance(node, ast.For)
+        and any(isinstance(call, ast.Call) and _scheduler_of(call) is not None for call in ast.walk(node))
+    ]
+    if not loops:
+        if _mentions(function, ("guidance_scale", "guider")):
+            raise Refusal("its sampling loop is not in its __call__")
+        raise Refusal("it has no sampling loop with a scheduler", "unguided")
+    return loops[-1]
+
+
+def _scheduler_of(call: ast.Call) -> str | None:
+    """Name of the scheduler in `self.scheduler.step(...)`."""
+    function = call.func
+    if not (isinstance(function, ast.Attribute) and function.attr == "step"):
+        return None
+    owner = function.value
+    if isinstance(owner, ast.Attribute) and isinstance(owner.value, ast.Name) and owner.value.id == "self":
+        return owner.attr if "scheduler" in owner.attr else None
+    return None
+
+
+def _aliases(function: ast.FunctionDef) -> dict[str, list[str]]:
+    """Local names of components: `current_model = self.transformer`."""
+    found: dict[str, list[str]] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            component = _component(node.value)
+            if component is not None:
+                found.setdefault(node.targets[0].id, []).append(component)
+    return found
+
+
+def _component(node: ast.expr) -> str | None:
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+        return node.attr
+    return None
+
+
+def _denoiser_call(node: ast.expr, reading: _Reading) -> tuple[ast.Call, list[str]] | None:
+    """The call in `self.transformer(...)[0]`, `self.unet(...).sample` or the like, and the components it may be of."""
+    while isinstance(node, (ast.Subscript, ast.Attribute)):
+        node = node.value
+    if not isinstance(node, ast.Call):
+        return None
+    component = _component(node.func)
+    names = [component] if component else []
+    if isinstance(node.func, ast.Name):
+        names = reading.aliases.get(node.func.id, [])
+    if not names or any(name.startswith("_") or part in name for name in names for part in _NOT_DENOISERS):
+        return None
+    given = {keyword.arg for keyword in node.keywords}
+    timed = any(name and "timestep" in name for name in given) or len(node.args) >= 2
+    sampled = bool(node.args) or bool(given & set(SAMPLE_NAMES))
+    return (node, names) if timed and sampled else None
+
+
+def _read_block(
+    statements: list[ast.stmt], names: _Names, guards: tuple[tuple[ast.expr, bool], ...], reading: _Reading
+) -> None:
+    """Follow the denoiser's output through statements; `names` is changed in place."""
+    for statement in statements:
+        if isinstance(statement, ast.If):
+            then, otherwise = dict(names), dict(names)
+            _read_block(statement.body, then, (*guards, (statement.test, True)), reading)
+            _read_block(statement.orelse, otherwise, (*guards, (statement.test, False)), reading)
+            for name in {**otherwise, **then}:
+                values = [branch[name] for branch in (then, otherwise) if name in branch]
+                names[name] = next((value for value in values if isinstance(value, _Guided)), values[0])
+        elif isinstance(statement, (ast.With, ast.For)):
+            _read_block(statement.body, names, guards, reading)
+        elif isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+            _read_assignment(statement, statement.targets[0], statement.value, names, guards, reading)
+        elif isinstance(statement, (ast.AnnAssign, ast.AugAssign)) and statement.value is not None:
+            if isinstance(statement.target, ast.Name) and statement.target.id in names:
+                reading.unknown = reading.unknown or ast.unparse(statement)
+        elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+            call = statement.value
+            if isinstance(call.func, ast.Attribute) and call.func.attr == "append" and call.args:
+                value = _value_of(call.args[0], names)
+                if value is not None and isinstance(call.func.value, ast.Name):
+                    names[call.func.value.id] = value
+
+
+def _read_assignment(
+    statement: ast.Assign,
+    target: ast.expr,
+    source: ast.expr,
+    names: _Names,
+    guards: tuple[tuple[ast.expr, bool], ...],
+    reading: _Reading,
+) -> None:
+    for call in (node for node in ast.walk(source) if isinstance(node, ast.Call)):
+        if _scheduler_of(call) is not None and call.args:
+            value = _value_of(call.args[0], names)
+            if value is not None:
+                reading.steps.append((call, value))
+            _assign(target, None, names)
+            return
+    if isinstance(target, ast.Tuple) and isinstance(source, ast.Tuple) and len(target.elts) == len(source.elts):
+        values = [_value_of(item, names) for item in source.elts]
+        for item, value in zip(target.elts, values, strict=True):
+            _assign(item, value, names)
+        return
+    denoiser = _denoiser_call(source, reading)
+    if denoiser is not None:
+        reading.sites.append(denoiser[0])
+        reading.components.extend(denoiser[1])
+        first = target.elts[0] if isinstance(target, ast.Tuple) else target
+        _assign(first, _Output(len(reading.sites) - 1), names)
+        return
+    combination = _combination(source, names)
+    if combination is not None:
+        conditional, reference = combination
+        reading.combinations.append((conditional, reference, guards, statement))
+        _assign(target, _Guided(), names)
+        return
+    halves = _halves(source, names)
+    if halves is not None and isinstance(target, ast.Tuple) and len(target.elts) == len(halves):
+        for item, value in zip(target.elts, halves, strict=True):
+            _assign(item, value, names)
+        return
+    value = _value_of(source, names)
+    rewritten = _free_names(target) & set(names) and _free_names(source) & set(names)
+    if value is None and rewritten and not isinstance(target, (ast.Subscript, ast.Attribute)):
+        # A rewritten prediction that is not understood; what is merely computed from one (a norm, a preview) is not.
+        reading.unknown = reading.unknown or ast.unparse(statement)
+        return
+    _assign(target, value, names)
+
+
+def _assign(target: ast.expr, value: _Value | None, names: _Names) -> None:
+    if not isinstance(target, ast.Name):
+        return
+    if value is None:
+        names.pop(target.id, None)
+    else:
+        names[target.id] = value
+
+
+def _value_of(node: ast.expr, names: _Names) -> _Value | None:
+    """What an expression is, if it is a prediction but for its dtype, sign or arrangement."""
+    match node:
+        case ast.Name(id=name):
+            return names.get(name)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            value = _value_of(operand, names)
+            return None if value is None else replace(value, sign=-value.sign)
+        case ast.Call(func=ast.Attribute(value=owner, attr=method)) if method in _SAME_METHODS:
+            return _value_of(owner, names)
+        case ast.Call(func=ast.Attribute(value=owner, attr="clip" | "clamp")):
+            value = _value_of(owner, names)
+            return value if isinstance(value, _Guided) else None
+        case ast.Call(func=ast.Attribute(attr=method), args=[first, *_]) if (
+            any(word in method for word in _REARRANGEMENTS) or method in _RESCALINGS
+        ):
+            return _value_of(first, names)
+        case ast.Call(func=ast.Name(id=function), args=[first, *_]) if function in _RESCALINGS:
+            return _value_of(first, names)
+        case ast.Call(func=ast.Name(id="list" | "tuple"), args=[first]):
+            return _value_of(first, names)
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="stack" | "cat"), args=[first, *_]):
+            # Both halves of a stacked batch may be given the same guided prediction; others may be joined behind it.
+            if isinstance(first, (ast.List, ast.Tuple)):
+                return _value_of(first.elts[0], names)
+            return _value_of(first, names)
+        case ast.ListComp(elt=element, generators=[ast.comprehension(target=ast.Name(id=item), iter=iterated)]):
+            value = _value_of(iterated, names)
+            return None if value is None else _value_of(element, {item: value})
+        case ast.Subscript(value=owner, slice=index):
+            return _part(owner, index, names)
+        case ast.BinOp(left=left, op=ast.Mult(), right=factor):
+            value = _value_of(
+                left, names
+            )  # comb_pred * (cond_norm / noise_norm): guidance made smaller, still guidance
+            return value if isinstance(value, _Guided) and not _free_names(factor) & _NOISE else None
+        case ast.BinOp(left=left, op=ast.Add(), right=ast.BinOp(op=ast.Mult()) as term):
+            # more guidance on top of guidance, or two scalings of it mixed
+            value = _value_of(left, names)
+            more = any(map(_is_difference, ast.walk(term))) or _value_of(term.right, names) == value
+            known = not _free_names(term) & _NOISE
+            return value if isinstance(value, _Guided) and more and known else None
+        case ast.IfExp(body=body, orelse=otherwise):
+            return _value_of(body, names) or _value_of(otherwise, names)
+    return None
+
+
+def _part(owner: ast.expr, index: ast.expr, names: _Names) -> _Value | None:
+    value = _value_of(owner, names)
+    if value is None:
+        pieces = _halves(owner, names)  # noise_pred.chunk(2, dim=1)[0]
+        if pieces is not None and isinstance(index, ast.Constant) and isinstance(index.value, int):
+            return pieces[index.value]
+        return None
+    if isinstance(index, ast.Tuple):  # leading channels or tokens
+        leading = all(
+            _is_ellipsis(item) or (isinstance(item, ast.Slice) and item.lower is None and item.step is None)
+            for item in index.elts
+        )
+        return value if leading and (_is_ellipsis(index.elts[0]) or _whole(index.elts[0])) else None
+    if isinstance(index, ast.Slice) and index.step is None and isinstance(value, _Output) and value.half is None:
+        if index.lower is None and index.upper is not None:
+            return replace(value, half=0)
+        if index.upper is None and index.lower is not None:
+            return replace(value, half=1)
+    return value if isinstance(index, ast.Name) else None
+
+
+def _is_ellipsis(item: ast.expr) -> bool:
+    return isinstance(item, ast.Constant) and item.value is Ellipsis
+
+
+def _whole(item: ast.expr) -> bool:
+    return isinstance(item, ast.Slice) and item.lower is None and item.upper is None
+
+
+def _halves(node: ast.expr, names: _Names) -> list[_Value | None] | None:
+    """The parts of `x.chunk(2)`, `torch.split(x, ...)` and the like: branches along the batch, else a leading part."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+        return None
+    if node.func.attr not in ("chunk", "split", "unbind", "tensor_split"):
+        return None
+    arguments = list(node.args)
+    if isinstance(node.func.value, ast.Name) and node.func.value.id == "torch":
+        owner = arguments.pop(0)
+    else:
+        owner = node.func.value
+    value = _value_of(owner, names)
+    if value is None:
+        return None
+    given = [keyword.value for keyword in node.keywords if keyword.arg == "dim"] + arguments[1:2]
+    along = given[0].value if given and isinstance(given[0], ast.Constant) else (None if given else 0)
+    if along == 0 and isinstance(value, _Guided):  # given to both halves before
+        return [value, value]
+    if along == 0:
+        count = arguments[0].value if arguments and isinstance(arguments[0], ast.Constant) else 2
+        if isinstance(value, _Output) and value.half is None and count == 2:
+            return [replace(value, half=0), replace(value, half=1)]
+        return None
+    return [value, None]  # learned variance and the like are left aside
+
+
+def _combination(node: ast.expr, names: _Names) -> tuple[_Output, _Output] | None:
+    """(conditional, reference) of `u + s * (c - u)` or `c + s * (c - u)`."""
+    match node:
+        case ast.BinOp(left=base, op=ast.Add(), right=ast.BinOp(left=one, op=ast.Mult(), right=other)):
+            for difference in (one, other):
+                if isinstance(difference, ast.BinOp) and isinstance(difference.op, ast.Sub):
+                    conditional, reference = (_value_of(end, names) for end in (difference.left, difference.right))
+                    start = _value_of(base, names)
+                    if (
+                        isinstance(conditional, _Output)
+                        and isinstance(reference, _Output)
+                        and conditional != reference
+                        and start in (conditional, reference)
+                    ):
+                        return conditional, reference
+        case ast.BinOp(
+            left=ast.BinOp(op=ast.Mult(), right=one), op=ast.Sub(), right=ast.BinOp(op=ast.Mult(), right=other)
+        ):  # (s + 1) c - s u
+            conditional, reference = _value_of(one, names), _value_of(other, names)
+            if isinstance(conditional, _Output) and isinstance(reference, _Output) and conditional != reference:
+                return conditional, reference
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="lerp"), args=[start, end, _]):
+            reference, conditional = _value_of(start, names), _value_of(end, names)
+            if isinstance(conditional, _Output) and isinstance(reference, _Output) and conditional != reference:
+                return conditional, reference
+    return None
+
+
+def _is_difference(node: ast.AST) -> bool:
+    return isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub)
+
+
+def _free_names(node: ast.AST) -> set[str]:
+    return {item.id for item in ast.walk(node) if isinstance(item, ast.Name)}
+
+
+def _assigned_between(loop: ast.For, call: ast.Call, combination: ast.stmt) -> set[str]:
+    """Names that the loop's body sets behind a call, before a statement."""
+    found: set[str] = set()
+    for node in _statements(loop):
+        behind = (call.end_lineno or call.lineno) < node.lineno < combination.lineno
+        if isinstance(node, ast.Assign) and behind:
+            for target in node.targets:
+                found |= {name.id for name in ast.walk(target) if isinstance(name, ast.Name) and _is_set(name)}
+    return found
+
+
+def _is_set(name: ast.Name) -> bool:
+    return isinstance(name.ctx, ast.Store)
+
+
+def _argument(call: ast.Call, place: int, name: str) -> ast.expr | None:
+    """An argument of a call, by its place or its name."""
+    if len(call.args) > place:
+        return call.args[place]
+    return next((keyword.value for keyword in call.keywords if keyword.arg == name), None)
+
+
+def _statements(loop: ast.For) -> Iterator[ast.stmt]:
+    return (node for node in ast.walk(loop) if isinstance(node, ast.stmt))
+
+
+def _contains(guards: tuple[tuple[ast.expr, bool], ...], test: ast.expr, wanted: bool) -> bool:
+    return any(ast.dump(test) == ast.dump(other) and wanted == value for other, value in guards)
+
+
+def _mentions(function: ast.AST, words: tuple[str, ...]) -> bool:
+    text = ast.unparse(function)
+    return any(word in text for word in words)
+
+
+def _compiled(node: ast.expr) -> CodeType:
+    return compile(ast.Expression(node), "<pipeline>", "eval")
+
+
+def _loop_over(loop: ast.For) -> CodeType | None:
+    """What a loop runs over: `timesteps` of `enumerate(timesteps)` or `self.progress_bar(timesteps)`."""
+    iterated = loop.iter
+    while isinstance(iterated, ast.Call) and iterated.args:
+        iterated = iterated.args[0]
+    return _compiled(iterated) if isinstance(iterated, (ast.Name, ast.Attribute)) else None
+
+
+def evaluate(code: CodeType, frame: Any) -> Any:
+    """An expression of a pipeline's source, in the frame of its running `__call__`."""
+    return eval(code, frame.f_globals, frame.f_locals)
