@@ -86,7 +86,7 @@ def test_the_chain_rule_is_autograd_through_denoiser_and_classifier(seed, angle)
 
 
 def test_for_nearly_equal_classes_the_rectified_gradient_is_bayes_own() -> None:
-    """Two equal Gaussians of variance s² at ±m: ∇ log p(1|x_t) = (1 - p_t) 2mα/(α² s² + σ²). For small m the data are one
+    """Two Gaussians of variance s² at ±m: ∇ log p(1|x_t) = (1 - p_t) 2mα/(α² s² + σ²). For small m the data are one
     Gaussian, K = α² s²/(α² s² + σ²) and g = (1 - p) 2m/s², so K g/α is that, and K = I overshoots by 1/K."""
     m, alpha, sigma = 0.01, 0.8, 0.6
     pair = [GaussianMixture.isotropic([1.0], [[mean]], 0.5) for mean in (-m, m)]
