@@ -23,9 +23,9 @@ SAMPLE_NAMES = ("hidden_states", "sample", "x")
 _NOT_DENOISERS = ("controlnet", "vae", "image_encoder", "text_encoder", "adapter", "scheduler", "image_processor")
 
 # What may be done to a prediction on its way without changing what it means.
-_SAME_METHODS = frozenset(
-    ("float", "to", "type", "contiguous", "clone", "squeeze", "unsqueeze", "reshape", "view", "permute", "transpose")
-    + ("flatten", "unflatten", "movedim")
+_RECAST = frozenset(("float", "to", "type", "contiguous", "clone"))
+_RESHAPED = frozenset(
+    ("squeeze", "unsqueeze", "reshape", "view", "permute", "transpose", "flatten", "unflatten", "movedim")
 )
 _REARRANGEMENTS = ("unpack", "pack", "patchify", "rearrange")
 _RESCALINGS = ("rescale_noise_cfg", "rescale_cfg")
@@ -365,7 +365,7 @@ def _value_of(node: ast.expr, names: _Names) -> _Value | None:
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             value = _value_of(operand, names)
             return None if value is None else replace(value, sign=-value.sign)
-        case ast.Call(func=ast.Attribute(value=owner, attr=method)) if method in _SAME_METHODS:
+        case ast.Call(func=ast.Attribute(value=owner, attr=method)) if method in _RECAST | _RESHAPED:
             return _value_of(owner, names)
         case ast.Call(func=ast.Attribute(value=owner, attr="clip" | "clamp")):
             value = _value_of(owner, names)

@@ -464,7 +464,7 @@ def check_pipeline(pipe: DiffusionPipeline) -> Anatomy:
         ValueError: its class is not understood, and why.
     """
     try:
-        return anatomy_of(type(pipe))
+        return anatomy_of(type(pipe))  # type: ignore[arg-type]
     except Refusal as refusal:
         raise ValueError(f"{type(pipe).__name__} cannot be rectified: {refusal}") from refusal
 
