@@ -47,6 +47,8 @@ _PRESERVING = {
     "PNDMScheduler": "PNDM",
 }
 _EXPLODING = {"EulerDiscreteScheduler": "Euler", "HeunDiscreteScheduler": "Heun"}
+# Flow pipelines hand their own levels to `set_timesteps`, which other schedulers of flows do not take.
+_FLOW = {"FlowMatchEulerDiscreteScheduler": "Euler, along the flow"}
 
 
 def takes_prompts(pipe: DiffusionPipeline) -> bool:
@@ -56,8 +58,10 @@ def takes_prompts(pipe: DiffusionPipeline) -> bool:
 
 def scheduler_names(pipe: DiffusionPipeline) -> dict[str, str]:
     """The schedulers that make sense for the pipeline, its own one first: diffusers' name -> people's name."""
-    known = _PRESERVING | _EXPLODING if takes_prompts(pipe) else _PRESERVING
     own = type(pipe.scheduler).__name__
+    if own in _FLOW:
+        return dict(_FLOW)
+    known = _PRESERVING | _EXPLODING if takes_prompts(pipe) else _PRESERVING
     return {own: known.get(own, own)} | known
 
 
@@ -144,7 +148,8 @@ def check_settings(pipe: DiffusionPipeline, settings: Settings) -> None:
         raise ValueError(f"scheduler must be one of {', '.join(names)}, got {settings.scheduler!r}")
     scheduler = _scheduler(pipe, settings.scheduler or type(pipe.scheduler).__name__, fresh=True)
     try:
-        scheduler.set_timesteps(settings.steps)
+        shifted = {"mu": 0.0} if scheduler.config.get("use_dynamic_shifting") else {}
+        scheduler.set_timesteps(settings.steps, **shifted)
         # Solvers divide by differences of levels; rounded timesteps repeat when there are nearly as many as levels.
         distinct = "solver_order" not in scheduler.config or bool((scheduler.sigmas.diff() != 0).all())
     except Exception as error:
@@ -358,7 +363,7 @@ def _sample(
         view = replace(view, step=step.index + 1, total=step.total)
         # The first preview waits until there is something to see; each later one until its cost is a small share.
         due = began - shown_at >= preview_cost / PREVIEW_SHARE and step.index >= step.total // 10
-        if due and view.step < view.total:
+        if due and view.step < view.total and step.sample.ndim == 4:  # tokens and videos have no quick preview
             view = replace(view, images=_preview(pipe, step.clean(settings.guidance_scale)))
             shown_at = _now(device)
             preview_cost = shown_at - began
@@ -404,8 +409,9 @@ def _now(device: torch.device) -> float:
 
 
 def _preview(pipe: DiffusionPipeline, latents: Float[Tensor, "batch channels h w"]) -> tuple[Image.Image, ...]:
-    """Latents as pictures, the way both families decode their last ones."""
-    decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+    """Latents as pictures, the way pipelines decode their last ones."""
+    centre = pipe.vae.config.get("shift_factor") or 0.0
+    decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor + centre).sample
     pixels = (decoded.float() / 2 + 0.5).nan_to_num().clamp(0, 1).mul(255).round().byte()
     return tuple(Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy())
 

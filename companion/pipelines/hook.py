@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -457,12 +457,26 @@ def _denoisers(pipe: DiffusionPipeline, anatomy: Anatomy) -> dict[str, nn.Module
     return denoisers
 
 
-def check_pipeline(pipe: DiffusionPipeline) -> Anatomy:
-    """How the pipeline guides.
+@runtime_checkable
+class RectifiesItself(Protocol):
+    """A pipeline of this package, whose sampler evaluates its networks itself and needs no hook."""
+
+    def _set_rectification(self, config: RectifiedGuidanceConfig, on_step: OnStep | None) -> None: ...
+
+    def _clear_rectification(self) -> None: ...
+
+
+def check_pipeline(pipe: DiffusionPipeline) -> None:
+    """Refuse a pipeline whose guidance cannot be rectified.
 
     Raises:
-        ValueError: its class is not understood, and why.
+        ValueError: its class is not understood, and why; or its scheduler is not.
     """
+    if not isinstance(pipe, RectifiesItself):
+        check_scheduler(getattr(pipe, _read(pipe).scheduler))
+
+
+def _read(pipe: DiffusionPipeline) -> Anatomy:
     try:
         return anatomy_of(type(pipe))  # type: ignore[arg-type]
     except Refusal as refusal:
@@ -487,8 +501,11 @@ def apply_rectified_guidance(
         is on already.
     """
     config = config or RectifiedGuidanceConfig()
-    anatomy = check_pipeline(pipe)
-    check_scheduler(getattr(pipe, anatomy.scheduler))
+    if isinstance(pipe, RectifiesItself):
+        pipe._set_rectification(config, on_step)
+        return
+    check_pipeline(pipe)
+    anatomy = _read(pipe)
     denoisers = _denoisers(pipe, anatomy)
     for name, denoiser in denoisers.items():
         if denoiser.training:
@@ -508,7 +525,10 @@ def remove_rectified_guidance(pipe: DiffusionPipeline) -> None:
     Raises:
         ValueError: the pipeline's class is not supported.
     """
-    for denoiser in _denoisers(pipe, check_pipeline(pipe)).values():
+    if isinstance(pipe, RectifiesItself):
+        pipe._clear_rectification()
+        return
+    for denoiser in _denoisers(pipe, _read(pipe)).values():
         HookRegistry.check_if_exists_or_initialize(denoiser).remove_hook(_HOOK)
 
 
