@@ -23,12 +23,14 @@ from companion.pipelines.hook import (
     remove_rectified_guidance,
 )
 from companion.pipelines.levels import UNDERSTOOD_SCHEDULERS, NoiseLevel, noise_level
+from companion.pipelines.paper_models import PAPER_MODELS, PaperModel
 from companion.pipelines.registry import load, model_names
 from companion.seeding import sample_generators
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PAPER_MODELS",
     "PREDICTION_TYPES",
     "PRODUCTS",
     "UNDERSTOOD_SCHEDULERS",
@@ -39,6 +41,7 @@ __all__ = [
     "KCoefficients",
     "LinearWeight",
     "NoiseLevel",
+    "PaperModel",
     "PowerCosineWeight",
     "Rectified",
     "RectifiedGuidanceConfig",

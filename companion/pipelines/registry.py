@@ -1,10 +1,13 @@
-"""Models by name: the embedded ones, local folders in diffusers' format, and names on the model hub."""
+"""Models by name: the embedded ones, the paper's, local folders in diffusers' format, and names on the model hub."""
 
 import logging
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
+
+from companion.pipelines.paper_models import PAPER_MODELS, PaperModel
 
 WEIGHTS = Path(__file__).parent.parent / "minis" / "weights"
 _HUB_SECONDS = 3.0
@@ -27,7 +30,8 @@ def load(
     """A diffusers pipeline, ready to call.
 
     Args:
-        name: an embedded model (`model_names()`), a local folder with a `model_index.json`, or a hub name
+        name: an embedded model (`model_names()`), one of the paper's (`PAPER_MODELS`, whose `call` and `interval` are
+            its settings; the paper's scheduler is set here), a local folder with a `model_index.json`, or a hub name
             "owner/model".
         device: where to put it.
         dtype: of its weights; None is float32.
@@ -36,14 +40,26 @@ def load(
         ValueError: there is no such model or folder, the folder holds no pipeline, the hub cannot be reached (found out
             within seconds), or the device does not exist.
     """
-    source = _folder_of(str(name))
     target = _checked_device(device)
+    if str(name) in PAPER_MODELS:
+        return _paper_model(PAPER_MODELS[str(name)], target, dtype)
+    source = _folder_of(str(name))
     try:
         pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype or torch.float32)
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"model {str(name)!r} cannot be loaded as a diffusers pipeline: {reason}") from error
     return pipe.to(target)
+
+
+def _paper_model(model: PaperModel, device: torch.device, dtype: torch.dtype | None) -> DiffusionPipeline:
+    if model.scheduler is None:
+        from companion.pipelines.edm2 import load_edm2
+
+        return load_edm2(model.source.removeprefix("edm2:"), device=device, dtype=dtype)
+    pipe = load(model.source, device=device, dtype=dtype)
+    pipe.scheduler = getattr(diffusers, model.scheduler).from_config(pipe.scheduler.config)
+    return pipe
 
 
 def _folder_of(name: str) -> str:
@@ -58,7 +74,7 @@ def _folder_of(name: str) -> str:
     if len(parts) != 2 or not all(parts) or name[0] in ".~" or name.endswith((".ckpt", ".pt", ".safetensors")):
         raise ValueError(
             f"model {name!r} is not known; embedded models: {', '.join(model_names())}; "
-            'otherwise give a local folder or a hub name "owner/model"'
+            f'the paper\'s: {", ".join(PAPER_MODELS)}; otherwise give a local folder or a hub name "owner/model"'
         )
     return _cached_or_reachable(name)
 

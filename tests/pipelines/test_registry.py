@@ -1,12 +1,16 @@
 """Loading models by name, without a network."""
 
+import inspect
 import time
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
 import companion
+from companion.pipelines import registry
+from companion.pipelines.edm2 import EDM2Pipeline
 from tests.pipelines.tiny import tiny_dit
 
 
@@ -31,7 +35,8 @@ def refused(name: object, **options: object) -> str:
 
 def test_unknown_names_list_the_known_ones():
     message = refused("mini-dot")
-    assert "'mini-dot' is not known" in message and all(name in message for name in companion.model_names())
+    assert "'mini-dot' is not known" in message
+    assert all(name in message for name in (*companion.model_names(), *companion.PAPER_MODELS))
     assert "is not known" in refused("./no/such/folder")
     assert "is not known" in refused("weights.safetensors")
 
@@ -59,3 +64,25 @@ def test_a_device_that_is_not_there(tmp_path):
     assert "device 'warp' is not available" in refused(tmp_path / "model", device="warp")
     if not torch.cuda.is_available():
         assert "device 'cuda' is not available" in refused(tmp_path / "model", device="cuda")
+
+
+@pytest.mark.parametrize("name", ["dit-xl-2-256", "sd-v1-4", "sd-v2-1", "sd-xl", "sd-3", "sd-3.5-large"])
+def test_paper_models_take_the_papers_scheduler(name, monkeypatch, tmp_path):
+    """The hub replaced by a folder: what is asked of it, and what becomes of the pipeline."""
+    model, asked = companion.PAPER_MODELS[name], []
+    tiny_dit(DDIMScheduler(), dtype=torch.float32).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(registry, "_cached_or_reachable", lambda source: asked.append(source) or tmp_path / "model")
+    pipe = companion.load(name)
+    assert asked == [model.source]
+    assert type(pipe.scheduler).__name__ == model.scheduler
+    assert model.call["num_inference_steps"] == (250 if name.startswith("dit") else 50)
+
+
+def test_paper_settings_are_arguments_of_their_pipelines():
+    kinds = {"dit": "DiTPipeline", "sd-v": "StableDiffusionPipeline", "sd-xl": "StableDiffusionXLPipeline"}
+    for model in companion.PAPER_MODELS.values():
+        kind = next((kind for start, kind in kinds.items() if model.name.startswith(start)), "StableDiffusion3Pipeline")
+        call = EDM2Pipeline.__call__ if model.scheduler is None else getattr(diffusers, kind).__call__
+        assert set(model.call) <= set(inspect.signature(call).parameters)
+    assert companion.PAPER_MODELS["dit-xl-2-256"].interval == companion.IntervalWeight(205, 502)
+    assert companion.PAPER_MODELS["edm2-s-512"].interval == companion.IntervalWeight(0.28, 2.90)
