@@ -1,0 +1,310 @@
+"""EDM2 as a diffusers pipeline: class labels to pictures, with classifier-free guidance or autoguidance.
+
+The papers' sampler and guidance (Karras et al. 2024, arXiv 2312.02696 and 2406.02507), each sample from a generator of
+its own. Rectified guidance is part of it: `rectified_guidance(pipe)` as for every other pipeline.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from companion.guidance.rectification import rectify
+from companion.pipelines.edm2_network import EDM2UNet
+from companion.pipelines.edm2_sampler import Churn, heun, karras_levels
+from companion.pipelines.hook import GuidanceStep, OnStep, RectifiedGuidanceConfig
+from companion.pipelines.levels import NoiseLevel
+from companion.seeding import sample_generators
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+Interval = tuple[float, float]
+
+# EDM2's constants for ImageNet-512 in stabilityai/sd-vae-ft-mse, which it feeds with pixels from 0 to 1.
+LATENT_MEAN = (5.81, 3.25, 0.12, -2.15)
+LATENT_STD = (4.17, 4.62, 3.71, 3.28)
+
+_EVERYDAY = RectifiedGuidanceConfig(product="none")
+
+
+class EDM2Pipeline(DiffusionPipeline):
+    """Class-conditional sampling with EDM2 networks.
+
+    The reference that guidance moves away from is `guide`: an unconditional network for classifier-free guidance as
+    EDM2 does it, a smaller or less trained one for autoguidance. A network trained with label dropout can be its own
+    reference.
+
+    Args:
+        unet: the network that is guided.
+        guide: the reference network; None is no guidance, unless `null_labels`.
+        vae: decodes the latents of a network that works in them; None for one that works in pixels.
+        null_labels: `unet` was trained with label dropout, and without a `guide` its zero label is the reference.
+        latent_mean, latent_std: of the autoencoder's raw latents, one number per channel, which the network sees at
+            mean 0 and standard deviation `unet.config.sigma_data`; None is `LATENT_MEAN` and `LATENT_STD`.
+    """
+
+    model_cpu_offload_seq = "guide->unet->vae"
+    _optional_components = ["guide", "vae"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        unet: EDM2UNet,
+        guide: EDM2UNet | None = None,
+        vae: AutoencoderKL | None = None,
+        null_labels: bool = False,
+        latent_mean: list[float] | None = None,
+        latent_std: list[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, guide=guide, vae=vae)
+        self.register_to_config(
+            null_labels=null_labels,
+            latent_mean=list(LATENT_MEAN if latent_mean is None else latent_mean),
+            latent_std=list(LATENT_STD if latent_std is None else latent_std),
+        )
+        self._rectification: RectifiedGuidanceConfig | None = None
+        self._on_step: OnStep | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | Sequence[int] | Int[Tensor, " batch"] | None = None,
+        *,
+        num_inference_steps: int = 32,
+        guidance_scale: float = 1.0,
+        guidance_interval: Interval | None = None,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        rho: float = 7.0,
+        s_churn: float = 0.0,
+        s_min: float = 0.0,
+        s_max: float = math.inf,
+        s_noise: float = 1.0,
+        batch_size: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Float[Tensor, "batch channels height width"] | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, float, dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw one picture per class label.
+
+        Args:
+            class_labels: classes from 0, one per picture; None for an unconditional network.
+            num_inference_steps: N of the sampler, which evaluates D 2N - 1 times.
+            guidance_scale: s of `D_reference + s (D - D_reference)`, the paper's "guidance"; 1 evaluates no reference.
+            guidance_interval: the σ, ends included, between which there is guidance (Kynkäänniemi et al. 2024); each
+                evaluation goes by its own σ. None is everywhere.
+            sigma_min, sigma_max, rho: the noise levels (see `karras_levels`).
+            s_churn, s_min, s_max, s_noise: of the stochastic sampler (see `Churn`); 0 is the deterministic one.
+            batch_size: number of pictures from an unconditional network.
+            generator: of the noise; a list of one per picture makes each picture independent of its batch.
+            latents: unit normal noise to start from instead of the generator's.
+            output_type: "pil" pictures, "np" (batch, height, width, 3) or "pt" (batch, 3, height, width) from 0 to 1,
+                or "latent", what the sampler ends with.
+            return_dict: whether the result is an `ImagePipelineOutput` or a tuple.
+            callback_on_step_end: called as `(pipe, step, σ, {"latents": x})` after every step; a dict with "latents"
+                replaces them.
+
+        Raises:
+            ValueError: an argument is out of its range, or asks for a reference or a decoder that is not there.
+        """
+        labels, batch = self._check_labels(class_labels, batch_size)
+        self._check_guidance(guidance_scale, guidance_interval)
+        levels = karras_levels(num_inference_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+        churn = Churn(s_churn, s_min, s_max, s_noise)
+        self._check_output_type(output_type)
+        generators = list(generator) if isinstance(generator, Sequence) else generator
+        if isinstance(generators, list) and len(generators) != batch:
+            raise ValueError(
+                f"generator must be one torch.Generator, or a list of {batch}, one per picture, got {len(generators)}"
+            )
+
+        device = self._execution_device
+        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        labels = None if labels is None else labels.to(device)
+
+        def noise_like(shape: Tensor | tuple[int, ...]) -> Tensor:
+            size = tuple(shape.shape) if isinstance(shape, Tensor) else shape
+            return randn_tensor(size, generator=generators, device=device, dtype=dtype)
+
+        shape = (batch, self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size)
+        if latents is None:
+            latents = noise_like(shape)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents must be of shape {shape}, got {tuple(latents.shape)}")
+        total, index = 2 * num_inference_steps - 1, -1
+
+        def denoise(x: Tensor, sigma: float) -> Tensor:
+            nonlocal index
+            index += 1
+            return self._guided_denoise(
+                x, sigma, labels, scale=guidance_scale, interval=guidance_interval, index=index, total=total
+            )
+
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+
+            def after_step(step: int, sigma: float, x: Tensor) -> Tensor:
+                if callback_on_step_end is not None:
+                    x = (callback_on_step_end(self, step, sigma, {"latents": x}) or {}).get("latents", x)
+                progress_bar.update()
+                return x
+
+            x = latents.to(device=device, dtype=dtype) * sigma_max
+            x = heun(denoise, x, levels, churn=churn, noise_like=noise_like, after_step=after_step)
+        images = x if output_type == "latent" else self._decode(x, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _guided_denoise(
+        self,
+        x: Float[Tensor, "batch ..."],
+        sigma: float,
+        labels: Int[Tensor, " batch"] | None,
+        *,
+        scale: float,
+        interval: Interval | None,
+        index: int,
+        total: int,
+    ) -> Float[Tensor, "batch ..."]:
+        """D of one evaluation, guided: all guidance of this pipeline, everyday and rectified, is here.
+
+        `D + (scale - 1) weight product(K, D - D_reference)`, K = ∂D/∂x (x_0-prediction at α = 1); everyday guidance is
+        the product "none" with weight 1. Where the weight is 0, the conditional network alone is evaluated.
+
+        Args:
+            x: the state at `sigma`.
+            labels: None for an unconditional network.
+            scale, interval: the call's `guidance_scale` and `guidance_interval`.
+            index, total: number of this evaluation, from 0, and of all.
+        """
+        config = self._rectification or _EVERYDAY
+        level = NoiseLevel(1.0, sigma, "sample")
+        inside = interval is None or interval[0] <= sigma <= interval[1]
+        weight = config.weight_at(index / max(1, total - 1), sigma) if scale != 1 and inside else 0.0
+
+        def conditional(z: Tensor) -> Tensor:
+            return _evaluate(self.unet, z, sigma, labels)
+
+        direction = None
+        if weight == 0:
+            guided = prediction = conditional(x)
+            if scale != 1:
+                direction = torch.zeros_like(prediction)
+        else:
+            generator = None
+            if config.product == "diagonal" and config.probes is not None:
+                [generator] = sample_generators(config.seed, [index])
+            prediction, direction = rectify(
+                conditional,
+                x,
+                self._reference(x, sigma, labels),
+                level.coefficients,
+                product=config.product,
+                probes=config.probes,
+                generator=generator,
+                relative_step=config.relative_step or self._relative_step(sigma),
+            )
+            direction = weight * direction
+            guided = prediction + (scale - 1) * direction
+        if self._on_step is not None:
+            self._on_step(GuidanceStep(index, total, sigma, level, x, prediction, direction))
+        return guided
+
+    def _reference(self, x: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
+        if self.guide is None:
+            return _evaluate(self.unet, x, sigma, None)
+        return _evaluate(self.guide, x, sigma, labels if self.guide.config.num_classes else None)
+
+    def _relative_step(self, sigma: float) -> float | None:
+        """Step of `finite_difference` by the network's precision: the state itself is float32 at least.
+
+        At small σ half precision's √eps of x is more than the noise in x, on whose scale D may bend; that is the limit.
+        """
+        if torch.finfo(self.unet.dtype).bits > 16:
+            return None
+        noise = sigma / math.hypot(sigma, self.unet.config.sigma_data)
+        return min(torch.finfo(self.unet.dtype).eps ** 0.5, noise)
+
+    def _decode(self, x: Float[Tensor, "batch channels height width"], output_type: OutputType) -> Any:
+        """Pictures from what the sampler ended with: EDM2's decoder takes latents to pixels from 0 to 1."""
+        if self.vae is None:
+            pixels = x / 2 + 0.5
+        else:
+            mean, std = (
+                torch.tensor(values, dtype=x.dtype, device=x.device).view(-1, 1, 1)
+                for values in (self.config.latent_mean, self.config.latent_std)
+            )
+            raw = x * (std / self.unet.config.sigma_data) + mean
+            pixels = self.vae.decode(raw.to(self.vae.dtype), return_dict=False)[0]
+        return VaeImageProcessor(do_normalize=False).postprocess(pixels.clamp(0, 1), output_type=output_type)
+
+    def _set_rectification(self, config: RectifiedGuidanceConfig | None, on_step: OnStep | None = None) -> None:
+        """What `apply_rectified_guidance` does to this pipeline: every guided call is rectified from now on.
+
+        Args:
+            config: None is the default product.
+            on_step: called after every evaluation of D with its σ as the timestep.
+
+        Raises:
+            ValueError: rectified guidance is on already.
+        """
+        if self._rectification is not None:
+            raise ValueError("rectified guidance is on already; call remove_rectified_guidance(pipe) first")
+        self._rectification, self._on_step = config or RectifiedGuidanceConfig(), on_step
+
+    def _clear_rectification(self) -> None:
+        """What `remove_rectified_guidance` does: everyday guidance again; nothing where it was not rectified."""
+        self._rectification = self._on_step = None
+
+    def _check_labels(self, class_labels: Any, batch_size: int) -> tuple[Int[Tensor, " batch"] | None, int]:
+        classes = self.unet.config.num_classes
+        if not classes:
+            if class_labels is not None:
+                raise ValueError("class_labels must be None: the network was trained without classes; use batch_size")
+            if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+                raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+            return None, batch_size
+        if class_labels is None:
+            raise ValueError(f"class_labels must name one class from 0 to {classes - 1} per picture, got None")
+        labels = torch.as_tensor(class_labels)
+        labels = labels.reshape(1) if labels.ndim == 0 else labels
+        if labels.numel() == 0:
+            raise ValueError("class_labels must name at least one class, got none")
+        if labels.ndim != 1 or labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+            raise ValueError(f"class_labels must be integers, one per picture, got {class_labels!r}")
+        wrong = labels[(labels < 0) | (labels >= classes)]
+        if len(wrong):
+            raise ValueError(f"class_labels must be from 0 to {classes - 1}, got {int(wrong[0])}")
+        return labels.long(), len(labels)
+
+    def _check_guidance(self, scale: float, interval: Interval | None) -> None:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise ValueError(f"guidance_scale must be a finite number, got {scale!r}")
+        if scale != 1 and self.guide is None and not self.config.null_labels:
+            raise ValueError(
+                f"guidance_scale must be 1 without a reference, got {scale}; give the pipeline a guide network, or "
+                "null_labels=True if its network was trained with label dropout"
+            )
+        if interval is not None and (len(interval) != 2 or not interval[0] <= interval[1]):
+            raise ValueError(f"guidance_interval must be (low, high), low <= high, in units of σ, got {interval!r}")
+
+    def _check_output_type(self, output_type: str) -> None:
+        if output_type not in get_args(OutputType):
+            raise ValueError(f"output_type must be one of {', '.join(get_args(OutputType))}, got {output_type!r}")
+        if output_type != "latent" and self.vae is None and self.unet.config.in_channels != 3:
+            raise ValueError(
+                f'output_type must be "latent" for a network in latents without its decoder, got {output_type!r}; '
+                'give the pipeline a vae, for EDM2 "stabilityai/sd-vae-ft-mse"'
+            )
+
+
+def _evaluate(network: EDM2UNet, x: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
+    level = torch.tensor(sigma, dtype=x.dtype, device=x.device)
+    return network(x, level, class_labels=labels, return_dict=False)[0]
