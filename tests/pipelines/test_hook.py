@@ -1,6 +1,7 @@
 """Rectified guidance inside real pipelines, against sampling loops and Jacobians written out by hand."""
 
 from dataclasses import replace
+from functools import partial
 
 import diffusers
 import pytest
@@ -349,3 +350,41 @@ def test_errors_say_what_would_be_right():
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         RectifiedGuidanceConfig(**options)
+
+
+def test_autoguidance_takes_the_weaker_network_under_the_same_condition(family):
+    """Karras et al. (2024): the direction is conditional minus guide, both under it; no null branch is run."""
+    make, draw = family
+    pipe, weak = make(), make()
+    name = "transformer" if make is tiny_dit else "unet"
+    guide = getattr(weak, name)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.mul_(0.8)
+    weak_branches = partial(branches, weak)
+    network, batches = getattr(pipe, name), []
+    inner = network.forward
+
+    def counted(*args, **kwargs):
+        batches.append(len(args[0] if args else kwargs["hidden_states"]))
+        return inner(*args, **kwargs)
+
+    network.forward = counted
+    steps = []
+    config = RectifiedGuidanceConfig(product="none", guide=guide)
+    with rectified_guidance(pipe, config, on_step=steps.append):
+        draw(pipe, num_inference_steps=2)
+    assert batches == [2, 2]  # the conditional branch alone, once a step
+    for step in steps:
+        c, g = branches(pipe, step.sample, int(step.timestep))[0], weak_branches(step.sample, int(step.timestep))[0]
+        assert torch.allclose(step.direction, c - g, atol=1e-10)
+    rectified = []
+    config = replace(config, product="jvp", weight=0.5)
+    with rectified_guidance(pipe, config, on_step=rectified.append):
+        draw(pipe, num_inference_steps=2)
+    for step in rectified:
+        t = int(step.timestep)
+        delta = branches(pipe, step.sample, t)[0] - weak_branches(step.sample, t)[0]
+        sigma = (1 - pipe.scheduler.alphas_cumprod[t].double()).sqrt()
+        product = torch.func.jvp(lambda x, t=t: branches(pipe, x, t)[0], (step.sample,), (delta,))[1]
+        assert torch.allclose(step.direction, 0.5 * (delta - sigma * product), atol=1e-8)
