@@ -162,7 +162,7 @@ class DDPMChain:
         """
         cells = [math.ceil(margin / spacing) for spacing in grid.spacing]
         if any(cells):
-            wide = self.expected_reward(grid.widened(*cells), log_reward)
+            wide = self.expected_reward(grid.widened(*cells), log_reward, bound=bound)
             for axis, (count, points) in enumerate(zip(cells, grid.shape, strict=True), 1):
                 wide = wide.narrow(axis, count, points)
             return wide

@@ -17,6 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 TAPS = 6
+MODE_REACH = 6.0
+"""A kernel's integrand is looked for on the grid so many standard deviations away."""
+
+MODE_MARGIN = 2.0
+"""In nats: quadrature at a place where the integrand is smaller than elsewhere by more than this would miss it."""
+
 CHUNK = 2**17
 """Elements worked on at a time: small enough for the processor's cache."""
 
@@ -240,14 +246,45 @@ def _blur_lines(
     slope = (after - before) / (2 * reach)
     curvature = (after - 2 * lines + before) / reach**2
     narrowing = (1 - std**2 * curvature).clamp(min=0.25)
-    centre = std**2 * slope / narrowing
-    width = std / narrowing.sqrt()
+    centre, width = _at_the_mode(lines, std, std**2 * slope / narrowing, std / narrowing.sqrt(), ceiling)
     steps = centre[..., None] + width[..., None] * abscissae
     positions = torch.arange(points, dtype=lines.dtype)[:, None] + steps
     values = _interpolate_lines(lines, positions.reshape(len(lines), -1), ceiling).reshape(positions.shape)
     log_masses = (masses).log() + abscissae**2 / 2
     change = log_masses - steps**2 / (2 * std**2) + (width / std).log()[..., None]
     return (values + change).logsumexp(dim=-1)
+
+
+def _at_the_mode(
+    lines: Float[Tensor, "lines points"],
+    std: float,
+    centre: Float[Tensor, "lines points"],
+    width: Float[Tensor, "lines points"],
+    ceiling: float,
+) -> tuple[Float[Tensor, "lines points"], Float[Tensor, "lines points"]]:
+    """Where to put the nodes: as given, except where slope and curvature were a kink's and point to where nothing is.
+
+    There the integrand is clearly larger at one of the grid's own points; the nodes go about that one, with the
+    kernel's width.
+    """
+    points = lines.shape[1]
+    positions = torch.arange(points, dtype=lines.dtype) + centre
+    found = _interpolate_lines(lines, positions, ceiling) - 0.5 * (centre / std) ** 2
+    rows = (found < lines - MODE_MARGIN).any(dim=1).nonzero()[:, 0]
+    if not len(rows):
+        return centre, width
+    reach = math.ceil(MODE_REACH * std)
+    padded = extend(lines[rows], reach, ceiling)
+    best, offset = lines[rows], torch.zeros_like(centre[rows])
+    for k in range(-reach, reach + 1):
+        value = padded[:, reach + k : reach + k + points] - 0.5 * (k / std) ** 2
+        offset = torch.where(value > best, float(k), offset)
+        best = torch.maximum(best, value)
+    missed = best > found[rows] + MODE_MARGIN
+    return (
+        centre.index_copy(0, rows, torch.where(missed, offset, centre[rows])),
+        width.index_copy(0, rows, torch.where(missed, std, width[rows])),
+    )
 
 
 @cache

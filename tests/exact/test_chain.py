@@ -13,6 +13,7 @@ from companion.exact import (
     accuracy,
     classifier_free_reward,
     denoiser_prediction,
+    interpolate,
     kl,
     linear_schedule,
     mass,
@@ -254,6 +255,23 @@ def test_rewards_with_cliffs_stay_bounded():
     assert log_expected[10:].max() < math.log(2) + 1e-3
 
 
+def test_kinks_of_the_reward_do_not_mislead_the_quadrature():
+    """Three round blobs to a class at w = 3: R_0 falls by e^100 along kinks narrower than the spacing, and an average
+    of it is never smaller than its smallest value nor larger than its largest."""
+    data, schedule = toy("isotropic"), NoiseSchedule(linear_schedule(50, 1e-3, 0.2).betas[:13])
+    chain = DDPMChain(mixture_prediction(data.classes[0], schedule), schedule)
+    reward = classifier_free_reward(data.classes[0], data.unconditional, 3.0)
+    x = data.classes[0].sample(300, torch.Generator().manual_seed(0), *schedule.level(13))
+    found = []
+    for grid in (data.grid(97, margin=1.5), data.grid(64)):
+        log_expected = chain.expected_reward(grid, reward, bound=3 * math.log(2))
+        smallest = log_expected.flatten(1).amin(dim=1)
+        assert (smallest.diff() > 0).all()
+        assert log_expected.max() < 3 * math.log(2) + 1e-6
+        found.append(interpolate(grid, log_expected[-1], x))
+    torch.testing.assert_close(found[0], found[1], atol=2e-3, rtol=0.0)
+
+
 def test_margin_is_a_wider_grid_cut_off():
     chain, reward = paper_chain()
     narrow = chain.expected_reward(Grid.line(-1, 2, 301), reward, margin=1.0)
@@ -263,6 +281,8 @@ def test_margin_is_a_wider_grid_cut_off():
     truth = chain.expected_reward(Grid.line(-4, 5, 901), reward)[:, 300:-300]
     plain = chain.expected_reward(Grid.line(-1, 2, 301), reward)
     assert (narrow - truth).abs().max() < 0.5 * (plain - truth).abs().max()
+    bounded = chain.expected_reward(Grid.line(-1, 2, 301), reward, margin=1.0, bound=0.0)
+    assert bounded[1:].max() <= 0.0 < narrow[1:].max()
 
 
 @pytest.mark.parametrize("prediction_type", [kind for kind in PREDICTION_TYPES if kind != "flow_prediction"])
