@@ -100,3 +100,24 @@ def _predict(
     data: GaussianMixture, prediction_type: PredictionType, alpha: float, sigma: float, x: Float[Tensor, "batch dim"]
 ) -> Float[Tensor, "batch dim"]:
     return output_from_clean(prediction_type, data.posterior_mean(x, alpha, sigma), x, alpha, sigma)
+
+
+def matrix_through_network(
+    data: GaussianMixture,
+    x: Float[Tensor, "batch dim"],
+    ratio: float,
+    *,
+    coordinates: Coordinates,
+    prediction_type: PredictionType,
+) -> Float[Tensor, "batch dim dim"]:
+    """K as a pipeline would find it in these coordinates: the network's Jacobian by autograd, and two coefficients.
+
+    Args:
+        x: points in units of clean data, x/α, the same in all coordinates.
+        ratio: σ/α of the level.
+    """
+    alpha, sigma = level(coordinates, ratio)
+    identity, jacobian = rectification_coefficients(prediction_type, alpha, sigma)
+    predict = partial(_predict, data, prediction_type, alpha, sigma)
+    derivative = torch.func.vmap(torch.func.jacrev(lambda z: predict(z[None])[0]))(alpha * x)
+    return identity * torch.eye(x.shape[1], dtype=x.dtype) + jacobian * derivative

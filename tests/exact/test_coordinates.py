@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from companion import PRODUCTS
-from companion.exact.coordinates import COORDINATES, OUTPUTS, guided_trajectories, level
+from companion.exact.coordinates import COORDINATES, OUTPUTS, guided_trajectories, level, matrix_through_network
 from companion.exact.mixtures import GaussianMixture
 from companion.exact.toys import toy
 
@@ -74,3 +74,13 @@ def test_errors_say_what_would_be_right():
             coordinates="flow",
             prediction_type="v_prediction",
         )
+
+
+def test_the_matrix_is_the_posterior_covariance_everywhere():
+    data, x = toy("spiral").classes[0], start()
+    for ratio in (0.1, 1.0, 10.0):
+        exact = data.posterior_covariance(x, 1.0, ratio) / ratio**2
+        for coordinates in COORDINATES:
+            for prediction in OUTPUTS[coordinates]:
+                found = matrix_through_network(data, x, ratio, coordinates=coordinates, prediction_type=prediction)
+                assert torch.allclose(found, exact, rtol=1e-8, atol=1e-9)
