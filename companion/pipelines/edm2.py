@@ -5,18 +5,23 @@ its own. Rectified guidance is part of it: `rectified_guidance(pipe)` as for eve
 """
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import HfApi
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from companion.guidance.rectification import rectify
+from companion.pipelines.edm2_checkpoint import EDM2Checkpoint, read_edm2_checkpoint
 from companion.pipelines.edm2_network import EDM2UNet
+from companion.pipelines.edm2_presets import AUTOENCODER, EDM2Preset, cache_folder, download_checkpoint, edm2_preset
 from companion.pipelines.edm2_sampler import Churn, heun, karras_levels
 from companion.pipelines.hook import GuidanceStep, OnStep, RectifiedGuidanceConfig
 from companion.pipelines.levels import NoiseLevel
@@ -29,6 +34,7 @@ Interval = tuple[float, float]
 LATENT_MEAN = (5.81, 3.25, 0.12, -2.15)
 LATENT_STD = (4.17, 4.62, 3.71, 3.28)
 
+_HUB_SECONDS = 3.0
 _EVERYDAY = RectifiedGuidanceConfig(product="none")
 
 
@@ -176,7 +182,8 @@ class EDM2Pipeline(DiffusionPipeline):
         """D of one evaluation, guided: all guidance of this pipeline, everyday and rectified, is here.
 
         `D + (scale - 1) weight product(K, D - D_reference)`, K = ∂D/∂x (x_0-prediction at α = 1); everyday guidance is
-        the product "none" with weight 1. Where the weight is 0, the conditional network alone is evaluated.
+        the product "none" with weight 1. Where the weight is 0, the conditional network alone is evaluated. The
+        rectification's own guide, if it has one, is the reference.
 
         Args:
             x: the state at `sigma`.
@@ -185,6 +192,7 @@ class EDM2Pipeline(DiffusionPipeline):
             index, total: number of this evaluation, from 0, and of all.
         """
         config = self._rectification or _EVERYDAY
+        guide = self.guide if config.guide is None else config.guide
         level = NoiseLevel(1.0, sigma, "sample")
         inside = interval is None or interval[0] <= sigma <= interval[1]
         weight = config.weight_at(index / max(1, total - 1), sigma) if scale != 1 and inside else 0.0
@@ -204,7 +212,7 @@ class EDM2Pipeline(DiffusionPipeline):
             prediction, direction = rectify(
                 conditional,
                 x,
-                self._reference(x, sigma, labels),
+                self._reference(guide, x, sigma, labels),
                 level.coefficients,
                 product=config.product,
                 probes=config.probes,
@@ -217,10 +225,10 @@ class EDM2Pipeline(DiffusionPipeline):
             self._on_step(GuidanceStep(index, total, sigma, level, x, prediction, direction))
         return guided
 
-    def _reference(self, x: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
-        if self.guide is None:
+    def _reference(self, guide: Any, x: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
+        if guide is None:
             return _evaluate(self.unet, x, sigma, None)
-        return _evaluate(self.guide, x, sigma, labels if self.guide.config.num_classes else None)
+        return _evaluate(guide, x, sigma, labels if guide.config.num_classes else None)
 
     def _relative_step(self, sigma: float) -> float | None:
         """Step of `finite_difference` by the network's precision: the state itself is float32 at least.
@@ -287,7 +295,8 @@ class EDM2Pipeline(DiffusionPipeline):
     def _check_guidance(self, scale: float, interval: Interval | None) -> None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise ValueError(f"guidance_scale must be a finite number, got {scale!r}")
-        if scale != 1 and self.guide is None and not self.config.null_labels:
+        borrowed = None if self._rectification is None else self._rectification.guide
+        if scale != 1 and self.guide is None and borrowed is None and not self.config.null_labels:
             raise ValueError(
                 f"guidance_scale must be 1 without a reference, got {scale}; give the pipeline a guide network, or "
                 "null_labels=True if its network was trained with label dropout"
@@ -305,6 +314,135 @@ class EDM2Pipeline(DiffusionPipeline):
             )
 
 
-def _evaluate(network: EDM2UNet, x: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
+def _evaluate(network: nn.Module, x: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
     level = torch.tensor(sigma, dtype=x.dtype, device=x.device)
     return network(x, level, class_labels=labels, return_dict=False)[0]
+
+
+def load_edm2(
+    preset: str | None = None,
+    source: str | Path | None = None,
+    *,
+    guide: str | Path | None = None,
+    vae: AutoencoderKL | str | Path | None = AUTOENCODER,
+    download: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> EDM2Pipeline:
+    """An EDM2 pipeline from NVIDIA's checkpoints, which are read without executing them.
+
+    `load_edm2("edm2-img64-s", download=True)` once; afterwards the name alone. To convert files of one's own:
+    `load_edm2(source="network.pkl", guide="other.pkl").save_pretrained("folder")`.
+
+    Args:
+        preset: one of `EDM2_PRESETS`; None needs a source.
+        source: a `.pkl` file, a folder with the preset's, or a folder that a pipeline was saved in; None is the folder
+            that the preset was downloaded to.
+        guide: `.pkl` file of the reference network; None is the preset's, if it lies beside the source.
+        vae: decoder of networks in latents: the autoencoder, its folder or its hub name; None leaves the pipeline with
+            `output_type="latent"`. A saved pipeline has its own.
+        download: whether to fetch what is missing: checkpoints (S: 0.6 GB, XXL: 3 GB) and the autoencoder.
+        device: where to put it.
+        dtype: of its weights; None is float32.
+
+    Raises:
+        ValueError: an unknown preset, a source that holds no EDM2 networks, or something is not here and cannot or may
+            not be downloaded, which is found out within seconds.
+    """
+    known = None if preset is None else edm2_preset(preset)
+    if source is None:
+        if preset is None or known is None:
+            raise ValueError("load_edm2 needs a preset or a source, got neither")
+        source = cache_folder(preset)
+        if not (source / "model_index.json").is_file():
+            if not download:
+                raise ValueError(
+                    f"EDM2 preset {preset!r} is not on this machine; load_edm2({preset!r}, download=True) fetches it "
+                    f"to {source}, or give the folder of {known.network} and {known.guide} as source"
+                )
+            _download(known, source, vae)
+    source = Path(source)
+    if (source / "model_index.json").is_file():
+        pipe = _saved(source, dtype or torch.float32)
+    else:
+        files = [source]
+        if source.is_dir():
+            if known is None:
+                raise ValueError(f"folder {str(source)!r} holds no saved pipeline; name the preset that its files make")
+            files = [source / known.network]
+        beside = None if known is None else files[0].parent / known.guide
+        if guide is not None:
+            files.append(Path(guide))
+        elif beside is not None and (beside.is_file() or source.is_dir()):
+            files.append(beside)
+        pipe = _assemble([read_edm2_checkpoint(file) for file in files], vae, download, dtype or torch.float32)
+    for network in (pipe.unet, pipe.guide):
+        if network is not None:
+            network.eval().requires_grad_(False).fold_weights()
+    return pipe.to(torch.device(device))
+
+
+def _download(preset: EDM2Preset, folder: Path, vae: AutoencoderKL | str | Path | None) -> None:
+    """Bring a preset's files and leave them as a saved pipeline, in their stored precision."""
+    files = [download_checkpoint(name, folder.parent) for name in (preset.network, preset.guide)]
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    _assemble([read_edm2_checkpoint(file) for file in files], vae, True, None).save_pretrained(part)
+    part.rename(folder)
+    for file in files:
+        file.unlink()
+
+
+def _assemble(
+    checkpoints: Sequence[EDM2Checkpoint],
+    vae: AutoencoderKL | str | Path | None,
+    download: bool,
+    dtype: torch.dtype | None,
+) -> EDM2Pipeline:
+    """A pipeline of a network and perhaps its reference; dtype None keeps the stored precision."""
+    first = checkpoints[0]
+    for other in checkpoints[1:]:
+        for name in ("sample_size", "in_channels"):
+            if other.config[name] != first.config[name]:
+                raise ValueError(
+                    f"guide must have the network's {name}, {first.config[name]}, got {other.config[name]}"
+                )
+    networks = [checkpoint.network(dtype) for checkpoint in checkpoints]
+    if first.latent_mean is None or first.latent_std is None:
+        return EDM2Pipeline(networks[0], networks[1] if len(networks) > 1 else None)
+    decoder = vae if vae is None or isinstance(vae, AutoencoderKL) else _autoencoder(str(vae), download)
+    if decoder is not None and dtype is not None:
+        decoder = decoder.to(dtype)
+    return EDM2Pipeline(
+        networks[0],
+        networks[1] if len(networks) > 1 else None,
+        vae=decoder,
+        latent_mean=list(first.latent_mean),
+        latent_std=list(first.latent_std),
+    )
+
+
+def _saved(folder: Path, dtype: torch.dtype) -> EDM2Pipeline:
+    try:
+        return EDM2Pipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"folder {str(folder)!r} holds no EDM2 pipeline: {reason}") from error
+
+
+def _autoencoder(name: str, download: bool) -> AutoencoderKL:
+    """From a folder, the hub's cache or, if allowed and there is a connection, the hub."""
+    try:
+        return AutoencoderKL.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        failure: Exception = error
+    if download and not Path(name).exists():
+        try:
+            HfApi().model_info(name, timeout=_HUB_SECONDS)
+            return AutoencoderKL.from_pretrained(name)
+        except Exception as error:  # whatever the network or the hub may raise, the answer is the same sentence
+            failure = error
+    raise ValueError(
+        f"autoencoder {name!r} cannot be had ({type(failure).__name__}): give its folder as vae, download=True where "
+        "there is a connection, or vae=None for latents only"
+    ) from failure

@@ -39,11 +39,8 @@ def draw(pipe: EDM2Pipeline, labels=LABELS, seed: int = 0, **options) -> Tensor:
 
 def rectified(pipe: EDM2Pipeline, config: RectifiedGuidanceConfig | None, **options) -> Tensor:
     steps = []
-    pipe._set_rectification(config, steps.append)
-    try:
+    with companion.rectified_guidance(pipe, config, on_step=steps.append):
         drawn = draw(pipe, **options)
-    finally:
-        pipe._clear_rectification()
     assert [step.index for step in steps] == list(range(len(steps))) and all(s.total == len(steps) for s in steps)
     pipe.last_steps = steps
     return drawn
@@ -160,6 +157,13 @@ def test_autoguidance_gives_the_labels_to_both_networks():
     assert torch.allclose(draw(pipe), expected, atol=1e-10)
 
 
+def test_a_guide_of_the_rectifications_own_takes_the_references_place():
+    pipe, weak = tiny_edm2(guide=False), tiny_unet(2, model_channels=8)
+    expected = by_hand(pipe, lambda x, sigma: weak(x, sigma, torch.tensor(LABELS)).sample)
+    drawn = rectified(pipe, RectifiedGuidanceConfig(product="none", guide=weak))
+    assert torch.allclose(drawn, expected, atol=1e-10)
+
+
 def test_a_network_with_label_dropout_is_its_own_reference():
     pipe = tiny_edm2(guide=False, null_labels=True)
     assert torch.allclose(draw(pipe), by_hand(pipe, lambda x, sigma: pipe.unet(x, sigma).sample), atol=1e-10)
@@ -202,7 +206,7 @@ def test_none_is_everyday_guidance_bit_for_bit_and_clearing_restores_it():
     assert torch.equal(rectified(pipe, RectifiedGuidanceConfig(product="none")), plain)
     assert not torch.allclose(rectified(pipe, None), plain, atol=1e-3)
     assert torch.equal(draw(pipe), plain)
-    pipe._clear_rectification()  # off already: nothing to do
+    companion.remove_rectified_guidance(pipe)  # off already: nothing to do
     assert torch.equal(draw(pipe), plain)
 
 
@@ -346,6 +350,10 @@ def test_errors_say_what_would_be_right(options, message):
 
 
 def test_errors_about_references_and_rectification():
+    def stop(step):
+        raise KeyboardInterrupt
+
+    plain = draw(tiny_edm2())
     lonely = tiny_edm2(guide=False)
     with pytest.raises(
         ValueError, match=r"guidance_scale must be 1 without a reference, got 2\.5; give the pipeline a"
@@ -359,7 +367,8 @@ def test_errors_about_references_and_rectification():
     with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
         unconditional(batch_size=0)
     pipe = tiny_edm2()
-    pipe._set_rectification(None)
-    with pytest.raises(ValueError, match="on already; call remove_rectified_guidance"):
-        pipe._set_rectification(None)
-    pipe._clear_rectification()
+    with companion.rectified_guidance(pipe), pytest.raises(ValueError, match="on already; call remove_rectified_guid"):
+        companion.apply_rectified_guidance(pipe)
+    with pytest.raises(KeyboardInterrupt), companion.rectified_guidance(pipe, on_step=stop):
+        draw(pipe)
+    assert torch.equal(draw(pipe), plain)

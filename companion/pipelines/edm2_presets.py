@@ -1,0 +1,118 @@
+"""The EDM2 networks of the papers: which files make a pipeline, with which guidance, and where they come from."""
+
+import http.client
+import os
+import shutil
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+CHECKPOINTS = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions"
+"""Where NVIDIA keeps the files (CC BY-NC-SA 4.0)."""
+
+AUTOENCODER = "stabilityai/sd-vae-ft-mse"
+"""Hub name of the autoencoder of the 512 models."""
+
+_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class EDM2Preset:
+    """A network, its reference, and how they were published.
+
+    Args:
+        network, guide: file names under `CHECKPOINTS`.
+        guidance_scale: EDM2's "guidance" with the lowest FID.
+        guidance_interval: the σ of the REG paper's interval runs; None where it has none.
+        note: what the reference is, and what else must be known.
+    """
+
+    network: str
+    guide: str
+    guidance_scale: float
+    guidance_interval: tuple[float, float] | None = None
+    note: str = ""
+
+    @property
+    def latents(self) -> bool:
+        """Whether the network works in the autoencoder's latents."""
+        return "img512" in self.network
+
+
+EDM2_PRESETS: Mapping[str, EDM2Preset] = MappingProxyType(
+    {
+        "edm2-img64-s": EDM2Preset(
+            "edm2-img64-s-1073741-0.045.pkl",
+            "edm2-img64-xs-0134217-0.110.pkl",
+            1.70,
+            note="autoguidance; no unconditional network of this size was published",
+        ),
+        "edm2-img512-s": EDM2Preset(
+            "edm2-img512-s-2147483-0.025.pkl",
+            "edm2-img512-xs-uncond-2147483-0.025.pkl",
+            1.40,
+            (0.28, 2.90),
+            note="classifier-free guidance by a smaller unconditional network",
+        ),
+        "edm2-img512-s-autog": EDM2Preset(
+            "edm2-img512-s-2147483-0.070.pkl", "edm2-img512-xs-0134217-0.125.pkl", 2.10, note="autoguidance"
+        ),
+        "edm2-img512-xxl": EDM2Preset(
+            "edm2-img512-xxl-0939524-0.015.pkl",
+            "edm2-img512-xs-uncond-2147483-0.015.pkl",
+            1.20,
+            note="classifier-free guidance by a smaller unconditional network",
+        ),
+        "edm2-img512-xxl-autog": EDM2Preset(
+            "edm2-img512-xxl-0939524-0.075.pkl", "edm2-img512-m-0268435-0.155.pkl", 2.05, note="autoguidance"
+        ),
+    }
+)
+
+
+def edm2_preset(name: str) -> EDM2Preset:
+    """The preset itself.
+
+    Raises:
+        ValueError: the name is unknown; the message lists the known ones.
+    """
+    if name not in EDM2_PRESETS:
+        raise ValueError(f"EDM2 preset must be one of {', '.join(EDM2_PRESETS)}, got {name!r}")
+    return EDM2_PRESETS[name]
+
+
+def cache_folder(preset: str) -> Path:
+    """Where a preset lies once it was downloaded and converted."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "reg-companion" / "edm2" / preset
+
+
+def download_checkpoint(name: str, folder: Path, *, address: str = CHECKPOINTS) -> Path:
+    """Bring one file of NVIDIA's into the folder, unless it is there; a broken download leaves none.
+
+    Raises:
+        ValueError: it cannot be had, which without a connection is found out within seconds.
+    """
+    target = folder / name
+    if target.is_file():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{name}.part"
+    try:
+        with urllib.request.urlopen(f"{address}/{name}", timeout=_SECONDS) as answer, open(part, "wb") as file:
+            shutil.copyfileobj(answer, file, 1 << 20)
+            expected = answer.headers.get("Content-Length")
+        if expected is not None and part.stat().st_size != int(expected):
+            raise http.client.IncompleteRead(b"", int(expected) - part.stat().st_size)
+        part.replace(target)
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise ValueError(
+            f"{name} cannot be downloaded from {address}: {reason}; fetch it where there is a connection and "
+            "give its folder as source"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+    return target
