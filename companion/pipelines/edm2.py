@@ -424,7 +424,7 @@ def _assemble(
 
 def _saved(folder: Path, dtype: torch.dtype) -> EDM2Pipeline:
     try:
-        return EDM2Pipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        return EDM2Pipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"folder {str(folder)!r} holds no EDM2 pipeline: {reason}") from error

@@ -196,6 +196,11 @@ def _admitted() -> dict[tuple[str, str], Any]:
     def array(*ignored: Any) -> Array:
         return Array()
 
+    def from_buffer(content: Any, kind: Kind, shape: tuple[int, ...], order: str) -> Array:
+        made = Array()
+        made.value = kind.read(content, shape, order)
+        return made
+
     def scalar(kind: Kind, content: Any) -> Any:
         return kind.read(content, (), "C").item()
 
@@ -214,6 +219,7 @@ def _admitted() -> dict[tuple[str, str], Any]:
     for package in ("numpy.core", "numpy._core"):
         admitted[f"{package}.multiarray", "_reconstruct"] = array
         admitted[f"{package}.multiarray", "scalar"] = scalar
+        admitted[f"{package}.numeric", "_frombuffer"] = from_buffer
     return admitted
 
 

@@ -118,7 +118,7 @@ def test_folded_weights_give_the_same_bits_and_survive_saving(tmp_path, dtype):
     folded.save_pretrained(tmp_path / "folded")
     for name in ("plain", "folded"):
         assert (tmp_path / name / "diffusion_pytorch_model.safetensors").is_file()
-        loaded = EDM2UNet.from_pretrained(tmp_path / name, torch_dtype=dtype)
+        loaded = EDM2UNet.from_pretrained(tmp_path / name, dtype=dtype)
         assert loaded.config.folded == (name == "folded") and not loaded.training
         assert torch.equal(loaded(x, 0.7, LABELS).sample, plain)
 
