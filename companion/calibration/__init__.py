@@ -11,6 +11,7 @@ from companion.calibration.errors import (
 from companion.calibration.finetuning import FineTuned, FineTuning, fine_tune, held_out_logits, noised
 from companion.calibration.loss import calibrated_cross_entropy, confidence_and_correctness, smooth_calibration_loss
 from companion.calibration.reliability import Reliability, draw_reliability, reliability
+from companion.calibration.smooth_activations import replace_relu, restore_relu, smooth_activations
 
 __all__ = [
     "Calibration",
@@ -27,6 +28,9 @@ __all__ = [
     "held_out_logits",
     "noised",
     "reliability",
+    "replace_relu",
+    "restore_relu",
+    "smooth_activations",
     "smooth_calibration_error",
     "smooth_calibration_error_at",
     "smooth_calibration_loss",

@@ -299,6 +299,28 @@ def tilted_weights(scores: Float[Tensor, " batch"], tilt: float) -> Float[Tensor
     return (tilt * (wide - top)).softmax(dim=0).to(scores.dtype)
 
 
+def sine_variance(variances: Float[Tensor, " steps"], gamma: float = 0.3) -> Float[Tensor, " steps"]:
+    """The variances that a step's gradient is multiplied with: `Σ_t + γ max(Σ) sin(π t/T)` (Ma et al. 2024).
+
+    Classifier guidance moves a DDPM step's mean by `Σ_t ∇S`; Σ_t is small except in noise, and the sine gives the
+    middle of the chain a share. The noise that the step adds keeps its own variance.
+
+    Args:
+        variances: of the kernels, t = 1 … T in order; non-negative.
+        gamma: γ, at least 0; the published value is 0.3.
+
+    Raises:
+        ValueError: γ is negative or not finite, or a variance is negative.
+    """
+    if not (math.isfinite(gamma) and gamma >= 0):
+        raise ValueError(f"gamma must be a finite number, at least 0, got {gamma}")
+    if variances.ndim != 1 or not len(variances) or not (variances >= 0).all():
+        raise ValueError(f"variances must be one non-negative number per step, got {variances.tolist()}")
+    steps = len(variances)
+    t = torch.arange(1, steps + 1, dtype=variances.dtype, device=variances.device)
+    return variances + gamma * variances.max() * (math.pi * t / steps).sin().clamp(min=0)
+
+
 def _divergence(
     log_p: Float[Tensor, "batch classes"],
     chosen: Int[Tensor, "batch 1"],

@@ -16,6 +16,7 @@ from companion.guidance.classifier import (
     divergence_weights,
     score_gradient,
     score_logits,
+    sine_variance,
     smoothed_target,
     tilted_mean,
     tilted_weights,
@@ -292,6 +293,21 @@ def test_tilt_favours_confident_samples_and_the_others_below_zero() -> None:
     assert tilted_weights(scores, 0.5).tolist() == sorted(tilted_weights(scores, 0.5).tolist(), reverse=True)
     assert tilted_weights(scores, -0.5).tolist() == sorted(tilted_weights(scores, -0.5).tolist())
     assert tilted_weights(scores.half(), 300.0).tolist() == [1.0, 0.0, 0.0]
+
+
+# The variance that multiplies the gradient
+
+
+def test_the_sine_schedule_by_hand() -> None:
+    variances = torch.tensor([0.0, 0.1, 0.2, 0.4], dtype=torch.float64)
+    root = 0.5**0.5
+    want = [0.3 * 0.4 * root, 0.1 + 0.3 * 0.4, 0.2 + 0.3 * 0.4 * root, 0.4]
+    assert sine_variance(variances).tolist() == pytest.approx(want)
+    assert torch.equal(sine_variance(variances, 0.0), variances)
+    with pytest.raises(ValueError, match="gamma must be a finite number, at least 0, got -1"):
+        sine_variance(variances, -1)
+    with pytest.raises(ValueError, match="variances must be one non-negative number per step"):
+        sine_variance(-variances)
 
 
 # Refusals
