@@ -307,7 +307,7 @@ class RectifiedGradientGuidance(BaseGuidance):
         generator = None
         if self.rectification.product == "diagonal" and self.rectification.probes is not None:
             [generator] = sample_generators(self.rectification.seed, [self._step])
-        # In half precision, c - d would round the direction away; here it does not.
+        # In half precision, c - d would round the direction once more.
         wide = torch.promote_types(prediction.dtype, torch.float32)
         return rectify(
             denoise,

@@ -261,6 +261,7 @@ def test_start_stop_and_enabled_are_as_in_other_guiders(tiny):
     with watched(pipe, network) as steps:
         draw(pipe, num_inference_steps=5)
     assert [len(step.calls) for step in steps] == [1, 1, 3, 3, 1]
+    assert pipe.guider.num_conditions == 2  # the next run has to encode the reference, although the last step had none
     guider = rectified(pipe)
     guider.disable()
     assert guider.num_conditions == 1
@@ -450,7 +451,7 @@ def test_every_guider_of_diffusers_is_rectified_or_refused(frequencies):
         RectifiedGradientGuidance(guiders.FrequencyDecoupledGuidance(), guidance_scale=3.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_low_precision_follows_the_exact_direction(dtype):
     """Rectification by one more evaluation in the pipeline's own dtype, against the same step in float64."""
     network, exact = tiny_sd3_transformer(dtype), tiny_sd3_transformer()
@@ -471,7 +472,7 @@ def test_low_precision_follows_the_exact_direction(dtype):
             assert torch.equal(step.followed, c)
             continue
         errors.append(float((step.followed.double() - c.double() - expected).norm() / expected.norm()))
-    assert max(errors) < {torch.float32: 2e-3, torch.bfloat16: 0.25}[dtype], errors
+    assert max(errors) < {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.15}[dtype], errors
 
 
 def _text() -> tuple[Tensor, Tensor, Tensor]:
