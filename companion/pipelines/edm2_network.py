@@ -3,7 +3,9 @@
 Every layer keeps the expected magnitude of its input, so that neither activations nor weights drift in training (Karras
 et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv 2312.02696, configuration G;
 equation numbers are that paper's). What belongs to training alone is left out: dropout, forced weight normalisation
-and the head that estimates the loss's uncertainty. Parameters are named as in the published checkpoints.
+and the head that estimates the loss's uncertainty. Parameters are named as in the published checkpoints. With the same
+random weights it and the published network (github.com/NVlabs/edm2) agree to 3e-6 of F's norm in float32 and 4e-14 in
+float64, at σ from 0.002 to 80.
 """
 
 import math

@@ -88,7 +88,7 @@ def published(network: EDM2UNet, latents: bool = True, **changes) -> EasyDict:
     half.load_state_dict(network.state_dict())
     outer = nn.Module()
     outer.unet, outer.logvar_linear = half, nn.Linear(4, 1, bias=False)
-    outer.half().requires_grad_(False)
+    outer.half().eval().requires_grad_(False)
     ema = persistent(outer, "Precond", _init_args=(), _init_kwargs=EasyDict(arguments), use_fp16=True)
     std, mean = np.float32([4.17, 4.62, 3.71, 3.28]), np.float32([5.81, 3.25, 0.12, -2.15])
     scale = np.float32(0.5) / std
