@@ -11,16 +11,18 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 import companion
 from companion import PRODUCTS, GuidanceStep, RectifiedGuidanceConfig, rectified_guidance
 from companion.exact.mixtures import GaussianMixture, MixtureDenoiser
 from tests.pipelines.tiny import tiny_dit, tiny_sd
+from tests.pipelines.tiny_zoo import RESIDENTS
 
-STEPS, SCALE = 4, 3.0
-CONDITIONAL, REFERENCE = 0, 1
-"""Labels of the two branches: the conditional's mixture and the reference's."""
+SCALE = 3.0
+CONDITIONAL, REFERENCE = 1, 0
+"""Labels of the two branches: some pipelines make the reference's embeddings themselves, of zeros."""
 
 
 def mixtures(dimension: int) -> list[GaussianMixture]:
@@ -69,80 +71,124 @@ def flow_levels(scale: float) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 
 @dataclass(frozen=True)
 class OracleFamily:
-    """A pipeline class with its network replaced.
+    """A pipeline class whose network is to be replaced.
 
     Args:
-        build: makes the pipeline around a scheduler.
+        pipe: the pipeline.
         component: attribute name of its network.
         draw: runs it with two samples, the branches told apart by `CONDITIONAL` and `REFERENCE`.
         levels: what (α, σ) the network's timestep means.
         size: numbers in one sample of latents.
+        steps: of a run.
+        channels: of the network's output, where there are more than its input has.
         sign: -1 if the pipeline negates its network's output.
     """
 
-    build: Callable[[SchedulerMixin], DiffusionPipeline]
+    pipe: DiffusionPipeline
     component: str
     draw: Callable[..., Any]
     levels: Callable[[Tensor], tuple[Tensor, Tensor]]
-    size: int
+    size: int = 64
+    steps: int = 4
     null_class: int = REFERENCE
+    channels: int | None = None
     sign: int = 1
 
 
-def _draw_dit(pipe: DiffusionPipeline, **options: Any) -> None:
-    pipe([CONDITIONAL] * 2, guidance_scale=SCALE, generator=_seeds(), output_type="pt", **options)
+def stable_diffusion() -> OracleFamily:
+    pipe = tiny_sd()
+
+    def draw(**options: Any) -> None:
+        branches = {
+            "prompt_embeds": embeddings(CONDITIONAL),
+            "negative_prompt_embeds": embeddings(REFERENCE),
+        }
+        pipe(**branches, guidance_scale=SCALE, height=8, width=8, generator=seeds(), output_type="latent", **options)
+
+    return OracleFamily(pipe, "unet", draw, preserving_levels)
 
 
-def _draw_sd(pipe: DiffusionPipeline, **options: Any) -> None:
-    pipe(
-        prompt_embeds=embeddings(CONDITIONAL),
-        negative_prompt_embeds=embeddings(REFERENCE),
-        guidance_scale=SCALE,
-        height=8,
-        width=8,
-        generator=_seeds(),
-        output_type="latent",
-        **options,
-    )
+def dit() -> OracleFamily:
+    pipe = tiny_dit(sample_size=4)
+
+    def draw(**options: Any) -> None:
+        pipe([CONDITIONAL] * 2, guidance_scale=SCALE, generator=seeds(), output_type="pt", **options)
+
+    return OracleFamily(pipe, "transformer", draw, preserving_levels, null_class=1000)
 
 
-def _seeds() -> list[torch.Generator]:
+def from_the_zoo(name: str, levels: Callable[[Tensor], tuple[Tensor, Tensor]], size: int = 256) -> OracleFamily:
+    """A resident of the tiny zoo, its prompt embeddings replaced by the labels of the branches."""
+    tiny = RESIDENTS[name]()
+    given = tiny.arguments
+    labels = {"prompt_embeds": CONDITIONAL, "negative_prompt_embeds": REFERENCE}
+    branches = {key: torch.full_like(given[key], label) for key, label in labels.items()}
+    component = next(key for key, part in tiny.pipe.components.items() if part is tiny.denoiser)
+
+    def draw(**options: Any) -> None:
+        arguments = {"output_type": "latent", **given, **tiny.guided, **branches, **options, "generator": seeds()}
+        tiny.pipe(**arguments)
+
+    channels = tiny.denoiser.config.get("out_channels")
+    return OracleFamily(tiny.pipe, component, draw, levels, size, steps=2, channels=channels, sign=tiny.sign)
+
+
+def seeds() -> list[torch.Generator]:
     return companion.sample_generators(0, range(2))
 
 
-FAMILIES = {
-    "StableDiffusionPipeline": OracleFamily(tiny_sd, "unet", _draw_sd, preserving_levels, 64),
-    "DiTPipeline": OracleFamily(
-        lambda scheduler: tiny_dit(scheduler, sample_size=4), "transformer", _draw_dit, preserving_levels, 64, 1000
-    ),
+FAMILIES: dict[str, Callable[[], OracleFamily]] = {
+    "StableDiffusionPipeline": stable_diffusion,
+    "DiTPipeline": dit,
+    **{
+        name: partial(from_the_zoo, name, preserving_levels)
+        for name in ("StableDiffusionXLPipeline", "PixArtAlphaPipeline", "CogView3PlusPipeline")
+    },
+    **{
+        name: partial(from_the_zoo, name, flow_levels(1000.0))
+        for name in ("StableDiffusion3Pipeline", "CogView4Pipeline", "SanaPipeline", "LTXPipeline")
+    },
+    "WanPipeline": partial(from_the_zoo, "WanPipeline", flow_levels(1000.0), 512),
+    "AuraFlowPipeline": partial(from_the_zoo, "AuraFlowPipeline", flow_levels(1.0)),
+    "QwenImagePipeline": partial(from_the_zoo, "QwenImagePipeline", flow_levels(1.0)),
+    "FluxPipeline": partial(from_the_zoo, "FluxPipeline", flow_levels(1.0), 64),
+    "ChromaPipeline": partial(from_the_zoo, "ChromaPipeline", flow_levels(1.0), 64),
+    "Lumina2Pipeline": partial(from_the_zoo, "Lumina2Pipeline", lambda time: flow_levels(1.0)(1 - time)),
 }
 
 
-def oracle_pipeline(name: str, scheduler: SchedulerMixin, prediction: str) -> tuple[DiffusionPipeline, MixtureDenoiser]:
+def oracle_pipeline(name: str, scheduler: SchedulerMixin, prediction: str) -> tuple[OracleFamily, MixtureDenoiser]:
     """The pipeline of a family with the oracle as its network, in float64."""
-    family = FAMILIES[name]
+    family = FAMILIES[name]()
+    family.pipe.scheduler = scheduler
     conditional, reference = mixtures(family.size)
     levels = family.levels
     if type(scheduler).__name__.startswith("KDPM2"):
         levels = partial(preserving_levels, logarithmic=True)
+    if scheduler.config.get("use_flow_sigmas"):  # tells the network whole timesteps, beside the levels it is at
+
+        def levels(_: Tensor) -> tuple[Tensor, Tensor]:
+            sigma = scheduler.sigmas[scheduler.step_index or 0].double()
+            return 1 - sigma, sigma
+
     oracle = MixtureDenoiser(
-        [conditional, reference],
+        [reference, conditional],
         levels,
         prediction_type=prediction,
         unconditional=reference,
         null_class=family.null_class,
     )
-    pipe = family.build(scheduler)
 
     def forward(*args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         kwargs = {name: value for name, value in kwargs.items() if name in _UNDERSTOOD}
-        output = oracle(*args, return_dict=return_dict, **kwargs)
-        if family.sign == -1:
-            output = (-output[0],) if isinstance(output, tuple) else type(output)(sample=-output.sample)
-        return output
+        output = family.sign * oracle(*args, **kwargs).sample
+        if family.channels is not None and output.ndim == 4 and output.shape[1] < family.channels:
+            unused = torch.zeros_like(output[:, :1]).expand(-1, family.channels - output.shape[1], -1, -1)
+            output = torch.cat([output, unused], dim=1)  # the learned variance
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
-    getattr(pipe, family.component).forward = forward
-    return pipe, oracle
+    getattr(family.pipe, family.component).forward = forward
+    return family, oracle
 
 
 _UNDERSTOOD = ("hidden_states", "sample", "timestep", "class_labels", "encoder_hidden_states")
@@ -167,10 +213,9 @@ def closed_form(oracle: MixtureDenoiser, step: GuidanceStep, told: float, produc
 
 
 def errors(name: str, scheduler: SchedulerMixin, prediction: str) -> dict[str, float]:
-    """Largest error of each product's direction over a short run, relative to the largest entry of the direction."""
-    family = FAMILIES[name]
-    pipe, oracle = oracle_pipeline(name, scheduler, prediction)
-    network, told = getattr(pipe, family.component), 0.0
+    """Largest error of each product's direction over a short run, relative to the largest entry of Δ (K may vanish)."""
+    family, oracle = oracle_pipeline(name, scheduler, prediction)
+    network, told = getattr(family.pipe, family.component), 0.0
     inner = network.forward
 
     def listening(*args: Any, **kwargs: Any) -> Any:
@@ -184,11 +229,12 @@ def errors(name: str, scheduler: SchedulerMixin, prediction: str) -> dict[str, f
     for product in PRODUCTS:
 
         def check(step: GuidanceStep, product: str = product) -> None:
-            exact = closed_form(oracle, step, told, product, family.sign)
-            error = float((step.direction - exact).abs().max() / exact.abs().max())
+            exact, everyday = (closed_form(oracle, step, told, name, family.sign) for name in (product, "none"))
+            error = float((step.direction - exact).abs().max() / everyday.abs().max())
+            assert error == error, "a direction that is not a number"
             found[product] = max(found[product], error)
 
         config = RectifiedGuidanceConfig(product=product, probes=None)
-        with rectified_guidance(pipe, config, on_step=check):
-            family.draw(pipe, num_inference_steps=STEPS)
+        with rectified_guidance(family.pipe, config, on_step=check):
+            family.draw(num_inference_steps=family.steps)
     return found

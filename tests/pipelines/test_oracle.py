@@ -51,6 +51,30 @@ CASES = [
         for kind in KINDS
         if (name, kind) not in UNSAID
     ],
+    *[
+        ("StableDiffusionXLPipeline", name, kind)
+        for name in ("EulerDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler")
+        for kind in ("epsilon", "v_prediction")
+    ],
+    ("PixArtAlphaPipeline", "DPMSolverMultistepScheduler", "epsilon"),
+    ("CogView3PlusPipeline", "DDIMScheduler", "v_prediction"),
+    *[
+        (family, "FlowMatchEulerDiscreteScheduler", "flow_prediction")
+        for family in (
+            "StableDiffusion3Pipeline",
+            "CogView4Pipeline",
+            "SanaPipeline",
+            "LTXPipeline",
+            "WanPipeline",
+            "AuraFlowPipeline",
+            "QwenImagePipeline",
+            "FluxPipeline",
+            "ChromaPipeline",
+            "Lumina2Pipeline",
+        )
+    ],
+    ("StableDiffusion3Pipeline", "FlowMatchHeunDiscreteScheduler", "flow_prediction"),
+    ("WanPipeline", "UniPCMultistepScheduler", "flow_prediction"),
 ]
 _found: dict[tuple[str, str, str], dict[str, float]] = {}
 
@@ -59,6 +83,8 @@ def make(name: str, prediction: str) -> diffusers.SchedulerMixin:
     scheduler = getattr(diffusers, name)
     if name in FLOW:
         return scheduler()
+    if prediction == "flow_prediction":
+        return scheduler(prediction_type=prediction, use_flow_sigmas=True)
     extra = STATES if name in TABLE else {}
     return scheduler(prediction_type=prediction, beta_start=1e-4, beta_end=0.02, **extra)
 
@@ -82,10 +108,10 @@ def test_the_table_in_the_documents():
     ]
     text = (
         "# The hook against the exact mixture oracle\n\n"
-        "Largest error of the rectified direction inside the pipeline, relative to its largest entry, over runs of three\n"
-        "steps in float64: the network's `forward` is replaced by the closed-form denoiser of a Gaussian mixture, and the\n"
-        "direction that the pipeline follows is compared with the mixture's own K. The tests ask for 1e-6, and 1e-3 of\n"
-        '`finite_difference`. Written by `UPDATE_DOCS=1 make test ARGS="-k oracle"`.\n\n'
+        "Largest error of the rectified direction inside the pipeline, relative to Δ's largest entry, over short runs\n"
+        "in float64: the network's `forward` is replaced by the closed-form denoiser of a Gaussian mixture, and the\n"
+        "direction that the pipeline follows is compared with the mixture's own K. The tests ask for 1e-6, and for\n"
+        '1e-3 of `finite_difference`. Written by `UPDATE_DOCS=1 make test ARGS="-k oracle"`.\n\n'
         f"| pipeline | scheduler | prediction | {' | '.join(PRODUCTS)} |\n|{'---|' * (3 + len(PRODUCTS))}\n"
         + "\n".join(rows)
         + "\n"
