@@ -1,20 +1,22 @@
 """`python -m companion`: train the embedded models anew."""
 
 import argparse
+import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiTPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, DiTPipeline, StableDiffusionPipeline
 from transformers import ResNetForImageClassification
 
 from companion.evaluation.recognition import draw_classes, recognised
-from companion.minis import classifier, recipes
-from companion.minis.scenes import SHAPES, labels, render, scene
+from companion.minis import classifier, recipes, text_conditional
+from companion.minis.drawing import draw_captions, object_colours
+from companion.minis.scenes import COLOURS, SHAPES, labels, render, scene
 from companion.minis.shipping import ship
 
 HELD_OUT_SEED = 99  # scenes that no model has learned from
-_STEPS = ("autoencoder", "scene-classifier", "mini-dit")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     train = commands.add_parser(
         "train", help="train a model (resuming a killed run), measure it, write its folder and card"
     )
-    train.add_argument("name", choices=_STEPS, help="mini-dit needs a trained autoencoder and scene-classifier in RUNS")
+    train.add_argument("name", choices=tuple(_MODELS), help="the minis need a trained autoencoder and scene-classifier")
     train.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints and logs; default: runs")
     train.add_argument("--out", type=Path, default=None, help="where the shipped folder goes; default: RUNS/shipped")
     options = parser.parse_args(arguments)
@@ -37,19 +39,52 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(name: str, runs: Path, out: Path) -> Path:
-    folder = runs / name
-    if name == "autoencoder":
-        autoencoder, record = recipes.train_autoencoder(folder)
-        return ship_autoencoder(autoencoder, record, out)
-    if name == "scene-classifier":
-        network, record = classifier.train_classifier(folder)
-        return ship_classifier(network, record, out)
-    for needed in ("autoencoder", "scene-classifier"):
+    needs, train_and_ship = _MODELS[name]
+    for needed in needs:
         if not (out / needed).is_dir():
             raise ValueError(f"{name} needs {out / needed}: run python -m companion train {needed} first")
-    autoencoder = AutoencoderKL.from_pretrained(out / "autoencoder").eval()
-    pipe, record = recipes.train_dit(folder, autoencoder)
-    return ship_dit(pipe, record, out)
+    return train_and_ship(runs / name, out)
+
+
+def _autoencoder(folder: Path, out: Path) -> Path:
+    return ship_autoencoder(*recipes.train_autoencoder(folder), out)
+
+
+def _classifier(folder: Path, out: Path) -> Path:
+    return ship_classifier(*classifier.train_classifier(folder), out)
+
+
+def _dit(folder: Path, out: Path) -> Path:
+    return ship_dit(*recipes.train_dit(folder, _trained_autoencoder(out)), out)
+
+
+def _sd(folder: Path, out: Path) -> Path:
+    return ship_text_conditional("mini-sd", *text_conditional.train_sd(folder, _trained_autoencoder(out)), out)
+
+
+def _sd_v(folder: Path, out: Path) -> Path:
+    start = StableDiffusionPipeline.from_pretrained(out / "mini-sd", dtype=torch.float32)
+    trained = text_conditional.train_sd(folder, _trained_autoencoder(out), start=start)
+    return ship_text_conditional("mini-sd-v", *trained, out)
+
+
+def _flow(folder: Path, out: Path) -> Path:
+    return ship_text_conditional("mini-flow", *text_conditional.train_flow(folder, _trained_autoencoder(out)), out)
+
+
+_PARTS = ("autoencoder", "scene-classifier")
+_MODELS: dict[str, tuple[tuple[str, ...], Callable[[Path, Path], Path]]] = {  # what each needs, how it is made
+    "autoencoder": ((), _autoencoder),
+    "scene-classifier": ((), _classifier),
+    "mini-dit": (_PARTS, _dit),
+    "mini-sd": (_PARTS, _sd),
+    "mini-sd-v": ((*_PARTS, "mini-sd"), _sd_v),
+    "mini-flow": (_PARTS, _flow),
+}
+
+
+def _trained_autoencoder(out: Path) -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(out / "autoencoder", dtype=torch.float32).eval()
 
 
 @torch.no_grad()
@@ -97,6 +132,44 @@ def ship_dit(pipe: DiTPipeline, record: dict, out: Path) -> Path:
         '```python\npipe = companion.load("mini-dit")\nimages = pipe([3, 7], guidance_scale=4.0).images\n```'
     )
     return ship(pipe, "mini-dit", text, record, figures, out)
+
+
+_TEXTS = {
+    "mini-sd": (
+        "Text-conditional U-Net with a text encoder of its own on the latents of captioned single-object scenes;\n"
+        "ε-prediction, an unmodified `StableDiffusionPipeline` without safety checker."
+    ),
+    "mini-sd-v": (
+        "The v-prediction variant of mini-sd, fine-tuned from its weights; an unmodified `StableDiffusionPipeline`\n"
+        "without safety checker."
+    ),
+    "mini-flow": (
+        "Text-conditional flow matching (velocity noise - clean, α = 1 - σ) on the latents of captioned single-object\n"
+        "scenes; an unmodified `CogView4Pipeline`, which calls its transformer once per branch."
+    ),
+}
+
+
+def ship_text_conditional(name: str, pipe: DiffusionPipeline, record: dict, out: Path) -> Path:
+    """Measure a text-conditional model by the shipped classifier and by its objects' colours, and write its folder."""
+    judge = classifier.load_classifier(folder=out / "scene-classifier")
+    scenes = [scene(HELD_OUT_SEED, i, 1) for i in range(500)]
+    colours = torch.tensor([tuple(COLOURS).index(s.objects[0].colour) for s in scenes])
+    default = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+    figures = {}
+    for scale in (1.0, default):
+        drawn = draw_captions(pipe, [s.caption for s in scenes], guidance_scale=scale)
+        setting = f"500 captions of held-out scenes, 50 steps, guidance_scale {scale:g}"
+        figures[f"asked-for shape recognised, {setting}"] = f"{100 * recognised(drawn, labels(scenes), judge):.1f} %"
+        share = float((object_colours(drawn) == colours).double().mean())
+        figures[f"asked-for colour, {setting}"] = f"{100 * share:.1f} %"
+    text = (
+        f"{_TEXTS[name]}\nIt knows captions of one object, such as the one below; the default guidance scale is\n"
+        f"the pipeline's, {default:g}.\n\n"
+        f'```python\npipe = companion.load("{name}")\n'
+        'images = pipe("a large red striped star", num_inference_steps=50).images\n```'
+    )
+    return ship(pipe, name, text, record, figures, out)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,19 @@ import pytest
 from companion.__main__ import main
 
 
-def test_training_mini_dit_needs_its_parts(tmp_path, capsys):
-    assert main(["train", "mini-dit", "--runs", str(tmp_path)]) == 2
+@pytest.mark.parametrize("name", ["mini-dit", "mini-sd", "mini-sd-v", "mini-flow"])
+def test_training_a_mini_needs_its_parts(tmp_path, capsys, name):
+    assert main(["train", name, "--runs", str(tmp_path)]) == 2
     message = capsys.readouterr().err
-    assert message.startswith("error: mini-dit needs ") and "run python -m companion train autoencoder first" in message
+    assert message.startswith(f"error: {name} needs ") and "run python -m companion train autoencoder first" in message
     assert message.count("\n") == 1
+
+
+def test_mini_sd_v_needs_mini_sd(tmp_path, capsys):
+    for part in ("autoencoder", "scene-classifier"):
+        (tmp_path / part).mkdir()
+    assert main(["train", "mini-sd-v", "--out", str(tmp_path)]) == 2
+    assert "run python -m companion train mini-sd first" in capsys.readouterr().err
 
 
 def test_unknown_models_are_listed(capsys):

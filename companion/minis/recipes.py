@@ -1,19 +1,18 @@
 """How each embedded model is built and trained. `python -m companion train NAME` runs one of these."""
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from companion.minis.scenes import COLOURS, SHAPES, SIZE, TEXTURES, Scene, labels, render, scene
+from companion.minis.reading import WithReader, reading_loss, scene_parameters
+from companion.minis.scenes import SHAPES, SIZE, labels, render, scene
 from companion.minis.training import TrainingConfig, train
 from companion.seeding import sample_seed
 
@@ -107,64 +106,6 @@ def build_dit() -> DiTTransformer2DModel:
     )
 
 
-class DiTWithReader(nn.Module):
-    """A DiT with a head that reads the scene's parameters off its middle tokens while it is trained.
-
-    Yu et al. (2025, REPA) speed a diffusion transformer's training up by aligning its middle tokens with a pretrained
-    encoder's;
-    here the truth about every picture is known, so it takes the encoder's place. The head is not shipped.
-    """
-
-    def __init__(self, transformer: DiTTransformer2DModel) -> None:
-        super().__init__()
-        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-        self.transformer = transformer
-        self.reader = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, _PARAMETERS))
-
-    def forward(
-        self, noisy: Float[Tensor, "b c h w"], timestep: Int[Tensor, " b"], condition: Int[Tensor, " b"]
-    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b tokens parameters"]]:
-        kept: list[Tensor] = []
-        middle = self.transformer.transformer_blocks[len(self.transformer.transformer_blocks) // 2 - 1]
-        handle = middle.register_forward_hook(lambda _, __, tokens: kept.append(tokens))
-        try:
-            predicted = self.transformer(noisy, timestep=timestep, class_labels=condition).sample
-        finally:
-            handle.remove()
-        return predicted, self.reader(kept[0])
-
-
-_PARAMETERS = 4 + len(TEXTURES) + len(COLOURS) + len(SHAPES)
-
-
-def scene_parameters(scenes: Sequence[Scene]) -> Float[Tensor, "batch parameters"]:
-    """Of each first object: centre (in half widths, from the middle), radius and rotation scaled to order 1; texture,
-    colour and shape as indicators.
-    """
-    rows = []
-    for item in (s.objects[0] for s in scenes):
-        place = [coordinate / (SIZE / 2) - 1 for coordinate in item.centre]
-        one_of = [
-            float(name == chosen)
-            for names, chosen in ((TEXTURES, item.texture), (tuple(COLOURS), item.colour), (SHAPES, item.shape))
-            for name in names
-        ]
-        rows.append([*place, item.radius / 16, item.rotation * 2, *one_of])
-    return torch.tensor(rows)
-
-
-def reading_loss(
-    read: Float[Tensor, "b tokens parameters"], truth: Float[Tensor, "b parameters"]
-) -> Float[Tensor, " b"]:
-    """Squared error of every token's reading; each token is to say where the centre lies seen from itself."""
-    side = math.isqrt(read.shape[1])
-    line = (torch.arange(side) + 0.5) / side * 2 - 1
-    tokens = torch.stack([line.repeat(side), line.repeat_interleave(side)], dim=1)
-    place = truth[:, None, :2] - tokens
-    wanted = torch.cat([place, truth[:, None, 2:].expand(-1, len(tokens), -1)], dim=2)
-    return (read.float() - wanted).square().mean(dim=(1, 2))
-
-
 @torch.no_grad()
 def encode_scenes(
     autoencoder: AutoencoderKL, count: int, file: Path, *, objects: int | None, batch_size: int = 128
@@ -191,7 +132,7 @@ def encode_scenes(
 def train_dit(
     folder: Path, autoencoder: AutoencoderKL, config: TrainingConfig | None = None, *, scenes: int = 80_000
 ) -> tuple[DiTPipeline, dict]:
-    """Train mini-dit on latents of single-object scenes.
+    """Train mini-dit on latents of single-object scenes, kept in `latents.safetensors` beside `folder`.
 
     The loss is ε's squared error under min-SNR-5 weights (Hang et al. 2023), plus the reading of the scene's
     parameters off the
@@ -200,11 +141,12 @@ def train_dit(
     config = config or TrainingConfig(
         steps=10_500, batch_size=64, learning_rate=2e-3, ema_decay=0.9995, optimiser="muon"
     )
-    data = encode_scenes(autoencoder, scenes, folder / "latents.safetensors", objects=1)
+    data = encode_scenes(autoencoder, scenes, folder.parent / "latents.safetensors", objects=1)
     latents, classes = data["latents"], data["labels"]
     kept = DDPMScheduler(**SCHEDULE).alphas_cumprod
     torch.manual_seed(config.seed)
-    model = DiTWithReader(build_dit())
+    transformer = build_dit()
+    model = WithReader(transformer, "transformer_blocks.2", 3 * 64)
     for module in model.modules():
         if isinstance(module, LabelEmbedding):
             module.dropout_prob = 0.0  # each block would drop the label on its own; conditions are dropped whole below
@@ -219,14 +161,14 @@ def train_dit(
         condition = classes[chosen].masked_fill(dropped, NULL_CLASS)
         level = kept[timestep].view(-1, 1, 1, 1)
         noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
-        predicted, read = model(noisy, timestep, condition)
+        predicted, read = model(noisy, timestep=timestep, class_labels=condition)
         ratio = level / (1 - level)
         denoising = ratio.clamp(max=5) / ratio * (predicted.float() - noise) ** 2
         legible = (ratio / (ratio + 0.02)).flatten()
         return denoising.mean() + 0.25 * (legible * reading_loss(read, data["parameters"][chosen])).mean()
 
     record = train(model, loss, config, folder)
-    return dit_pipeline(model.transformer, autoencoder), record
+    return dit_pipeline(transformer, autoencoder), record
 
 
 @torch.no_grad()

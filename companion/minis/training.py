@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -29,9 +30,8 @@ class TrainingConfig:
         steps: optimiser steps in all, at least 1.
         batch_size: samples a step, at least 1.
         learning_rate: peak; warmed up linearly over `warmup` steps, then decayed to zero along a half cosine.
-        optimiser: `adamw`, or `muon` for the matrices inside a network's blocks (Jordan et al. 2024, at AdamW's step
-            size: Liu et al.
-            2025) with AdamW for everything else.
+        optimiser: `adamw`, or `muon` for the matrices and convolution kernels inside a network's blocks (Jordan et al.
+            2024, at AdamW's step size: Liu et al. 2025) with AdamW for everything else.
         ema_decay: of the averaged weights, in [0, 1); the averaged weights are what is shipped.
         seed: of the weights' initialisation and of the data.
         checkpoint_seconds: wall-clock time between checkpoints.
@@ -169,14 +169,31 @@ def _optimisers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Op
     matrices = [
         parameter
         for name, parameter in model.named_parameters()
-        if config.optimiser == "muon" and parameter.ndim == 2 and "blocks" in name and "embedding" not in name
+        if config.optimiser == "muon" and parameter.ndim in (2, 4) and "block" in name and "embedding" not in name
     ]
     chosen = {id(parameter) for parameter in matrices}
     others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
     result: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), weight_decay=decay)]
     if matrices:
-        result.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+        result.append(_KernelMuon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
     return result
+
+
+class _KernelMuon(torch.optim.Muon):
+    """Muon that takes a convolution's kernel as the matrix from its inputs (channels x height x width) to its outputs.
+
+    It steps views, which share their memory with the parameters.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], **settings: Any) -> None:
+        self._parameters = parameters
+        self._views = [nn.Parameter(parameter.data.view(len(parameter), -1)) for parameter in parameters]
+        super().__init__(self._views, **settings)
+
+    def step(self, closure: Any = None) -> Any:
+        for view, parameter in zip(self._views, self._parameters, strict=True):
+            view.grad = None if parameter.grad is None else parameter.grad.reshape(view.shape)
+        return super().step(closure)
 
 
 def machine(device: torch.device) -> dict[str, str | int]:

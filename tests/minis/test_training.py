@@ -57,6 +57,26 @@ def test_it_learns_and_logs(tmp_path):
     assert record["settings"]["steps"] == 200 and not model.training
 
 
+def test_muon_takes_a_kernel_as_a_matrix(tmp_path):
+    """One step on a convolution in a block against torch's Muon on the matrix of its unfolded inputs."""
+    torch.manual_seed(1)
+    model = nn.ModuleDict({"mid_block": nn.Conv2d(3, 4, 2)})
+    before, bias = (p.detach().clone() for p in model["mid_block"].parameters())
+    images = torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(2))
+
+    def loss(_: int) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return model["mid_block"](images).square().mean()
+
+    config = TrainingConfig(1, 5, 0.05, warmup=1, optimiser="muon", ema_decay=0.0)
+    train(model, loss, config, tmp_path)
+    matrix = nn.Parameter(before.flatten(1).clone())
+    (matrix @ nn.functional.unfold(images, 2) + bias[:, None]).square().mean().backward()
+    torch.optim.Muon([matrix], lr=0.05, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
+    after = model["mid_block"].weight.flatten(1)
+    assert torch.allclose(after, matrix, atol=1e-3) and (after - before.flatten(1)).abs().mean() > 0.005
+
+
 def test_a_folder_with_another_run_is_refused(tmp_path):
     fit(tmp_path)
     with pytest.raises(ValueError, match="holds a run with other settings"):
