@@ -1,4 +1,4 @@
-"""`python -m companion`: train the embedded models anew."""
+"""`python -m companion`: train the embedded models anew, and draw many samples of any model."""
 
 import argparse
 import inspect
@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, DiTPipeline, StableDiffusionPipeline
 from transformers import ResNetForImageClassification
 
+from companion.evaluation import runs
 from companion.evaluation.recognition import draw_classes, recognised
 from companion.minis import classifier, recipes, text_conditional
 from companion.minis.drawing import draw_captions, object_colours
@@ -28,7 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("name", choices=tuple(_MODELS), help="the minis need a trained autoencoder and scene-classifier")
     train.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints and logs; default: runs")
     train.add_argument("--out", type=Path, default=None, help="where the shipped folder goes; default: RUNS/shipped")
+    runs.add_arguments(
+        commands.add_parser("sample", help="draw many samples into a folder (resuming a killed run), on any processes")
+    )
     options = parser.parse_args(arguments)
+    if options.command == "sample":
+        return runs.main(options)
     try:
         target = _train(options.name, options.runs, options.out or options.runs / "shipped")
     except ValueError as error:

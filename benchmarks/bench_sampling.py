@@ -1,0 +1,70 @@
+"""What a sampling run costs beside the bare pipeline on the same batches: throughput, for CFG and for REG.
+
+Both draw the same samples from the same generators. The bare pipeline keeps nothing; the run checks, writes and records
+every picture. They take turns within each round, so a machine that is busy for a while slows both.
+"""
+
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import companion
+from companion.evaluation.runs import sample
+from companion.evaluation.sampling_settings import SamplingSettings
+from companion.pipelines.hook import rectified_guidance
+
+SAMPLES, BATCH, STEPS, ROUNDS = 32, 16, 25, 5
+
+
+def main() -> None:
+    """Print the table for mini-dit."""
+    pipe = companion.load("mini-dit")
+    pipe.set_progress_bar_config(disable=True)
+    everyday = SamplingSettings(
+        "mini-dit", SAMPLES, tuple(range(10)), batch_size=BATCH, steps=STEPS, guidance_scale=4.0, product="none"
+    )
+
+    def bare(settings: SamplingSettings, rectified: bool) -> float:
+        def draw() -> None:
+            for first in settings.batches():
+                indices = settings.samples(first)
+                pipe(
+                    [settings.condition(i) for i in indices],
+                    guidance_scale=settings.guidance_scale,
+                    num_inference_steps=settings.steps,
+                    generator=companion.sample_generators(settings.seed, indices),
+                )
+
+        start = time.perf_counter()
+        if rectified:
+            with rectified_guidance(pipe, settings.guidance):
+                draw()
+        else:
+            draw()
+        return time.perf_counter() - start
+
+    def run(settings: SamplingSettings) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            sample(pipe, settings, Path(folder) / "run", progress=False)
+            return time.perf_counter() - start
+
+    print(f"mini-dit, {SAMPLES} images in batches of {BATCH}, {STEPS} DDIM steps; medians of {ROUNDS} rounds.\n")
+    print("| guidance | format | bare pipeline, images/s | run, images/s | throughput / bare |")
+    print("|---|---|---|---|---|")
+    for name, settings in (
+        ("CFG", everyday),
+        ("CFG", replace(everyday, image_format="npz")),
+        ("REG, finite_difference", replace(everyday, product="finite_difference")),
+    ):
+        bare(replace(settings, num_samples=BATCH, steps=2), settings.product != "none")  # pages and kernels warm
+        rounds = [(bare(settings, settings.product != "none"), run(settings)) for _ in range(ROUNDS)]
+        without, with_run = (SAMPLES / statistics.median(column) for column in zip(*rounds, strict=True))
+        ratio = statistics.median(first / second for first, second in rounds)
+        print(f"| {name} | {settings.image_format} | {without:.1f} | {with_run:.1f} | {ratio:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Measured figures with their intervals and what produced them: the cells of tables, one JSON file each."""
+
+import json
+import math
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.stats
+import torch
+
+from companion.evaluation.sampling_folder import read_json, write_json
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured number with its 95 % interval.
+
+    Args:
+        value: the figure.
+        low, high: the interval's ends; both equal to `value` where nothing was left to chance.
+        method: how the interval was made, e.g. "bootstrap, 200 resamples".
+        samples: number of samples (or of seeds) behind it.
+
+    Raises:
+        ValueError: a number is not finite, or the value lies outside its interval.
+    """
+
+    value: float
+    low: float
+    high: float
+    method: str
+    samples: int
+
+    def __post_init__(self) -> None:
+        if not all(map(math.isfinite, (self.value, self.low, self.high))):
+            raise ValueError(f"a figure's numbers must be finite, got {self.value}, {self.low}, {self.high}")
+        if not self.low <= self.value <= self.high:
+            raise ValueError(f"a figure must lie in its interval, got {self.value} and {self.low} to {self.high}")
+
+    def text(self, digits: int = 2) -> str:
+        """Value and half width, e.g. "12.31 ± 0.20"."""
+        return f"{self.value:.{digits}f} ± {max(self.high - self.value, self.value - self.low):.{digits}f}"
+
+
+def over_seeds(values: Sequence[float]) -> Figure:
+    """Mean over independent runs, with Student's t interval.
+
+    Raises:
+        ValueError: fewer than two runs: one run says nothing about how runs scatter.
+    """
+    if len(values) < 2:
+        raise ValueError(f"an interval over seeds needs at least 2 runs, got {len(values)}")
+    numbers = np.asarray(values, dtype=np.float64)
+    half = scipy.stats.t.ppf(0.975, len(numbers) - 1) * numbers.std(ddof=1) / math.sqrt(len(numbers))
+    mean = float(numbers.mean())
+    return Figure(mean, mean - float(half), mean + float(half), f"t, {len(numbers)} seeds", len(numbers))
+
+
+def provenance(device: torch.device | str = "cpu", command: Sequence[str] | None = None) -> dict[str, Any]:
+    """What produces a measurement: commit if known, command, device, threads, library versions, time."""
+    kind = torch.device(device)
+    name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "commit": _commit(),
+        "command": _command() if command is None else list(command),
+        "device": f"{kind.type}: {name}",
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _command() -> list[str]:
+    """This process's command line, as it is typed."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        return ["python", "-m", program.parent.name, *sys.argv[1:]]
+    return [program.name, *sys.argv[1:]]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("reg-companion", "torch", "diffusers", "transformers", "accelerate", "torchmetrics"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _commit() -> str | None:
+    """Of the checkout this package lies in, with "-dirty" where it was changed; None where there is none."""
+    folder = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude", "*"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=20,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table: what was measured of one run.
+
+    Args:
+        name: of the cell, and of its file; letters, digits and -_.,= only.
+        settings: all that decides the figures: the run's, and what it was measured against.
+        figures: by metric.
+        nfe: network evaluations per sample.
+        seconds: of sampling, all sessions together; None where a session was killed and its time is lost.
+        provenance: see `provenance`.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    figures: Mapping[str, Figure]
+    nfe: float
+    seconds: float | None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.name or not all(letter.isalnum() or letter in "-_.,=" for letter in self.name):
+            raise ValueError(f"name must be letters, digits and -_.,= only, got {self.name!r}")
+        if not (math.isfinite(self.nfe) and self.nfe > 0):
+            raise ValueError(f"nfe must be positive, got {self.nfe}")
+
+
+def write_cell(folder: Path, cell: Cell) -> Path:
+    """Write `folder/NAME.json` whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{cell.name}.json"
+    write_json(path, {"version": _VERSION, **asdict(cell)})
+    return path
+
+
+def read_cell(path: Path) -> Cell:
+    """Raises:
+    ValueError: the file is not there, damaged, or of another version.
+    """
+    found = read_json(path)
+    try:
+        if found["version"] != _VERSION:
+            raise ValueError(f"{path} is of version {found['version']!r}, this program's is {_VERSION}")
+        figures = {name: Figure(**figure) for name, figure in found["figures"].items()}
+        return Cell(
+            found["name"], found["settings"], figures, found["nfe"], found["seconds"], found.get("provenance", {})
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: it is not a table's cell ({error})") from error
+
+
+def same_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two cells' settings are the same once written to a file."""
+    return json.loads(json.dumps(first)) == json.loads(json.dumps(second))
