@@ -18,14 +18,12 @@ from huggingface_hub import HfApi
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from companion.guidance.rectification import rectify
 from companion.pipelines.edm2_checkpoint import EDM2Checkpoint, read_edm2_checkpoint
 from companion.pipelines.edm2_network import EDM2UNet
 from companion.pipelines.edm2_presets import AUTOENCODER, EDM2Preset, cache_folder, download_checkpoint, edm2_preset
 from companion.pipelines.edm2_sampler import Churn, heun, karras_levels
-from companion.pipelines.hook import GuidanceStep, OnStep, RectifiedGuidanceConfig
+from companion.pipelines.hook import GuidanceStep, OnStep, Rectification, RectifiedGuidanceConfig
 from companion.pipelines.levels import NoiseLevel
-from companion.seeding import sample_generators
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Interval = tuple[float, float]
@@ -74,7 +72,7 @@ class EDM2Pipeline(DiffusionPipeline):
             latent_mean=list(LATENT_MEAN if latent_mean is None else latent_mean),
             latent_std=list(LATENT_STD if latent_std is None else latent_std),
         )
-        self._rectification: RectifiedGuidanceConfig | None = None
+        self._rectification: Rectification | None = None
         self._on_step: OnStep | None = None
 
     @torch.no_grad()
@@ -191,7 +189,8 @@ class EDM2Pipeline(DiffusionPipeline):
             scale, interval: the call's `guidance_scale` and `guidance_interval`.
             index, total: number of this evaluation, from 0, and of all.
         """
-        config = self._rectification or _EVERYDAY
+        rectification = self._rectification or Rectification(_EVERYDAY)
+        config = rectification.config
         guide = self.guide if config.guide is None else config.guide
         level = NoiseLevel(1.0, sigma, "sample")
         inside = interval is None or interval[0] <= sigma <= interval[1]
@@ -206,18 +205,13 @@ class EDM2Pipeline(DiffusionPipeline):
             if scale != 1:
                 direction = torch.zeros_like(prediction)
         else:
-            generator = None
-            if config.product == "diagonal" and config.probes is not None:
-                [generator] = sample_generators(config.seed, [index])
-            prediction, direction = rectify(
+            prediction, direction = rectification(
+                index,
+                level,
                 conditional,
                 x,
                 self._reference(guide, x, sigma, labels),
-                level.coefficients,
-                product=config.product,
-                probes=config.probes,
-                generator=generator,
-                relative_step=config.relative_step or self._relative_step(sigma),
+                relative_step=self._relative_step(sigma),
             )
             direction = weight * direction
             guided = prediction + (scale - 1) * direction
@@ -265,7 +259,7 @@ class EDM2Pipeline(DiffusionPipeline):
         """
         if self._rectification is not None:
             raise ValueError("rectified guidance is on already; call remove_rectified_guidance(pipe) first")
-        self._rectification, self._on_step = config or RectifiedGuidanceConfig(), on_step
+        self._rectification, self._on_step = Rectification(config or RectifiedGuidanceConfig()), on_step
 
     def _clear_rectification(self) -> None:
         """What `remove_rectified_guidance` does: everyday guidance again; nothing where it was not rectified."""
@@ -295,7 +289,7 @@ class EDM2Pipeline(DiffusionPipeline):
     def _check_guidance(self, scale: float, interval: Interval | None) -> None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise ValueError(f"guidance_scale must be a finite number, got {scale!r}")
-        borrowed = None if self._rectification is None else self._rectification.guide
+        borrowed = None if self._rectification is None else self._rectification.config.guide
         if scale != 1 and self.guide is None and borrowed is None and not self.config.null_labels:
             raise ValueError(
                 f"guidance_scale must be 1 without a reference, got {scale}; give the pipeline a guide network, or "

@@ -26,11 +26,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from companion.guidance import weights
-from companion.guidance.rectification import Denoiser, Product, rectify
+from companion.guidance.rectification import Denoiser
 from companion.guidance.weights import GuidanceWeight
-from companion.pipelines.hook import RectifiedGuidanceConfig
+from companion.pipelines.hook import Rectification, RectifiedGuidanceConfig, SamplingProduct
 from companion.pipelines.levels import NoiseLevel, check_scheduler, noise_level
-from companion.seeding import sample_generators
 
 RECTIFIABLE_GUIDERS = (
     "AdaptiveProjectedGuidance",
@@ -114,7 +113,7 @@ class RectifiedGradientGuidance(BaseGuidance):
     def __init__(
         self,
         guider: BaseGuidance | dict[str, Any] | None = None,
-        product: Product = "finite_difference",
+        product: SamplingProduct = "finite_difference",
         weight: GuidanceWeight | float | dict[str, Any] | None = None,
         probes: int | None = 4,
         seed: int = 0,
@@ -134,6 +133,7 @@ class RectifiedGradientGuidance(BaseGuidance):
             seed=seed,
             relative_step=relative_step,
         )
+        self._product = Rectification(self.rectification)
         self._call: _Call | None = None
         self._stop_listening: Callable[[], None] | None = None
         self._identifiers: list[str] = []
@@ -304,21 +304,15 @@ class RectifiedGradientGuidance(BaseGuidance):
         if self._call is None:
             raise ValueError("the block did not call the denoiser that it had the guider prepare, as guiders require")
         denoise, z = _as_function(self._call, prediction)
-        generator = None
-        if self.rectification.product == "diagonal" and self.rectification.probes is not None:
-            [generator] = sample_generators(self.rectification.seed, [self._step])
         # In half precision, c - d would round the direction once more.
         wide = torch.promote_types(prediction.dtype, torch.float32)
-        return rectify(
+        return self._product(
+            self._step,
+            self._level(),
             denoise,
             z,
             prediction.to(wide) - direction.to(wide),
-            self._level().coefficients,
-            product=self.rectification.product,
             prediction=prediction,
-            probes=self.rectification.probes,
-            generator=generator,
-            relative_step=self.rectification.relative_step,
         ).direction
 
     def _note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:

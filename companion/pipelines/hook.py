@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,8 @@ from diffusers.hooks import HookRegistry, ModelHook
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from companion.guidance.rectification import Product, check_product, rectify
+from companion.guidance.rectification import PRODUCTS, Denoiser, Product, Rectified, check_product, rectify
+from companion.guidance.reuse import RectificationReuse
 from companion.guidance.weights import ConstantWeight, GuidanceWeight
 from companion.pipelines.anatomy import SAMPLE_NAMES, Anatomy, Refusal, anatomy_of, call_code, evaluate
 from companion.pipelines.levels import NoiseLevel, check_scheduler, noise_level
@@ -30,6 +31,18 @@ from companion.seeding import sample_generators, sample_seed
 
 _HOOK = "companion_rectified_guidance"
 _DIFFERENTIATED = ("ones", "diagonal", "vjp")
+
+SamplingProduct = Product | Literal["auto"]
+SAMPLING_PRODUCTS: tuple[SamplingProduct, ...] = (*PRODUCTS, "auto")
+
+
+def check_sampling_product(product: str) -> SamplingProduct:
+    """The product's name itself.
+
+    Raises:
+        ValueError: the name is unknown; the message lists the known ones.
+    """
+    return "auto" if product == "auto" else check_product(product)
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,8 @@ class RectifiedGuidanceConfig:
     Args:
         product: which product of K with the guidance direction (see `companion.guidance.rectification`). `none`
             leaves the
-            direction as it is: everyday guidance, with `weight` over time if one is given.
+            direction as it is: everyday guidance, with `weight` over time if one is given. `auto` is
+            `finite_difference` at every third call, carried over to the others (`companion.guidance.reuse`).
         weight: weight over time in units of the pipeline's own `guidance_scale - 1`, called with the progress (0 to
             1) and the
             timestep the network sees; a number is a constant; None is 1 throughout. Where it is 0, the reference branch
@@ -57,7 +71,7 @@ class RectifiedGuidanceConfig:
         step that is not positive.
     """
 
-    product: Product = "finite_difference"
+    product: SamplingProduct = "finite_difference"
     weight: GuidanceWeight | float | None = None
     probes: int | None = 4
     seed: int = 0
@@ -65,7 +79,7 @@ class RectifiedGuidanceConfig:
     guide: nn.Module | None = None
 
     def __post_init__(self) -> None:
-        check_product(self.product)
+        check_sampling_product(self.product)
         if isinstance(self.weight, (int, float)):
             ConstantWeight(self.weight)
         elif self.weight is not None and not callable(self.weight):
@@ -81,6 +95,65 @@ class RectifiedGuidanceConfig:
         if self.weight is None:
             return 1.0
         return self.weight(progress, level) if callable(self.weight) else float(self.weight)
+
+
+class Rectification:
+    """A configuration's product over the calls of a run: what differs from call to call, and what one call leaves for
+    the next.
+    """
+
+    def __init__(self, config: RectifiedGuidanceConfig) -> None:
+        self.config = config
+        self._reuse = RectificationReuse()
+
+    def __call__(
+        self,
+        index: int,
+        level: NoiseLevel,
+        denoiser: Denoiser,
+        x: Float[Tensor, "batch ..."],
+        reference: Float[Tensor, "batch ..."],
+        *,
+        prediction: Float[Tensor, "batch ..."] | None = None,
+        relative_step: float | None = None,
+    ) -> Rectified:
+        """The conditional prediction and its rectified direction, not weighted.
+
+        Args:
+            index: number of the call within its run, from 0; one that does not rise begins a new run.
+            level: of the call.
+            denoiser, x, reference, prediction, relative_step: see `companion.guidance.rectification.rectify`; the
+                configuration's own step comes first.
+        """
+        config, step = self.config, self.config.relative_step or relative_step
+        if config.product == "auto":
+            if prediction is None:
+                with torch.no_grad():
+                    prediction = denoiser(x)
+            return self._reuse.rectify(
+                index,
+                level.log_snr,
+                denoiser,
+                x,
+                reference,
+                level.coefficients,
+                prediction=prediction,
+                relative_step=step,
+            )
+        generator = None
+        if config.product == "diagonal" and config.probes is not None:
+            [generator] = sample_generators(config.seed, [index])
+        return rectify(
+            denoiser,
+            x,
+            reference,
+            level.coefficients,
+            product=config.product,
+            prediction=prediction,
+            probes=config.probes,
+            generator=generator,
+            relative_step=step,
+        )
 
 
 @dataclass(frozen=True)
@@ -208,6 +281,8 @@ class _Rectifier:
         self.code = call_code(type(pipe))
         self._index = -1
         self._pending: _Branch | None = None
+        self.rectification = Rectification(config)
+        self._run = 0
 
     def evaluate(self, call: _Call) -> Any:
         """The output that the pipeline is given for its call."""
@@ -215,6 +290,9 @@ class _Rectifier:
         role = self.anatomy.role(frame.f_lineno) if frame is not None else "other"
         if frame is None or role == "other":
             return call()
+        if id(frame) != self._run:  # what an aborted run left
+            self._run, self._index, self._pending = id(frame), -1, None
+            self.rectification = Rectification(self.config)
         guided = all(bool(evaluate(test, frame)) is wanted for test, wanted in self.anatomy.guided)
         if role == "reference":
             branch, self._pending = self._pending, None
@@ -306,19 +384,13 @@ class _Rectifier:
                 last = output
             return _inside(_first(output), region)
 
-        product, generator = self.config.product, None
-        if product == "diagonal" and self.config.probes is not None:
-            [generator] = sample_generators(self.config.seed, [moment.index])
-        _, direction = rectify(
+        _, direction = self.rectification(
+            moment.index,
+            moment.level,
             denoise,
             _inside(z, region),
             reference,
-            moment.level.coefficients,
-            product=product,
             prediction=None if known is None else _inside(_first(known), region),
-            probes=self.config.probes,
-            generator=generator,
-            relative_step=self.config.relative_step,
         )
         output = _map_output(last, torch.Tensor.detach)
         return _Branch(call, output, region), moment.weight * direction
@@ -407,25 +479,32 @@ def _replaced(whole: Tensor, part: Tensor) -> Tensor:
 
 
 _UNBATCHED = ("rotary", "rope", "img_ids", "txt_ids")  # positions, shared by the batch whatever their length
+_REPEATED = ("encoder_hidden_states", "residual")  # video U-Nets are given these once per frame of every sample
 
 
-def _take(value: Any, branch: slice, rows: int, lists: bool = False) -> Any:
+def _take(value: Any, branch: slice, rows: int, lists: bool = False, repeated: bool = False) -> Any:
     """The branch's rows of every tensor of the stacked batch, however deeply nested; anything else as it is.
 
     Args:
         lists: whether lists of `rows` items are batches too.
+        repeated: whether tensors may hold several successive rows for every one of the batch.
     """
     if torch.is_tensor(value):
-        return value[branch] if value.ndim > 0 and len(value) == rows else value
+        if value.ndim == 0 or len(value) % rows or (len(value) != rows and not repeated):
+            return value
+        each = len(value) // rows
+        return value[branch.start * each : branch.stop * each]
     if isinstance(value, dict):
         return {
-            name: item if any(word in str(name) for word in _UNBATCHED) else _take(item, branch, rows, lists)
+            name: item
+            if any(word in str(name) for word in _UNBATCHED)
+            else _take(item, branch, rows, lists, repeated or any(word in str(name) for word in _REPEATED))
             for name, item in value.items()
         }
     if isinstance(value, (list, tuple)):
         if lists and len(value) == rows:
             return value[branch]
-        return type(value)(_take(item, branch, rows, lists) for item in value)
+        return type(value)(_take(item, branch, rows, lists, repeated) for item in value)
     return value
 
 

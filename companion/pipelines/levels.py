@@ -39,6 +39,12 @@ class NoiseLevel:
         identity, jacobian = rectification_coefficients(self.prediction_type, self.alpha, self.sigma)
         return KCoefficients(identity, self.output_sign * jacobian)
 
+    @property
+    def log_snr(self) -> float:
+        """2 log(α/σ), from -74 to 74: flows begin at α = 0."""
+        alpha, sigma = (max(value, 1e-16) for value in (self.alpha, self.sigma))
+        return 2 * (math.log(alpha) - math.log(sigma))
+
     def clean(self, output: Tensor, z: Tensor) -> Tensor:
         """The estimate x̂_0, in the scheduler's units, that the output stands for."""
         signed = self.output_sign * output
@@ -137,6 +143,8 @@ def noise_level(scheduler: SchedulerMixin, timestep: float | Tensor) -> NoiseLev
     prediction_type = _prediction_type(scheduler)
     if _is_flow(scheduler):
         sigma = _current_ratio(scheduler, value)
+        if scheduler.config.get("invert_sigmas"):  # counts up to the picture, and its networks predict x_0 - ε
+            return NoiseLevel(sigma, 1 - sigma, prediction_type, output_sign=-1.0)
         return NoiseLevel(1 - sigma, sigma, prediction_type)
     if name in _TABLE:
         if value != int(value) or not 0 <= value < len(scheduler.alphas_cumprod):

@@ -390,3 +390,60 @@ def test_autoguidance_takes_the_weaker_network_under_the_same_condition(family):
         with sdpa_kernel(SDPBackend.MATH):
             product = torch.func.jvp(lambda x, t=t: branches(pipe, x, t)[0], (step.sample,), (delta,))[1]
         assert torch.allclose(step.direction, 0.5 * (delta - sigma * product), atol=1e-8)
+
+
+def test_auto_is_the_finite_difference_where_it_evaluates(family):
+    """The first call and every third evaluate; between them the direction is carried over, and no network is run."""
+    make, draw = family
+    pipe, calls = make(), []
+    network = pipe.transformer if make is tiny_dit else pipe.unet
+    inner = network.forward
+
+    def counted(*args, **kwargs):
+        calls.append(len(args[0] if args else kwargs["hidden_states"]))
+        return inner(*args, **kwargs)
+
+    network.forward = counted
+    steps, exact = [], []
+    with rectified_guidance(pipe, RectifiedGuidanceConfig(product="auto"), on_step=steps.append):
+        draw(pipe, num_inference_steps=7)
+    assert calls == [4, 2, 4, 4, 4, 2, 4, 4, 4, 2]
+    for step in steps:
+        c, u = branches(pipe, step.sample, int(step.timestep))
+        sigma = (1 - pipe.scheduler.alphas_cumprod[int(step.timestep)].double()).sqrt()
+        with sdpa_kernel(SDPBackend.MATH):
+            product = torch.func.jvp(lambda x, t=int(step.timestep): branches(pipe, x, t)[0], (step.sample,), (c - u,))[
+                1
+            ]
+        exact.append((c - u) - sigma * product)
+    errors = [float((step.direction - k).norm() / k.norm()) for step, k in zip(steps, exact, strict=True)]
+    assert max(errors[::3]) < 1e-5
+    with rectified_guidance(pipe, RectifiedGuidanceConfig(product="auto")):
+        again = [draw(pipe, num_inference_steps=7) for _ in range(2)]
+    assert torch.equal(*again)  # a second run begins anew
+
+
+def test_auto_does_not_depend_on_the_batch():
+    pipe = tiny_dit()
+    with rectified_guidance(pipe, RectifiedGuidanceConfig(product="auto")):
+        both = draw_dit(pipe)
+        alone = draw_dit(pipe, labels=LABELS[1:], generator=companion.sample_generators(0, [1]))
+    assert torch.allclose(both[1:], alone, atol=1e-6)
+
+
+def test_an_aborted_run_leaves_nothing_for_the_next_one(family):
+    """Even one that stops where the next begins, as image-to-image runs may."""
+    make, draw = family
+    pipe = make()
+
+    def stop(step):
+        if step.index == 2:
+            raise RuntimeError
+
+    config = RectifiedGuidanceConfig(product="auto")
+    with rectified_guidance(pipe, config):
+        whole = draw(pipe)
+    with rectified_guidance(pipe, config, on_step=stop), pytest.raises(RuntimeError):
+        draw(pipe)
+    with rectified_guidance(pipe, config):
+        assert torch.equal(draw(pipe), whole)
