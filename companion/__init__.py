@@ -5,6 +5,13 @@ with companion.rectified_guidance(pipe):
     images = pipe([3, 7], guidance_scale=4.0).images
 """
 
+from companion.guidance.classifier import (
+    DIVERGENCES,
+    ClassifierScore,
+    classifier_gradient,
+    score_gradient,
+    tilted_weights,
+)
 from companion.guidance.parametrization import (
     PREDICTION_TYPES,
     KCoefficients,
@@ -14,8 +21,14 @@ from companion.guidance.parametrization import (
     rectification_coefficients,
 )
 from companion.guidance.rectification import PRODUCTS, Rectified, rectify
+from companion.guidance.rectified_classifier import rectified_classifier_gradient
 from companion.guidance.weights import ConstantWeight, GuidanceWeight, IntervalWeight, LinearWeight, PowerCosineWeight
+from companion.pipelines.edm2 import EDM2Pipeline, load_edm2
+from companion.pipelines.edm2_network import EDM2UNet
+from companion.pipelines.edm2_presets import EDM2_PRESETS
+from companion.pipelines.guider import RECTIFIABLE_GUIDERS, RectifiedGradientGuidance
 from companion.pipelines.hook import (
+    SAMPLING_PRODUCTS,
     GuidanceStep,
     RectifiedGuidanceConfig,
     apply_rectified_guidance,
@@ -30,11 +43,18 @@ from companion.seeding import sample_generators
 __version__ = "0.1.0"
 
 __all__ = [
+    "DIVERGENCES",
+    "EDM2_PRESETS",
     "PAPER_MODELS",
     "PREDICTION_TYPES",
     "PRODUCTS",
+    "RECTIFIABLE_GUIDERS",
+    "SAMPLING_PRODUCTS",
     "UNDERSTOOD_SCHEDULERS",
+    "ClassifierScore",
     "ConstantWeight",
+    "EDM2Pipeline",
+    "EDM2UNet",
     "GuidanceStep",
     "GuidanceWeight",
     "IntervalWeight",
@@ -44,17 +64,23 @@ __all__ = [
     "PaperModel",
     "PowerCosineWeight",
     "Rectified",
+    "RectifiedGradientGuidance",
     "RectifiedGuidanceConfig",
     "apply_rectified_guidance",
+    "classifier_gradient",
     "clean_from_output",
     "convert_output",
     "load",
+    "load_edm2",
     "model_names",
     "noise_level",
     "output_from_clean",
     "rectification_coefficients",
+    "rectified_classifier_gradient",
     "rectified_guidance",
     "rectify",
     "remove_rectified_guidance",
     "sample_generators",
+    "score_gradient",
+    "tilted_weights",
 ]

@@ -54,6 +54,7 @@ _DEFAULT_PROMPTS = (
 SCHEDULES = ("constant", "linear", "power-cosine", "interval")
 PRODUCT_CHOICES = (
     ("finite difference", "finite_difference"),
+    ("auto: every third step", "auto"),
     ("ones (eq. 21)", "ones"),
     ("vjp", "vjp"),
     ("jvp", "jvp"),

@@ -25,10 +25,16 @@ from PIL import Image
 from torch import Tensor
 
 from companion.evaluation.memory import peak_memory
-from companion.guidance.rectification import Product, check_product
 from companion.guidance.weights import GuidanceWeight
 from companion.minis.scenes import SHAPES, SIZE
-from companion.pipelines.hook import GuidanceStep, RectifiedGuidanceConfig, check_pipeline, rectified_guidance
+from companion.pipelines.hook import (
+    GuidanceStep,
+    RectifiedGuidanceConfig,
+    SamplingProduct,
+    check_pipeline,
+    check_sampling_product,
+    rectified_guidance,
+)
 from companion.seeding import sample_generators
 
 SideName = Literal["without", "with_reg"]
@@ -111,7 +117,7 @@ class Settings:
     conditions: Sequence[int] | Sequence[str]
     guidance_scale: float = 4.0
     weight: GuidanceWeight | None = None
-    product: Product = "finite_difference"
+    product: SamplingProduct = "finite_difference"
     scheduler: str | None = None
     steps: int = 50
     seed: int = 0
@@ -125,7 +131,7 @@ class Settings:
             raise ValueError(f"guidance_scale must be a number of at least 1, got {scale!r}")
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or not 1 <= self.steps <= MAX_STEPS:
             raise ValueError(f"steps must be an integer from 1 to {MAX_STEPS}, got {self.steps!r}")
-        check_product(self.product)
+        check_sampling_product(self.product)
         sample_generators(self.seed, [0])
 
 
@@ -247,7 +253,7 @@ def compare(
     pipe.scheduler = _scheduler(pipe, settings.scheduler)
     pipe.set_progress_bar_config(disable=True)
     try:
-        products: dict[SideName, Product] = {"without": "none", "with_reg": settings.product}
+        products: dict[SideName, SamplingProduct] = {"without": "none", "with_reg": settings.product}
         peaks = {name: _peak_bytes(pipe, settings, product) for name, product in products.items()}
         for name, product in products.items():
             watch = None
@@ -341,7 +347,7 @@ def _scheduler(pipe: DiffusionPipeline, name: str | None, *, fresh: bool = False
 def _sample(
     pipe: DiffusionPipeline,
     settings: Settings,
-    product: Product,
+    product: SamplingProduct,
     peak_bytes: int,
     judge: Judge | None,
     watch: Callable[[View], None] | None,
@@ -388,7 +394,7 @@ def _call(pipe: DiffusionPipeline, settings: Settings, steps: int) -> list[Image
     ).images
 
 
-def _peak_bytes(pipe: DiffusionPipeline, settings: Settings, product: Product) -> int:
+def _peak_bytes(pipe: DiffusionPipeline, settings: Settings, product: SamplingProduct) -> int:
     """Peak of one guided step, which the others repeat, and the decoding; measured once for a product and batch size.
 
     It also pages the weights in and sets the kernels up, which belongs to the time of neither side.
