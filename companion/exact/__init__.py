@@ -54,6 +54,7 @@ from companion.exact.sampling import (
     Interval,
     ancestral_samples,
     energy_distance,
+    energy_distance_difference,
     energy_distance_interval,
     seed_interval,
 )
@@ -95,6 +96,7 @@ __all__ = [
     "direction_error",
     "direction_field",
     "energy_distance",
+    "energy_distance_difference",
     "energy_distance_interval",
     "error_split",
     "evaluate",

@@ -94,7 +94,7 @@ def unit_fields(
     def directions(level: tuple[float, float], x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch methods dim"]:
         delta = conditional.noise(x, *level) - unconditional.noise(x, *level)
         k = conditional.rectification_matrix(x, *level)
-        return torch.stack([_product(name, k, delta) for name in METHODS], dim=1)
+        return torch.stack([multiply(name, k, delta) for name in METHODS], dim=1)
 
     levels = [schedule.level(t) for t in range(1, schedule.steps + 1)]
     steps = [evaluate(grid, partial(directions, level), chunk=CHUNK) for level in levels]
@@ -111,7 +111,7 @@ def guided_chains(comparison: Comparison) -> dict[str, DDPMChain]:
         level = chain.schedule.level(t)
         noise = conditional.noise(x, *level)
         k = None if name == "CFG" else conditional.rectification_matrix(x, *level)
-        return noise + comparison.weight * _product(name, k, noise - unconditional.noise(x, *level))
+        return noise + comparison.weight * multiply(name, k, noise - unconditional.noise(x, *level))
 
     guided = {name: chain.with_prediction(partial(prediction, name)) for name in METHODS}
     golden = chain.with_prediction(chain.golden_prediction(comparison.grid, comparison.golden))
@@ -207,7 +207,8 @@ def _density(mixture: GaussianMixture, level: tuple[float, float], x: Tensor) ->
     return mixture.log_prob(x, *level).exp()
 
 
-def _product(name: str, k: Float[Tensor, "batch dim dim"] | None, delta: Tensor) -> Float[Tensor, "batch dim"]:
+def multiply(name: str, k: Float[Tensor, "batch dim dim"] | None, delta: Tensor) -> Float[Tensor, "batch dim"]:
+    """A product of K with Δ by its name in `METHODS`; `CFG` is Δ itself."""
     if k is None or name == "CFG":
         return delta
     if name == "ones":

@@ -8,6 +8,10 @@ Proof. log R_0 is quadratic with Hessian `-w (C_c⁻¹ - C_u⁻¹)`; at x̂_c it
 x̂_u is where the unconditional posterior, hence `log p_u(x_0) + log p(x|x_0)`, is stationary. Averaging exp of a
 quadratic over N(x̂_c, C_c) turns a gradient g into `(I - H C_c)⁻¹ g`, that is `[C_u + w (C_u - C_c)]⁻¹ C_u` times it.
 REG keeps `K_c Δ`.
+
+The bracket is `K_c + (1+w) (K_u - K_c)`. Where data are not Gaussian K_u may be the smaller one, and the bracket
+shrinks or turns negative; the *capped* formula keeps only the positive part of `K_u - K_c`: never more than everyday
+guidance.
 """
 
 from typing import Literal, get_args
@@ -18,6 +22,8 @@ from torch import Tensor
 
 from companion.exact.chain import NoiseSchedule, Prediction
 from companion.exact.directions import Direction
+from companion.guidance.covariance import covariance_direction as along_direction
+from companion.guidance.covariance import covariance_factor, rayleigh_quotient
 from companion.guidance.parametrization import KCoefficients, rectification_coefficients
 
 Estimate = Literal["matrix", "diagonal", "ones", "rayleigh", "direction_rayleigh", "power", "reference_identity"]
@@ -44,18 +50,18 @@ def covariance_direction(
     weight: float,
     *,
     estimate: Estimate = "matrix",
-    floor: float = 0.1,
+    floor: float | None = 0.1,
     power: float = 2.0,
 ) -> Float[Tensor, "batch dim"]:
     """An estimate of `K_c [K_u + w (K_u - K_c)]⁻¹ Δ` from both branches' K.
 
     | estimate | value |
     |---|---|
-    | `matrix` | the formula, eigenvalues of the bracket not below `floor` |
+    | `matrix` | the formula, eigenvalues of the bracket not below `floor`, or capped |
     | `diagonal` | the same elementwise with both diagonals |
     | `ones` | the same elementwise with `K_c1` and `K_u1`, one backward pass in high dimension |
     | `rayleigh` | `K_c Δ / max(ρ_u + w (ρ_u - ρ_c), ρ_c)`, ρ = ⟨Δ,KΔ⟩/⟨Δ,Δ⟩: two finite differences |
-    | `direction_rayleigh` | `Δ ρ_c / max(ρ_u + w (ρ_u - ρ_c), ρ_c)`: everyday guidance with an adaptive weight |
+    | `direction_rayleigh` | `Δ ρ_c / max(ρ_u + w (ρ_u - ρ_c), ρ_c)`: a weight for every sample, capped |
     | `power` | `K_c^power Δ`; `power = 1 + w` is the first order of `K_u = I` |
     | `reference_identity` | `K_c [I + w (I - K_c)]⁻¹ Δ`, the formula for a reference without information |
 
@@ -63,7 +69,8 @@ def covariance_direction(
         conditional, reference: K_c and K_u; symmetrised here.
         delta: conditional minus reference prediction.
         weight: the paper's w.
-        floor: smallest eigenvalue, or element, of the bracket; positive.
+        floor: smallest eigenvalue, or element, of the bracket; positive. None caps instead: K_u - K_c counts only where
+            it is positive.
         power: exponent for `power`.
 
     Raises:
@@ -71,29 +78,30 @@ def covariance_direction(
     """
     if estimate not in ESTIMATES:
         raise ValueError(f"estimate must be one of {', '.join(ESTIMATES)}, got {estimate!r}")
-    if not floor > 0:
-        raise ValueError(f"floor must be positive, got {floor}")
+    if floor is not None and not floor > 0:
+        raise ValueError(f"floor must be positive, or None to cap, got {floor}")
     k_c, k_u = (0.5 * (k + k.mT) for k in (conditional, reference))
     match estimate:
         case "matrix":
-            return _apply(k_c, _solve_clamped(k_u + weight * (k_u - k_c), delta, floor))
+            return _apply(k_c, _solve_bracket(k_c, k_u, delta, weight, floor))
         case "reference_identity":
             identity = torch.eye(k_c.shape[-1], dtype=k_c.dtype).expand_as(k_c)
-            return _apply(k_c, _solve_clamped(identity + weight * (identity - k_c), delta, floor))
+            return _apply(k_c, _solve_bracket(k_c, identity, delta, weight, floor))
         case "diagonal" | "ones":
             reduce = (lambda k: k.diagonal(dim1=-2, dim2=-1)) if estimate == "diagonal" else (lambda k: k.sum(dim=-1))
             c, u = reduce(k_c), reduce(k_u)
+            if floor is None:
+                return covariance_factor(c, u, weight) * delta
             return c / (u + weight * (u - c)).clamp(min=floor) * delta
         case "power":
             values, vectors = torch.linalg.eigh(k_c)
             return _apply(vectors * values.clamp(min=0)[:, None] ** power, _apply(vectors.mT, delta))
-        case _:
-            square = delta.square().sum(dim=1, keepdim=True).clamp(min=torch.finfo(delta.dtype).tiny)
+        case "direction_rayleigh":
+            return along_direction(delta, _apply(k_c, delta), _apply(k_u, delta), weight)
+        case "rayleigh":
             pulled = _apply(k_c, delta)
-            c = (delta * pulled).sum(dim=1, keepdim=True) / square
-            u = (delta * _apply(k_u, delta)).sum(dim=1, keepdim=True) / square
-            bracket = torch.maximum(u + weight * (u - c), c).clamp(min=torch.finfo(delta.dtype).eps)
-            return (pulled if estimate == "rayleigh" else c * delta) / bracket
+            c, u = (rayleigh_quotient(delta, value)[:, None] for value in (pulled, _apply(k_u, delta)))
+            return pulled / torch.maximum(u + weight * (u - c), c).clamp(min=torch.finfo(delta.dtype).eps)
 
 
 def covariance_guidance(
@@ -103,7 +111,7 @@ def covariance_guidance(
     weight: float,
     *,
     estimate: Estimate = "matrix",
-    floor: float = 0.1,
+    floor: float | None = 0.1,
     power: float = 2.0,
 ) -> Direction:
     """`covariance_direction` as a function of (x, t), for exact scores and networks in low dimension."""
@@ -120,9 +128,18 @@ def _apply(matrix: Float[Tensor, "batch dim dim"], vector: Float[Tensor, "batch 
     return (matrix @ vector[..., None])[..., 0]
 
 
-def _solve_clamped(
-    matrix: Float[Tensor, "batch dim dim"], vector: Float[Tensor, "batch dim"], floor: float
+def _solve_bracket(
+    conditional: Float[Tensor, "batch dim dim"],
+    reference: Float[Tensor, "batch dim dim"],
+    vector: Float[Tensor, "batch dim"],
+    weight: float,
+    floor: float | None,
 ) -> Float[Tensor, "batch dim"]:
-    """Solve with the eigenvalues raised to `floor`."""
-    values, vectors = torch.linalg.eigh(matrix)
+    """`[K_u + w (K_u - K_c)]⁻¹` times a vector, its eigenvalues raised to `floor`, or capped."""
+    excess = reference - conditional
+    if floor is None:
+        values, vectors = torch.linalg.eigh(excess)
+        excess = (vectors * values.clamp(min=0)[:, None]) @ vectors.mT
+        floor = torch.finfo(vector.dtype).eps
+    values, vectors = torch.linalg.eigh(conditional + (1 + weight) * excess)
     return _apply(vectors, _apply(vectors.mT, vector) / values.clamp(min=floor))

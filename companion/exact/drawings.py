@@ -1,6 +1,6 @@
 """Densities, samples, vector fields and matrices in the plane, each drawn on a given axes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -104,14 +104,21 @@ def draw_win_ratios(
     return figure
 
 
-def draw_intervals(axis: Axes, distances: dict[str, Interval], floor: float) -> None:
+def draw_intervals(
+    axis: Axes, distances: Mapping[str, Interval], floor: float, *, colours: Mapping[str, object] = COLOURS
+) -> None:
     """One dot and bar per method on a logarithmic axis; the noise floor is shaded, and what is below a third of it is
-    drawn there."""
-    least = floor / 3
+    drawn there.
+
+    Args:
+        colours: one for every method.
+    """
+    # Unbiased estimates of a small distance may be 0 or below; an axis that is logarithmic must end somewhere.
+    least = max(floor, 1e-4) / 3
     for row, (name, (low, value, high)) in enumerate(distances.items()):
         ends = [max(end, least) for end in (low, high)]
-        axis.plot(ends, [row, row], color=COLOURS[name], linewidth=2, solid_capstyle="butt")
-        axis.plot([max(value, least)], [row], "o", color=COLOURS[name], markersize=5)
+        axis.plot(ends, [row, row], color=colours[name], linewidth=2, solid_capstyle="butt")
+        axis.plot([max(value, least)], [row], "o", color=colours[name], markersize=5)
     axis.axvspan(least / 2, floor, color="0.9", zorder=0)
     axis.set(xscale="log", yticks=range(len(distances)), yticklabels=list(distances))
     axis.set_ylim(len(distances) - 0.5, -0.5)

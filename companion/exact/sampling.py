@@ -66,18 +66,37 @@ def energy_distance_interval(
     Raises:
         ValueError: fewer than 2 resamples, or a level outside (0, 1).
     """
-    if resamples < 2:
-        raise ValueError(f"resamples must be at least 2, got {resamples}")
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie in (0, 1), got {level}")
+    _check_bootstrap(resamples, level)
     a, b = (_multinomial_weights(len(z), resamples, generator) for z in (x, y))
     between = ((a @ torch.cdist(x, y)) * b).sum(dim=1)
     values = 2 * between - _within(x, a) - _within(y, b)
-    # Basic bootstrap: the resamples' spread around the estimate, mirrored.
-    value = energy_distance(x, y)
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.quantile(values, tails).tolist()
-    return Interval(2 * value - high, value, 2 * value - low)
+    return _mirrored(energy_distance(x, y), values, level)
+
+
+def energy_distance_difference(
+    x: Float[Tensor, "count dim"],
+    other: Float[Tensor, "count dim"],
+    y: Float[Tensor, "many dim"],
+    generator: torch.Generator,
+    *,
+    resamples: int = 200,
+    level: float = 0.95,
+) -> Interval:
+    """Energy distance of x to y minus that of `other` to y, with a paired bootstrap interval.
+
+    Row i of x and of `other` are drawn together, as they should be where both chains shared their noise: what the noise
+    did to both cancels, and small differences show that two separate intervals would hide.
+
+    Raises:
+        ValueError: x and `other` differ in shape, or what `energy_distance_interval` refuses.
+    """
+    if x.shape != other.shape:
+        raise ValueError(f"paired samples must have one shape, got {tuple(x.shape)} and {tuple(other.shape)}")
+    _check_bootstrap(resamples, level)
+    a, b = (_multinomial_weights(len(z), resamples, generator) for z in (x, y))
+    between = ((a @ (torch.cdist(x, y) - torch.cdist(other, y))) * b).sum(dim=1)
+    values = 2 * between - (_within(x, a) - _within(other, a))
+    return _mirrored(energy_distance(x, y) - energy_distance(other, y), values, level)
 
 
 def seed_interval(values: Sequence[float], level: float = 0.95) -> Interval:
@@ -92,6 +111,20 @@ def seed_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     error = (sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)) ** 0.5
     half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * error
     return Interval(mean - half, mean, mean + half)
+
+
+def _check_bootstrap(resamples: int, level: float) -> None:
+    if resamples < 2:
+        raise ValueError(f"resamples must be at least 2, got {resamples}")
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie in (0, 1), got {level}")
+
+
+def _mirrored(value: float, values: Float[Tensor, " resamples"], level: float) -> Interval:
+    """Basic bootstrap: the resamples' spread around the estimate, mirrored."""
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.quantile(values, tails).tolist()
+    return Interval(2 * value - high, value, 2 * value - low)
 
 
 def _multinomial_weights(count: int, resamples: int, generator: torch.Generator) -> Float[Tensor, "resamples count"]:

@@ -65,6 +65,36 @@ def shared_mode() -> Toy:
     return Toy("shared_mode", (conditional, other), mixture_of([conditional, other]))
 
 
+def shared_blobs() -> Toy:
+    """`shared_mode` in the plane: a round blob of its own on the right and two shared with the other class."""
+    common = [[-0.9, 0.8], [-0.7, -1.0]]
+    first = GaussianMixture.isotropic([0.4, 0.3, 0.3], [[1.2, 0.2], *common], 0.3)
+    other = GaussianMixture.isotropic([0.5, 0.5], common, 0.3)
+    return Toy("shared_blobs", (first, other), mixture_of([first, other]))
+
+
+def scattered(seed: int, *, shared: int = 0, std: float = 0.25) -> Toy:
+    """A random 1D problem: two classes of three Gaussians each, uniform in [-1.8, 1.8], of unequal weights.
+
+    Args:
+        seed: another number, another problem.
+        shared: how many of the first class's Gaussians the second class has too, 0 to 3: guidance moves mass away from
+            them.
+        std: of every Gaussian.
+
+    Raises:
+        ValueError: `shared` outside 0..3.
+    """
+    if not 0 <= shared <= 3:
+        raise ValueError(f"shared must be in 0..3, got {shared}")
+    generator = torch.Generator().manual_seed(seed)
+    means = 3.6 * torch.rand(2, 3, 1, generator=generator, dtype=torch.float64) - 1.8
+    weights = torch.rand(2, 3, generator=generator, dtype=torch.float64) + 0.2
+    means[1, :shared] = means[0, :shared]
+    classes = tuple(GaussianMixture.isotropic(weights[i], means[i], std) for i in range(2))
+    return Toy(f"scattered {seed}", classes, mixture_of(classes))
+
+
 def isotropic() -> Toy:
     """Round blobs, three to a class, sharing the plane."""
     stds = 0.3
@@ -208,6 +238,7 @@ TOYS: dict[str, Callable[[], Toy]] = {
     for function in (
         paper_1d,
         shared_mode,
+        shared_blobs,
         isotropic,
         anisotropic,
         spiral,

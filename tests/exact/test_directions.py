@@ -217,6 +217,12 @@ def test_estimates_of_the_bracket():
         )
     for estimate in ESTIMATES:
         assert covariance_direction(k_c, k_u, 0 * delta, weight, estimate=estimate).abs().max() == 0
+    # Capped: only what the reference leaves more open than the condition counts.
+    capped = c / (c + 3 * (u - c).clamp(min=0)) * delta
+    for estimate in ("matrix", "diagonal", "ones"):
+        result = covariance_direction(k_c, k_u, delta, weight, estimate=estimate, floor=None)
+        torch.testing.assert_close(result, capped, atol=1e-12, rtol=1e-9)
+    assert (u < c).any() and (u > c).any()
     with pytest.raises(ValueError, match="matrix"):
         covariance_direction(k_c, k_u, delta, 1.0, estimate="bracket")
     with pytest.raises(ValueError, match="floor"):

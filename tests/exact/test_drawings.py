@@ -64,3 +64,10 @@ def test_intervals_below_the_floor_stay_visible(axis):
     assert places == pytest.approx([0.02, 0.001])
     assert all(left < place < right for place in places)
     assert [label.get_text() for label in axis.get_yticklabels()] == ["CFG", "golden"]
+
+
+def test_a_floor_below_zero_still_gives_an_axis(axis):
+    found = {"Rayleigh": Interval(-0.001, 0.0, 0.001)}
+    draw_intervals(axis, found, -0.0002, colours={"Rayleigh": "k"})
+    assert axis.get_xlim()[0] > 0
+    assert axis.lines[0].get_color() == "k"

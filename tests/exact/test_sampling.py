@@ -9,6 +9,7 @@ from companion.exact import (
     Grid,
     ancestral_samples,
     energy_distance,
+    energy_distance_difference,
     energy_distance_interval,
     linear_schedule,
     mixture_prediction,
@@ -56,6 +57,24 @@ def test_interval_covers_the_truth():
         energy_distance_interval(x, y, generator, level=1.0)
     with pytest.raises(ValueError, match="resamples"):
         energy_distance_interval(x, y, generator, resamples=1)
+
+
+def test_pairing_shows_differences_that_separate_intervals_hide():
+    generator = torch.Generator().manual_seed(0)
+    y, x = (torch.randn(400, 2, dtype=torch.float64, generator=generator) for _ in range(2))
+    near, far = x + 0.15, x + 0.25
+    low, value, high = energy_distance_difference(near, far, y, generator, resamples=200)
+    assert value == pytest.approx(energy_distance(near, y) - energy_distance(far, y))
+    assert low < value < high < 0
+    separate = [energy_distance_interval(z, y, generator, resamples=200) for z in (near, far)]
+    assert separate[0].high > separate[1].low
+    mirrored = energy_distance_difference(far, near, y, generator, resamples=200)
+    assert mirrored.low > 0 and mirrored.value == pytest.approx(-value)
+    assert energy_distance_difference(near, near, y, generator) == pytest.approx((0, 0, 0), abs=1e-12)
+    with pytest.raises(ValueError, match="one shape"):
+        energy_distance_difference(near, far[:10], y, generator)
+    with pytest.raises(ValueError, match="resamples"):
+        energy_distance_difference(near, far, y, generator, resamples=1)
 
 
 def test_seed_interval_is_students():

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from companion.exact import TOYS, evaluate, mass, toy
+from companion.exact.toys import scattered
 
 
 @pytest.mark.parametrize("name", TOYS)
@@ -28,3 +29,14 @@ def test_the_papers_setting():
 def test_unknown_toy():
     with pytest.raises(ValueError, match="moons"):
         toy("moon")
+
+
+def test_scattered_problems_share_what_they_are_told_to():
+    for shared in (0, 2, 3):
+        first, second = scattered(4, shared=shared, std=0.2).classes
+        assert int((first.means == second.means).all(dim=1).sum()) == shared
+        assert first.means.abs().max() <= 1.8
+    assert not torch.equal(scattered(4).classes[0].means, scattered(5).classes[0].means)
+    torch.testing.assert_close(scattered(4).unconditional.weights.sum(), torch.ones((), dtype=torch.float64))
+    with pytest.raises(ValueError, match="shared"):
+        scattered(0, shared=4)

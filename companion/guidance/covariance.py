@@ -1,0 +1,80 @@
+"""Guidance weighted by the posterior covariances of both branches: a weight for every sample and step.
+
+For Gaussian data the direction that a chain should follow is `K_c [K_c + (1+w) (K_u - K_c)]⁻¹ Δ`, with K of the
+conditional and of the reference branch, `K = α ∂x̂_0/∂x`; rectified guidance keeps its first factor. Along Δ that is
+
+    factor = ρ_c / (ρ_c + (1+w) max(ρ_u - ρ_c, 0)),    ρ = ⟨Δ, KΔ⟩ / ⟨Δ, Δ⟩,
+
+one number from 0 to 1. It is 1, everyday guidance, where both branches are equally certain, however certain that is,
+and small where the condition has settled what the reference leaves open. Where the reference is the *more* certain one,
+which for Gaussian data would ask for more than everyday guidance and for other data is a warning, it stays 1.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def rayleigh_quotient(
+    direction: Float[Tensor, "batch ..."], pulled: Float[Tensor, "batch ..."]
+) -> Float[Tensor, " batch"]:
+    """`⟨Δ, KΔ⟩ / ⟨Δ, Δ⟩` of every sample, in float32 at least; 0 where Δ = 0.
+
+    Args:
+        direction: Δ, any shape after the batch dimension.
+        pulled: KΔ of the same shape.
+    """
+    wide = torch.promote_types(direction.dtype, torch.float32)
+    flat, other = (value.to(wide).reshape(len(value), -1) for value in (direction, pulled))
+    # Both over the length, not the product over its square: that would leave float32's range sooner.
+    length = flat.norm(dim=1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
+    return ((flat / length) * (other / length)).sum(dim=1)
+
+
+def covariance_factor(
+    conditional: Float[Tensor, " batch"], reference: Float[Tensor, " batch"], weight: float
+) -> Float[Tensor, " batch"]:
+    """`ρ_c / (ρ_c + (1+w) max(ρ_u - ρ_c, 0))`, from 0 to 1; 1 where both are 0.
+
+    Args:
+        conditional, reference: ρ_c and ρ_u; what trained networks make negative counts as 0.
+        weight: the paper's w (diffusers' guidance_scale minus 1).
+
+    Raises:
+        ValueError: w is below 0.
+    """
+    if not weight >= 0:
+        raise ValueError(f"weight must be at least 0 (the paper's w, guidance_scale minus 1), got {weight}")
+    certain, open_ = conditional.clamp(min=0), reference.clamp(min=0)
+    bracket = certain + (1 + weight) * (open_ - certain).clamp(min=0)
+    return torch.where(bracket > 0, certain / bracket.clamp(min=torch.finfo(bracket.dtype).tiny), 1.0)
+
+
+def covariance_direction(
+    direction: Float[Tensor, "batch ..."],
+    pulled: Float[Tensor, "batch ..."],
+    reference_pulled: Float[Tensor, "batch ..."],
+    weight: float,
+) -> Float[Tensor, "batch ..."]:
+    """Everyday guidance's direction times the `covariance_factor` of every sample.
+
+    Args:
+        direction: Δ, the conditional minus the reference prediction, any shape after the batch dimension.
+        pulled: K_cΔ, e.g. from a finite difference of the conditional branch along Δ.
+        reference_pulled: K_uΔ, the same for the reference branch.
+        weight: the paper's w (diffusers' guidance_scale minus 1); the result is still to be multiplied by it.
+
+    Returns:
+        Of the direction's shape and dtype.
+
+    Raises:
+        ValueError: w is below 0, or the shapes differ.
+    """
+    if not direction.shape == pulled.shape == reference_pulled.shape:
+        raise ValueError(
+            f"direction, pulled and reference_pulled must have one shape, got {tuple(direction.shape)}, "
+            f"{tuple(pulled.shape)} and {tuple(reference_pulled.shape)}"
+        )
+    conditional, reference = (rayleigh_quotient(direction, value) for value in (pulled, reference_pulled))
+    factor = covariance_factor(conditional, reference, weight)
+    return (factor.reshape(-1, *(1,) * (direction.ndim - 1)) * direction).to(direction.dtype)
