@@ -32,22 +32,32 @@ def rayleigh_quotient(
 
 
 def covariance_factor(
-    conditional: Float[Tensor, " batch"], reference: Float[Tensor, " batch"], weight: float
+    conditional: Float[Tensor, " batch"],
+    reference: Float[Tensor, " batch"],
+    weight: float,
+    *,
+    resolution: float = 0.0,
 ) -> Float[Tensor, " batch"]:
     """`ρ_c / (ρ_c + (1+w) max(ρ_u - ρ_c, 0))`, from 0 to 1; 1 where both are 0.
 
     Args:
         conditional, reference: ρ_c and ρ_u; what trained networks make negative counts as 0.
         weight: the paper's w (diffusers' guidance_scale minus 1).
+        resolution: how small a ρ is still known, added to ρ_c: in the noise both vanish, and where they are no larger
+            than their errors the factor then tends to 1, everyday guidance, instead of to a ratio of errors. 0 is the
+            formula; trained networks need more.
 
     Raises:
-        ValueError: w is below 0.
+        ValueError: w or the resolution is below 0.
     """
     if not weight >= 0:
         raise ValueError(f"weight must be at least 0 (the paper's w, guidance_scale minus 1), got {weight}")
+    if not resolution >= 0:
+        raise ValueError(f"resolution must be at least 0, got {resolution}")
     certain, open_ = conditional.clamp(min=0), reference.clamp(min=0)
-    bracket = certain + (1 + weight) * (open_ - certain).clamp(min=0)
-    return torch.where(bracket > 0, certain / bracket.clamp(min=torch.finfo(bracket.dtype).tiny), 1.0)
+    known = certain + resolution
+    bracket = known + (1 + weight) * (open_ - certain).clamp(min=0)
+    return torch.where(bracket > 0, known / bracket.clamp(min=torch.finfo(bracket.dtype).tiny), 1.0)
 
 
 def covariance_direction(
@@ -55,6 +65,8 @@ def covariance_direction(
     pulled: Float[Tensor, "batch ..."],
     reference_pulled: Float[Tensor, "batch ..."],
     weight: float,
+    *,
+    resolution: float = 0.0,
 ) -> Float[Tensor, "batch ..."]:
     """Everyday guidance's direction times the `covariance_factor` of every sample.
 
@@ -63,12 +75,13 @@ def covariance_direction(
         pulled: K_cΔ, e.g. from a finite difference of the conditional branch along Δ.
         reference_pulled: K_uΔ, the same for the reference branch.
         weight: the paper's w (diffusers' guidance_scale minus 1); the result is still to be multiplied by it.
+        resolution: of `covariance_factor`.
 
     Returns:
         Of the direction's shape and dtype.
 
     Raises:
-        ValueError: w is below 0, or the shapes differ.
+        ValueError: w or the resolution is below 0, or the shapes differ.
     """
     if not direction.shape == pulled.shape == reference_pulled.shape:
         raise ValueError(
@@ -76,5 +89,5 @@ def covariance_direction(
             f"{tuple(pulled.shape)} and {tuple(reference_pulled.shape)}"
         )
     conditional, reference = (rayleigh_quotient(direction, value) for value in (pulled, reference_pulled))
-    factor = covariance_factor(conditional, reference, weight)
+    factor = covariance_factor(conditional, reference, weight, resolution=resolution)
     return (factor.reshape(-1, *(1,) * (direction.ndim - 1)) * direction).to(direction.dtype)

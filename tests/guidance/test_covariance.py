@@ -76,6 +76,21 @@ def test_samples_do_not_see_one_another_and_zeros_stay_zero():
     assert covariance_factor(torch.tensor([-0.1]), torch.tensor([-0.2]), 1.0) == 1
 
 
+def test_what_cannot_be_resolved_is_everyday_guidance():
+    c, u = torch.tensor([1e-5, 0.3]), torch.tensor([4e-5, 0.6])
+    ratio, resolved = covariance_factor(c, u, 1.0), covariance_factor(c, u, 1.0, resolution=0.01)
+    torch.testing.assert_close(ratio, torch.tensor([1 / 7, 1 / 3]))
+    assert resolved[0] > 0.99
+    torch.testing.assert_close(resolved[1], torch.tensor(0.31 / 0.91))
+    noise = 1e-4 * torch.randn(100, generator=torch.Generator().manual_seed(0))
+    assert (covariance_factor(noise, noise.flip(0), 1.0, resolution=0.01) > 0.9).all()
+    delta = torch.ones(1, 4)
+    half = covariance_direction(delta, 0.3 * delta, 0.6 * delta, 1.0, resolution=0.01)
+    torch.testing.assert_close(half, 0.31 / 0.91 * delta)
+    with pytest.raises(ValueError, match="resolution"):
+        covariance_factor(c, u, 1.0, resolution=-1.0)
+
+
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 300.0), (torch.bfloat16, 1e-3), (torch.float32, 1e15)])
 def test_every_precision_and_size(dtype, size):
     delta = (size * torch.ones(2, 4, 8, 8)).to(dtype)
