@@ -1,4 +1,4 @@
-"""`python -m companion`: train the embedded models anew, and draw many samples of any model."""
+"""`python -m companion`: train the embedded models anew, draw many samples of any model, make tables of them."""
 
 import argparse
 import inspect
@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, DiTPipeline, StableDiffusionPipeline
 from transformers import ResNetForImageClassification
 
-from companion.evaluation import runs
+from companion.evaluation import runs, tables
 from companion.evaluation.recognition import draw_classes, recognised
 from companion.minis import classifier, recipes, text_conditional
 from companion.minis.drawing import draw_captions, object_colours
@@ -32,9 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
     runs.add_arguments(
         commands.add_parser("sample", help="draw many samples into a folder (resuming a killed run), on any processes")
     )
+    tables.add_arguments(
+        commands.add_parser("table", help="draw and measure a grid of runs (resuming a killed one), print the table")
+    )
     options = parser.parse_args(arguments)
-    if options.command == "sample":
-        return runs.main(options)
+    if options.command in ("sample", "table"):
+        return (runs if options.command == "sample" else tables).main(options)
     try:
         target = _train(options.name, options.runs, options.out or options.runs / "shipped")
     except ValueError as error:

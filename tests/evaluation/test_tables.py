@@ -1,0 +1,139 @@
+"""Tables: cells are kept as they finish, a stopped grid goes on, a cell made anew is the same; Pareto fronts."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from companion.__main__ import main as command_line
+from companion.evaluation import tables
+from companion.evaluation.features import Features
+from companion.evaluation.results import read_cell
+from companion.evaluation.tables import (
+    Plan,
+    Reference,
+    Row,
+    as_markdown,
+    mini_imagenet,
+    pareto_front,
+    run_table,
+    steps_at_equal_nfe,
+)
+from tests.evaluation.scene_pipelines import save_scene_dit
+
+ROWS = (
+    Row("tiny", "vanilla", "constant", "none", 3.0, 2),
+    Row("tiny", "linear", "linear", "finite_difference", 3.0, 2),
+)
+PLAN = Plan(ROWS, seeds=(0, 1), num_samples=10, batch_size=4, reference_samples=20)
+
+
+class Colours:
+    """Mean colour, and ten logits made of it."""
+
+    name, dimensions = "colours", 3
+
+    def __call__(self, images: Tensor) -> Features:
+        means = images.float().mean(dim=(2, 3)) / 255
+        return Features(means, torch.cat([means, -means, 2 * means, means[:, :1] * 3], dim=1))
+
+
+@pytest.fixture
+def make(tmp_path: Path):
+    folder = save_scene_dit(tmp_path / "model")
+    pipe = tables.load(folder)
+    features = torch.rand(20, 3, generator=torch.Generator().manual_seed(0))
+
+    def table(out: str, plan: Plan = PLAN, **options: object) -> list:
+        given = {"network": Colours(), "reference": lambda: Reference(features, {}), "progress": False}
+        return run_table(plan, tmp_path / out, load_model=lambda name: pipe, **(given | options))
+
+    return table
+
+
+def test_a_stopped_grid_goes_on(make, tmp_path, monkeypatch):
+    whole = make("whole")
+    assert [cell.name for cell in whole] == [name for _, _, name in PLAN.cells()]
+    assert not list((tmp_path / "whole" / "samples").iterdir())
+    assert [cell.nfe for cell in whole] == [4, 4, 4, 4]  # a linear weight leaves the first of two steps unguided
+    measure, left = tables.measure, 2
+
+    def failing(*arguments: object) -> dict:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(tables, "measure", failing)
+    with pytest.raises(KeyboardInterrupt):
+        make("stopped")
+    [kept] = (tmp_path / "stopped" / "cells").iterdir()
+    stamp = kept.stat().st_mtime_ns
+    with pytest.raises(ValueError, match="stopped holds 1 finished cells; resume it"):
+        make("stopped")
+    monkeypatch.setattr(tables, "measure", measure)
+    resumed = make("stopped", resume=True)
+    assert kept.stat().st_mtime_ns == stamp
+    assert [(cell.figures, cell.nfe, cell.settings) for cell in resumed] == [
+        (cell.figures, cell.nfe, cell.settings) for cell in whole
+    ]
+    drawn = []
+    monkeypatch.setattr(tables, "sample", lambda *arguments, **options: drawn.append(arguments))
+    assert make("stopped", resume=True) == resumed and not drawn
+    with pytest.raises(ValueError, match="was made with other settings"):
+        make("stopped", plan=replace(PLAN, num_samples=11), resume=True)
+
+
+def test_a_cell_alone_is_the_same(make, tmp_path):
+    name = ROWS[1].cell(1)
+    [alone] = make("alone", only=name, keep_samples=True, command=lambda cell: ["redo", cell])
+    assert alone.provenance["command"] == ["redo", name]
+    assert alone.provenance["sampled"][0]["samples"] == 10 and alone.seconds > 0
+    assert (tmp_path / "alone" / "samples" / name / "manifest.json").exists()
+    again = {cell.name: cell for cell in make("whole")}[name]
+    assert again.figures == alone.figures and read_cell(tmp_path / "alone" / "cells" / f"{name}.json") == alone
+    with pytest.raises(
+        ValueError, match="no cell is called 'x'; names are like 'tiny,vanilla,none,s=3,steps=2,seed=0'"
+    ):
+        make("alone", only="x")
+
+
+def test_what_cannot_be_measured_is_not_drawn(make, tmp_path):
+    with pytest.raises(ValueError, match="FID in 3 features needs at least 4 pictures, got 3 samples"):
+        make("few", plan=replace(PLAN, num_samples=3))
+    with pytest.raises(ValueError, match="product"):
+        make("few", plan=replace(PLAN, rows=(ROWS[0], replace(ROWS[0], product="hessian"))))
+    assert not (tmp_path / "few").exists()
+
+
+def test_the_table_as_text(make):
+    lines = as_markdown(make("whole")).splitlines()
+    assert lines[0].startswith("| model | guidance | product | scale | steps | NFE | FID | IS |")
+    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+    assert lines[2].startswith("| tiny | vanilla | none | 3 | 2 | 4 |") and "| 20 |" in lines[2]
+    assert lines[3].startswith("| tiny | linear | finite_difference | 3 | 2 | 4 |")
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12))
+def test_pareto_front_by_brute_force(points):
+    def beaten(i: int) -> bool:
+        return any(a <= points[i][0] and b >= points[i][1] and (a, b) != points[i] for a, b in points)
+
+    assert sorted(pareto_front(points)) == [i for i in range(len(points)) if not beaten(i)]
+
+
+def test_the_mini_plan_compares_at_equal_evaluations(capsys):
+    assert steps_at_equal_nfe("constant", 20) == 30
+    assert steps_at_equal_nfe("interval:205,502", 20) == 25  # 6 of 20 steps guided: 32 evaluations, 26 at 20 steps
+    plan = mini_imagenet()
+    names = [name for _, _, name in plan.cells()]
+    assert len(names) == len(set(names)) == 64
+    assert {(row.product, row.steps) for row in plan.rows if row.guidance == "vanilla"} == {
+        ("none", 20), ("none", 30), ("ones", 20), ("finite_difference", 20)}  # fmt: skip
+    assert command_line(["table", "imagenet", "--list", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines() == names
