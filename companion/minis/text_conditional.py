@@ -254,7 +254,7 @@ def train_flow(
     Args:
         folder: checkpoints and log; the latents are kept beside it.
     """
-    config = config or TrainingConfig(steps=4700, batch_size=64, learning_rate=2e-3, ema_decay=0.998, optimiser="muon")
+    config = config or TrainingConfig(steps=5400, batch_size=64, learning_rate=2e-3, ema_decay=0.998, optimiser="muon")
     tokenizer = caption_tokenizer(padding_side="left", longest=1024)
     torch.manual_seed(config.seed)
     transformer, text_encoder = build_flow_transformer(), build_glm(tokenizer)

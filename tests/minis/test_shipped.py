@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 import companion
 from companion.evaluation.recognition import draw_classes, recognised
 from companion.minis.classifier import load_classifier
-from companion.minis.scenes import SHAPES, labels, render, scene
+from companion.minis.drawing import draw_captions, object_colours
+from companion.minis.scenes import COLOURS, SHAPES, labels, render, scene
 from companion.minis.shipping import WEIGHTS, ship
 
+TEXT_CONDITIONAL = ("mini-sd",)
 SEED = 12345  # neither a training seed nor the one that the cards were measured with
 
 
@@ -58,6 +60,29 @@ def test_mini_dit_draws_what_is_asked():
     drawn = draw_classes(pipe, asked, num_inference_steps=25, seed=SEED, batch_size=20)
     assert recognised(drawn, asked, judge) >= 0.8  # 0.9 of many; this is 40
     assert recognised(drawn, asked.roll(1), judge) < 0.3
+
+
+@pytest.mark.parametrize("name", TEXT_CONDITIONAL)
+def test_text_conditional_minis_draw_what_captions_say(name):
+    pipe = companion.load(name)
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe).__module__.startswith("diffusers.pipelines.")
+    scenes = [scene(SEED, i, 1) for i in range(20)]
+    drawn = draw_captions(pipe, [s.caption for s in scenes], guidance_scale=4.0, num_inference_steps=15, seed=SEED)
+    colours = torch.tensor([tuple(COLOURS).index(s.objects[0].colour) for s in scenes])
+    judge = load_classifier()
+    assert recognised(drawn, labels(scenes), judge) >= 0.8
+    assert (object_colours(drawn) == colours).double().mean() >= 0.8
+    assert recognised(drawn, labels(scenes).roll(1), judge) < 0.4
+    assert (object_colours(drawn) == colours.roll(1)).double().mean() < 0.4
+    pipe(["a zebra of no known colour, 2 moons and a very long tail indeed"], num_inference_steps=1)  # words unknown
+
+
+@pytest.mark.parametrize("name", TEXT_CONDITIONAL)
+def test_text_conditional_minis_are_small_and_whole(name):
+    files = list((WEIGHTS / name).rglob("*.safetensors"))
+    assert {file.parent.name for file in files} >= {"vae", "text_encoder"} and len(files) == 3
+    assert sum(file.stat().st_size for file in files) <= 11e6
 
 
 def test_a_card_says_what_was_measured(tmp_path):
