@@ -76,7 +76,8 @@ def rectify(
         probes: for `diagonal`: Rademacher probes of Hutchinson's estimate; None sums over the whole basis, exactly.
         generator: of the probes; required with them.
         relative_step: for `finite_difference`: length of the step as a fraction of x's norm, per sample; None takes the
-            square root of the dtype's machine epsilon, which balances truncation against rounding.
+            square root of the machine epsilon, which balances truncation against rounding: that of the coarser dtype of
+            input and output, or of a coarser one still that the network is seen to compute in.
 
     Returns:
         The prediction and the rectified direction, both detached.
@@ -105,9 +106,13 @@ def rectify(
     else:
         with torch.no_grad():
             output = denoiser(x) if prediction is None else prediction.detach()
-            direction = output - reference
             if product == "none":
-                return Rectified(output, direction)
+                return Rectified(output, output - reference)
+            if product == "finite_difference":  # differences in float32 at least, where float16 would overflow
+                wide = torch.promote_types(output.dtype, torch.float32)
+                direction = output.to(wide) - reference.to(wide)
+            else:
+                direction = output - reference
             if product == "jvp":
                 product_of_jacobian = _forward_mode(denoiser, x, direction)
             else:
@@ -151,15 +156,42 @@ def _forward_mode(denoiser: Denoiser, x: Tensor, direction: Tensor) -> Tensor:
 def _finite_difference(
     denoiser: Denoiser, x: Tensor, direction: Tensor, *, output: Tensor, relative_step: float | None
 ) -> Tensor:
-    if relative_step is None:
-        relative_step = torch.finfo(x.dtype).eps ** 0.5
-    elif not relative_step > 0:
+    """J direction by a one-sided difference; 0 where there is no direction. Of float32 at least, as its norms are."""
+    if relative_step is not None and not relative_step > 0:
         raise ValueError(f"relative_step must be positive, got {relative_step}")
+    wide = torch.promote_types(torch.promote_types(x.dtype, output.dtype), torch.float32)
     shape = (len(x),) + (1,) * (x.ndim - 1)
-    # Norms in float32 at least: the squares of a half-precision sample overflow.
-    wide = torch.promote_types(x.dtype, torch.float32)
-    size, length = (value.to(wide).reshape(len(x), -1).norm(dim=1) for value in (x, direction))
-    tiny = torch.finfo(wide).tiny
-    step = (relative_step * size.clamp(min=1e-6) / length.clamp(min=tiny)).clamp(max=1e12).view(shape)
-    moved = denoiser((x + step * direction).to(x.dtype))
-    return (moved.to(wide) - output.to(wide)) / step
+    start, way = x.to(wide), direction.to(wide)
+    size, length = (value.reshape(len(x), -1).norm(dim=1).view(shape) for value in (start, way))
+    size = torch.where(size > 0, size, start[0].numel() ** 0.5)  # inputs of networks are of order 1
+    relative = _rounding(x, output).sqrt().to(wide).view(shape) if relative_step is None else relative_step
+    unit = way / torch.where(length > 0, length, 1)
+    there = (start + relative * size * unit).to(x.dtype)
+    # Rounding to the dtype changes the step: what counts is how far it went along the direction.
+    realised = ((there.to(wide) - start) * unit).reshape(len(x), -1).sum(dim=1).view(shape)
+    change = denoiser(there).to(wide) - output.to(wide)
+    return torch.where(realised > 0, change / torch.where(realised > 0, realised, 1), 0) * length
+
+
+def _rounding(x: Float[Tensor, "batch ..."], output: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
+    """Machine epsilon of what each sample was computed in: the coarsest of input, output and, where it shows, network.
+
+    A network in lower precision than what goes in and out betrays itself where its numbers are passed on as they are:
+    all of them lie on the coarser dtype's grid. (Zeros lie on every grid, and say nothing.)
+    """
+    known = max(torch.finfo(x.dtype).eps, torch.finfo(output.dtype).eps)
+    if x.is_cuda and x.dtype == torch.float32 and _has_tf32(x.device):
+        known = max(known, torch.finfo(torch.float16).eps)  # TF32 has float16's digits
+    epsilon = torch.full((len(x),), known, dtype=torch.float32, device=x.device)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        coarser = torch.finfo(dtype).eps
+        if coarser > known:
+            on_grid = (output.to(dtype).to(output.dtype) == output).reshape(len(x), -1).all(dim=1)
+            epsilon = torch.where(on_grid & (output != 0).reshape(len(x), -1).any(dim=1), coarser, epsilon)
+    return epsilon
+
+
+def _has_tf32(device: torch.device) -> bool:
+    """Whether float32 networks on this GPU may compute in TF32, which convolutions do by default."""
+    settings = (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+    return "tf32" in settings and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -229,6 +229,61 @@ def test_half_precision_does_not_overflow() -> None:
     torch.testing.assert_close(direction, torch.full_like(x, 10 * (1 - 0.8 * 0.5)), rtol=0.05, atol=0.05)
 
 
+HALVES = [(torch.float16, 0.04), (torch.bfloat16, 0.12)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-3), *HALVES])
+@pytest.mark.parametrize("state", [torch.float32, torch.float64])
+def test_a_network_in_lower_precision_than_its_input(dtype: torch.dtype, tolerance: float, state: torch.dtype) -> None:
+    """The step follows the network, whose digits show in its output; the state's own step would be lost in rounding."""
+    x, reference = inputs(dtype=state)
+    network = Network().to(dtype)
+
+    def mixed(z: Tensor) -> Tensor:
+        return network(z.to(dtype)).to(state)
+
+    def error(step: float | None) -> float:
+        found = rectify(mixed, x, reference, COEFFICIENTS, relative_step=step)
+        with torch.no_grad():
+            exact = Network().to(dtype).double()
+            delta = found.prediction.double() - reference.double()
+            at_x = exact(x.double())
+        want = rectify(exact, x.double(), at_x - delta, COEFFICIENTS, product="jvp").direction
+        assert found.direction.dtype == state
+        return float((found.direction.double() - want).norm() / want.norm())
+
+    assert error(None) < tolerance
+    if dtype != state:
+        assert error(torch.finfo(state).eps ** 0.5) > 5 * error(None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@given(seed=st.integers(min_value=0, max_value=2**32), step=st.floats(min_value=2e-3, max_value=0.3))
+@settings(max_examples=25)
+def test_the_difference_divides_by_the_step_that_rounding_left(dtype: torch.dtype, seed: int, step: float) -> None:
+    """For a multiple of the identity, evaluated exactly, K Δ has its length along Δ however x is rounded."""
+    x, reference = inputs(seed, dtype)
+    found = rectify(lambda z: 0.5 * z.float(), x, reference.float(), KCoefficients(0.0, 1.0), relative_step=step)
+    delta = (0.5 * x.float() - reference.float()).flatten(1)
+    along = (found.direction.flatten(1) * delta).sum(dim=1) / delta.square().sum(dim=1)
+    torch.testing.assert_close(along, torch.full((BATCH,), 0.5), rtol=1e-4, atol=0)
+
+
+def test_half_precision_at_the_ends_of_its_range() -> None:
+    """Δ beyond float16's largest number, Δ among its smallest, no Δ, and no x: K Δ is finite, and right."""
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(5)).half()
+    wide = rectify(lambda z: 4e4 * z, x, -4e4 * x, KCoefficients(0.0, 0.25 / 4e4)).direction
+    torch.testing.assert_close(wide.float(), 2e4 * x.float(), rtol=0.1, atol=300)
+    coefficients = KCoefficients(0.0, 0.25)
+    small = rectify(lambda z: 0.5 * z, x, 0.5 * x - 2e-7, coefficients).direction
+    assert small.isfinite().all()
+    nothing = rectify(lambda z: 0.5 * z, x, 0.5 * x, coefficients).direction
+    assert torch.equal(nothing, torch.zeros_like(x))
+    origin = torch.zeros_like(x)
+    at_origin = rectify(lambda z: 0.5 * z, origin, -x, coefficients).direction
+    torch.testing.assert_close(at_origin, 0.125 * x, rtol=0.02, atol=1e-3)
+
+
 @pytest.mark.parametrize("shape", [(4,), (2, 5), (1, 2, 3, 4, 5)])
 def test_any_shape_with_a_batch_dimension(shape: tuple[int, ...]) -> None:
     """An elementwise denoiser has a diagonal K, so all products agree with its derivative."""
