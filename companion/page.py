@@ -55,6 +55,7 @@ SCHEDULES = ("constant", "linear", "power-cosine", "interval")
 PRODUCT_CHOICES = (
     ("finite difference", "finite_difference"),
     ("auto: every third step", "auto"),
+    ("covariance (not the paper's)", "covariance"),
     ("ones (eq. 21)", "ones"),
     ("vjp", "vjp"),
     ("jvp", "jvp"),

@@ -54,6 +54,8 @@ class Anatomy:
         sites: the denoiser calls of the loop.
         sign: -1 where the pipeline negates the network's output before its scheduler sees it, else 1.
         guided: expressions, and what each must be, under which the two branches are combined.
+        scale: the guidance scale, as an expression; None where it is made up only after the network was called.
+        unguided: the scale at which there is no guidance: 1 of `u + s (c - u)`, 0 of `c + s (c - u)`.
         timestep, latents: what the scheduler's `step` is given, as expressions.
         timesteps: what the loop runs over, as an expression.
     """
@@ -65,6 +67,8 @@ class Anatomy:
     sites: tuple[CallSite, ...]
     sign: int
     guided: tuple[tuple[CodeType, bool], ...]
+    scale: CodeType | None
+    unguided: int
     timestep: CodeType
     latents: CodeType
     timesteps: CodeType | None
@@ -128,6 +132,20 @@ class _Guided:
     sign: int = 1
 
 
+@dataclass(frozen=True)
+class _Combination:
+    """The two branches of a guided prediction, and how much of their difference is in it.
+
+    Args:
+        unguided: the scale at which the prediction is the conditional one.
+    """
+
+    conditional: _Output
+    reference: _Output
+    scale: ast.expr
+    unguided: int
+
+
 _Value = _Output | _Guided
 _Names = dict[str, _Value]
 
@@ -138,9 +156,7 @@ class _Reading:
 
     sites: list[ast.Call] = field(default_factory=list)
     components: list[str] = field(default_factory=list)
-    combinations: list[tuple[_Output, _Output, tuple[tuple[ast.expr, bool], ...], ast.stmt]] = field(
-        default_factory=list
-    )
+    combinations: list[tuple[_Combination, tuple[tuple[ast.expr, bool], ...], ast.stmt]] = field(default_factory=list)
     steps: list[tuple[ast.Call, _Value]] = field(default_factory=list)
     aliases: dict[str, list[str]] = field(default_factory=dict)
     unknown: str | None = None
@@ -154,8 +170,9 @@ def read_call(function: ast.FunctionDef) -> Anatomy:
     if not reading.combinations:
         _refuse_without_combination(function, loop, reading)
     first, *others = reading.combinations
-    conditional, reference, guided, combined = first
-    if any((c, u) != (conditional, reference) for c, u, _, _ in others):
+    combination, guided, combined = first
+    conditional, reference = combination.conditional, combination.reference
+    if any((other.conditional, other.reference) != (conditional, reference) for other, _, _ in others):
         raise Refusal("it combines branches in more than one way")
     if reading.unknown:
         raise Refusal(f"its prediction goes through `{reading.unknown}`, which is not understood")
@@ -173,12 +190,12 @@ def read_call(function: ast.FunctionDef) -> Anatomy:
     if timestep is None or latents is None:
         raise Refusal(f"`{ast.unparse(step)}` does not give the scheduler (prediction, timestep, sample)")
     late = _assigned_between(loop, reading.sites[min(conditional.site, reference.site)], combined)
-    shared = tuple(
-        (test, wanted) for test, wanted in guided if all(_contains(g, test, wanted) for _, _, g, _ in others)
-    )
+    shared = tuple((test, wanted) for test, wanted in guided if all(_contains(g, test, wanted) for _, g, _ in others))
     for test, _ in shared:
         if _free_names(test) & late:
             raise Refusal(f"whether it guides, `{ast.unparse(test)}`, is decided only after the network was called")
+    scales = {(ast.dump(found.scale), found.unguided) for found, _, _ in reading.combinations}
+    known = len(scales) == 1 and not _free_names(combination.scale) & late
     roles: dict[int, Role] = (
         {conditional.site: "stacked"} if stacked else {conditional.site: "conditional", reference.site: "reference"}
     )
@@ -193,6 +210,8 @@ def read_call(function: ast.FunctionDef) -> Anatomy:
         ),
         sign=sign,
         guided=tuple((_compiled(test), wanted) for test, wanted in shared),
+        scale=_compiled(combination.scale) if known else None,
+        unguided=combination.unguided,
         timestep=_compiled(timestep),
         latents=_compiled(latents),
         timesteps=_loop_over(loop),
@@ -330,8 +349,7 @@ def _read_assignment(
         return
     combination = _combination(source, names)
     if combination is not None:
-        conditional, reference = combination
-        reading.combinations.append((conditional, reference, guards, statement))
+        reading.combinations.append((combination, guards, statement))
         _assign(target, _Guided(), names)
         return
     halves = _halves(source, names)
@@ -459,32 +477,33 @@ def _halves(node: ast.expr, names: _Names) -> list[_Value | None] | None:
     return [value, None]  # learned variance and the like are left aside
 
 
-def _combination(node: ast.expr, names: _Names) -> tuple[_Output, _Output] | None:
-    """(conditional, reference) of `u + s * (c - u)` or `c + s * (c - u)`."""
+def _combination(node: ast.expr, names: _Names) -> _Combination | None:
+    """`u + s * (c - u)`, `c + s * (c - u)`, `(s + 1) * c - s * u` or `torch.lerp(u, c, s)`."""
     match node:
         case ast.BinOp(left=base, op=ast.Add(), right=ast.BinOp(left=one, op=ast.Mult(), right=other)):
-            for difference in (one, other):
+            for difference, scale in ((one, other), (other, one)):
                 if isinstance(difference, ast.BinOp) and isinstance(difference.op, ast.Sub):
-                    conditional, reference = (_value_of(end, names) for end in (difference.left, difference.right))
+                    found = _branches(difference.left, difference.right, names)
                     start = _value_of(base, names)
-                    if (
-                        isinstance(conditional, _Output)
-                        and isinstance(reference, _Output)
-                        and conditional != reference
-                        and start in (conditional, reference)
-                    ):
-                        return conditional, reference
+                    if found is not None and start in found:
+                        return _Combination(*found, scale, 1 if start == found[1] else 0)
         case ast.BinOp(
-            left=ast.BinOp(op=ast.Mult(), right=one), op=ast.Sub(), right=ast.BinOp(op=ast.Mult(), right=other)
-        ):  # (s + 1) c - s u
-            conditional, reference = _value_of(one, names), _value_of(other, names)
-            if isinstance(conditional, _Output) and isinstance(reference, _Output) and conditional != reference:
-                return conditional, reference
-        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="lerp"), args=[start, end, _]):
-            reference, conditional = _value_of(start, names), _value_of(end, names)
-            if isinstance(conditional, _Output) and isinstance(reference, _Output) and conditional != reference:
-                return conditional, reference
+            left=ast.BinOp(op=ast.Mult(), right=one),
+            op=ast.Sub(),
+            right=ast.BinOp(left=scale, op=ast.Mult(), right=other),
+        ):
+            found = _branches(one, other, names)
+            return None if found is None else _Combination(*found, scale, 0)
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="lerp"), args=[start, end, scale]):
+            found = _branches(end, start, names)
+            return None if found is None else _Combination(*found, scale, 1)
     return None
+
+
+def _branches(conditional: ast.expr, reference: ast.expr, names: _Names) -> tuple[_Output, _Output] | None:
+    """Two different outputs of the denoiser, if these are."""
+    c, u = _value_of(conditional, names), _value_of(reference, names)
+    return (c, u) if isinstance(c, _Output) and isinstance(u, _Output) and c != u else None
 
 
 def _is_difference(node: ast.AST) -> bool:

@@ -212,6 +212,8 @@ class EDM2Pipeline(DiffusionPipeline):
                 x,
                 self._reference(guide, x, sigma, labels),
                 relative_step=self._relative_step(sigma),
+                reference_denoiser=lambda z: self._reference(guide, z, sigma, labels),
+                weight=weight * (scale - 1),
             )
             direction = weight * direction
             guided = prediction + (scale - 1) * direction

@@ -133,6 +133,11 @@ class RectifiedGradientGuidance(BaseGuidance):
             seed=seed,
             relative_step=relative_step,
         )
+        if product == "covariance":
+            raise ValueError(
+                'product="covariance" evaluates the reference branch again, which a guider does not see; '
+                "take another product, or a classic pipeline"
+            )
         self._product = Rectification(self.rectification)
         self._call: _Call | None = None
         self._stop_listening: Callable[[], None] | None = None

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from types import FrameType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,8 @@ from diffusers.hooks import HookRegistry, ModelHook
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from companion.guidance.rectification import PRODUCTS, Denoiser, Product, Rectified, check_product, rectify
+from companion.guidance.covariance import covariance_direction
+from companion.guidance.rectification import PRODUCTS, Denoiser, Product, Rectified, rectify
 from companion.guidance.reuse import RectificationReuse
 from companion.guidance.weights import ConstantWeight, GuidanceWeight
 from companion.pipelines.anatomy import SAMPLE_NAMES, Anatomy, Refusal, anatomy_of, call_code, evaluate
@@ -32,8 +34,8 @@ from companion.seeding import sample_generators, sample_seed
 _HOOK = "companion_rectified_guidance"
 _DIFFERENTIATED = ("ones", "diagonal", "vjp")
 
-SamplingProduct = Product | Literal["auto"]
-SAMPLING_PRODUCTS: tuple[SamplingProduct, ...] = (*PRODUCTS, "auto")
+SamplingProduct = Product | Literal["auto", "covariance"]
+SAMPLING_PRODUCTS: tuple[SamplingProduct, ...] = (*PRODUCTS, "auto", "covariance")
 
 
 def check_sampling_product(product: str) -> SamplingProduct:
@@ -42,7 +44,9 @@ def check_sampling_product(product: str) -> SamplingProduct:
     Raises:
         ValueError: the name is unknown; the message lists the known ones.
     """
-    return "auto" if product == "auto" else check_product(product)
+    if product not in SAMPLING_PRODUCTS:
+        raise ValueError(f"product must be one of {', '.join(SAMPLING_PRODUCTS)}, got {product!r}")
+    return cast(SamplingProduct, product)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class RectifiedGuidanceConfig:
             leaves the
             direction as it is: everyday guidance, with `weight` over time if one is given. `auto` is
             `finite_difference` at every third call, carried over to the others (`companion.guidance.reuse`).
+            `covariance` is no product of K with the direction but a factor from both branches' K, one number a sample,
+            by a finite difference of each (`companion.guidance.covariance`); not the paper's.
         weight: weight over time in units of the pipeline's own `guidance_scale - 1`, called with the progress (0 to
             1) and the
             timestep the network sees; a number is a constant; None is 1 throughout. Where it is 0, the reference branch
@@ -116,6 +122,8 @@ class Rectification:
         *,
         prediction: Float[Tensor, "batch ..."] | None = None,
         relative_step: float | None = None,
+        reference_denoiser: Denoiser | None = None,
+        weight: float | None = None,
     ) -> Rectified:
         """The conditional prediction and its rectified direction, not weighted.
 
@@ -124,12 +132,30 @@ class Rectification:
             level: of the call.
             denoiser, x, reference, prediction, relative_step: see `companion.guidance.rectification.rectify`; the
                 configuration's own step comes first.
+            reference_denoiser: the reference branch, for `covariance`.
+            weight: the paper's w at this call (guidance scale minus 1, weight over time included), for `covariance`.
+
+        Raises:
+            ValueError: `covariance` without a reference branch or a weight.
         """
         config, step = self.config, self.config.relative_step or relative_step
+        if config.product in ("auto", "covariance") and prediction is None:
+            with torch.no_grad():
+                prediction = denoiser(x)
+        if config.product == "covariance":
+            if reference_denoiser is None or weight is None:
+                raise ValueError(
+                    'product="covariance" needs the reference branch and the guidance weight, '
+                    "which are out of reach here; take another product"
+                )
+            assert prediction is not None
+            difference = partial(rectify, x=x, coefficients=level.coefficients, relative_step=step)
+            pulled = difference(denoiser, reference=reference, prediction=prediction).direction
+            direction = prediction - reference
+            beside = difference(reference_denoiser, reference=reference - direction, prediction=reference).direction
+            return Rectified(prediction, covariance_direction(direction, pulled, beside, max(weight, 0.0)))
         if config.product == "auto":
-            if prediction is None:
-                with torch.no_grad():
-                    prediction = denoiser(x)
+            assert prediction is not None
             return self._reuse.rectify(
                 index,
                 level.log_snr,
@@ -260,6 +286,7 @@ class _Moment:
     level: NoiseLevel
     latents: Tensor
     weight: float
+    scale: float | None
 
 
 @dataclass(frozen=True)
@@ -331,11 +358,11 @@ class _Rectifier:
             branch = _Branch(only, output, _region(only.sample, _first(output), moment.latents))
             self._report(moment, only.sample, branch, torch.zeros_like(_inside(_first(output), branch.region)))
             return _map_output(output, lambda whole: torch.cat([whole, whole]))
+        other = call.on(reference) if self.config.guide is None else replace(only, forward=self.config.guide)
         if self.config.guide is not None or self.config.product in _DIFFERENTIATED:
             # Each branch on its own: only the conditional one needs a graph, and a guide is another network.
-            other = call.on(reference)() if self.config.guide is None else replace(only, forward=self.config.guide)()
+            beside = _first(other())
             known = None if self.config.product in _DIFFERENTIATED else only()
-            beside = _first(other)
         else:
             both = call()
             known = _map_output(both, lambda whole: whole[conditional])
@@ -346,7 +373,7 @@ class _Rectifier:
                 self._report(moment, only.sample, _Branch(only, known, region), direction)
                 return both
         region = _region(only.sample, beside, moment.latents)
-        branch, direction = self._rectify(only, known, _inside(beside, region), region, moment)
+        branch, direction = self._rectify(only, known, other, _inside(beside, region), region, moment)
         self._report(moment, only.sample, branch, direction)
         outside = beside if self.config.guide is None else _first(branch.output)
         moved = _replaced(outside, _inside(_first(branch.output), region) - direction)
@@ -360,22 +387,32 @@ class _Rectifier:
             self._report(moment, branch.call.sample, branch, torch.zeros_like(_inside(known, branch.region)))
             return _map_output(branch.output, torch.clone)
         guide = self.config.guide
-        output = call() if guide is None else replace(branch.call, forward=guide)()
+        other = call if guide is None else replace(branch.call, forward=guide)
+        output = other()
         if self.config.product == "none" and moment.weight == 1:
             direction = _inside(known, branch.region) - _inside(_first(output), branch.region)
             self._report(moment, branch.call.sample, branch, direction)
             return output
         beside = _inside(_first(output), branch.region)
-        branch, direction = self._rectify(branch.call, branch.output, beside, branch.region, moment)
+        branch, direction = self._rectify(branch.call, branch.output, other, beside, branch.region, moment)
         self._report(moment, branch.call.sample, branch, direction)
         c = _inside(_first(branch.output), branch.region)
         return _map_output(output, lambda whole: _replaced(whole, c - direction))
 
     def _rectify(
-        self, call: _Call, known: Any | None, reference: Tensor, region: tuple[int, ...], moment: _Moment
+        self,
+        call: _Call,
+        known: Any | None,
+        other: _Call,
+        reference: Tensor,
+        region: tuple[int, ...],
+        moment: _Moment,
     ) -> tuple[_Branch, Tensor]:
-        """The conditional branch, and its rectified and weighted direction."""
+        """The conditional branch, and its rectified and weighted direction; `other` is the reference branch's call."""
         z, last = call.sample, known
+
+        def beside(latents: Tensor) -> Tensor:
+            return _inside(_first(other.with_sample(_with_inside(other.sample, latents))()), region)
 
         def denoise(latents: Tensor) -> Tensor:
             nonlocal last
@@ -391,6 +428,8 @@ class _Rectifier:
             _inside(z, region),
             reference,
             prediction=None if known is None else _inside(_first(known), region),
+            reference_denoiser=beside,
+            weight=None if moment.scale is None else moment.weight * moment.scale,
         )
         output = _map_output(last, torch.Tensor.detach)
         return _Branch(call, output, region), moment.weight * direction
@@ -415,7 +454,14 @@ class _Rectifier:
         level = replace(level, output_sign=self.anatomy.sign * level.output_sign)
         progress = self._index / max(1, len(steps) - 1)
         weight = self.config.weight_at(progress, float(value))
-        return _Moment(self._index, len(steps), float(value), level, latents, weight)
+        return _Moment(self._index, len(steps), float(value), level, latents, weight, self._scale(frame))
+
+    def _scale(self, frame: FrameType) -> float | None:
+        """The paper's w of the pipeline's own guidance, where it is asked for and one number."""
+        if self.config.product != "covariance" or self.anatomy.scale is None:
+            return None
+        scale = torch.as_tensor(evaluate(self.anatomy.scale, frame))
+        return float(scale) - self.anatomy.unguided if scale.numel() == 1 else None
 
     def _place(self, steps: Tensor, value: Tensor) -> int:
         """Number of this call among the steps; finds its place again after an aborted run."""

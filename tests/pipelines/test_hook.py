@@ -392,6 +392,29 @@ def test_autoguidance_takes_the_weaker_network_under_the_same_condition(family):
         assert torch.allclose(step.direction, 0.5 * (delta - sigma * product), atol=1e-8)
 
 
+def test_covariance_weighs_the_direction_by_both_branches(family):
+    """One factor a sample from both branches' Jacobians, with the pipeline's own guidance scale."""
+    make, draw = family
+    pipe, steps = make(), []
+    config = RectifiedGuidanceConfig(product="covariance", weight=0.5)
+    with rectified_guidance(pipe, config, on_step=steps.append):
+        draw(pipe, num_inference_steps=2)
+    for step in steps:
+        t, z = int(step.timestep), step.sample
+        sigma = (1 - pipe.scheduler.alphas_cumprod[t].double()).sqrt()
+        c, u = branches(pipe, z, t)
+        delta, pulled = c - u, []
+        for i in range(2):
+            with sdpa_kernel(SDPBackend.MATH):
+                product = torch.func.jvp(lambda x, i=i, t=t: branches(pipe, x, t)[i], (z,), (delta,))[1]
+            pulled.append(delta - sigma * product)
+        own, others = (((delta * k).flatten(1).sum(1) / delta.flatten(1).square().sum(1)).clamp(min=0) for k in pulled)
+        weight = 0.5 * (SCALE - 1)
+        factor = own / (own + (1 + weight) * (others - own).clamp(min=0))
+        factor = torch.where(torch.isfinite(factor), factor, 1.0).view(-1, 1, 1, 1)
+        assert torch.allclose(step.direction, 0.5 * factor * delta, rtol=1e-4, atol=1e-4 * float(delta.abs().max()))
+
+
 def test_auto_is_the_finite_difference_where_it_evaluates(family):
     """The first call and every third evaluate; between them the direction is carried over, and no network is run."""
     make, draw = family
