@@ -45,10 +45,10 @@ MAX_SCALE = 30.0
 _LARGEST_SEED = 2**32 - 1
 _DEFAULT_CLASSES = ("star", "heart", "flower", "arrow")
 _DEFAULT_PROMPTS = (
-    "a large red plain star",
+    "a large red star",
     "a large blue striped heart",
     "a small yellow dotted flower",
-    "a green arrow",
+    "a large green arrow",
 )
 
 SCHEDULES = ("constant", "linear", "power-cosine", "interval")
