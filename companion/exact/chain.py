@@ -146,7 +146,13 @@ class DDPMChain:
         return (x - beta / self.schedule.level(t)[1] * self.prediction(x, t)) / (1 - beta) ** 0.5
 
     def expected_reward(
-        self, grid: Grid, log_reward: LogReward, *, margin: float = 0.0, bound: float = math.inf
+        self,
+        grid: Grid,
+        log_reward: LogReward,
+        *,
+        margin: float = 0.0,
+        bound: float = math.inf,
+        kinks: bool = False,
     ) -> Float[Tensor, "steps+1 *grid"]:
         """log E_0 … log E_T on the grid: per step one Gaussian blur in log space and one interpolation at μ_t.
 
@@ -156,13 +162,15 @@ class DDPMChain:
                 has kinks there, a margin of a few times the largest s_t keeps their error away.
             bound: no log E is larger, if you know that no log R_0 is. At cliffs narrower than the spacing interpolation
                 rings; without a bound that may feed on itself from step to step.
+            kinks: of `log_blur`: for rewards that fall by tens of nats within a spacing, such as high powers of ratios
+                far from the data.
 
         Raises:
             ValueError: the reward is zero, infinite or nan somewhere on the grid, or its expectation is infinite.
         """
         cells = [math.ceil(margin / spacing) for spacing in grid.spacing]
         if any(cells):
-            wide = self.expected_reward(grid.widened(*cells), log_reward, bound=bound)
+            wide = self.expected_reward(grid.widened(*cells), log_reward, bound=bound, kinks=kinks)
             for axis, (count, points) in enumerate(zip(cells, grid.shape, strict=True), 1):
                 wide = wide.narrow(axis, count, points)
             return wide
@@ -173,13 +181,14 @@ class DDPMChain:
         ceiling = max(float(log_expected.max()), float(evaluate(around, log_reward).nan_to_num(math.inf).max()))
         levels = [log_expected]
         for t in range(1, self.steps + 1):
-            blurred = log_blur(grid, levels[-1], self.std(t), nodes=self._nodes(grid), ceiling=ceiling)
+            blurred = log_blur(grid, levels[-1], self.std(t), nodes=self._nodes(grid), ceiling=ceiling, kinks=kinks)
             means = evaluate(grid, partial(self.mean, t=t)).reshape(-1, grid.dimension)
             levels.append(interpolate(grid, blurred, means, ceiling=ceiling).clamp(max=bound).reshape(grid.shape))
             if not levels[-1].isfinite().all():
                 raise ValueError(
                     f"log E_{t} is not finite: beyond the grid {grid.describe()} the reward grows faster than the "
                     f"kernel at t={t} decays; bound log_reward, or widen the grid to where it stops growing"
+                    "; if it is bounded and falls steeply, set kinks=True"
                 )
         return torch.stack(levels)
 

@@ -54,14 +54,21 @@ class Comparison:
 
 
 def compare(
-    data: Toy, weights: Sequence[float], grid: Grid, schedule: NoiseSchedule, *, label: int = 0, margin: float = 0.0
+    data: Toy,
+    weights: Sequence[float],
+    grid: Grid,
+    schedule: NoiseSchedule,
+    *,
+    label: int = 0,
+    margin: float = 0.0,
+    kinks: bool = False,
 ) -> list[Comparison]:
     """All directions on a grid, one comparison per weight; only the golden one has to be computed for each.
 
     Args:
         weights: the paper's w.
         grid: fine enough for the data's narrowest Gaussian (`accuracy` tells); must hold the reward's largest values.
-        margin: of `DDPMChain.expected_reward`.
+        margin, kinks: of `DDPMChain.expected_reward`.
 
     Raises:
         ValueError: no weights, or a label without data.
@@ -80,7 +87,8 @@ def compare(
         reward = classifier_free_reward(conditional, unconditional, weight)
         # The reward's largest value on the grid, and a little for what lies between its points.
         bound = float(evaluate(grid, reward).max()) + 0.1
-        golden = chain.golden_direction(grid, chain.expected_reward(grid, reward, margin=margin, bound=bound))
+        log_expected = chain.expected_reward(grid, reward, margin=margin, bound=bound, kinks=kinks)
+        golden = chain.golden_direction(grid, log_expected)
         fields = {name: weight * field for name, field in unit.items()}
         comparisons.append(Comparison(data, label, weight, grid, reward, chain, fields, golden, densities))
     return comparisons

@@ -209,7 +209,13 @@ def interpolate(
 
 
 def log_blur(
-    grid: Grid, log_values: Float[Tensor, "*grid"], std: float, *, nodes: int = 16, ceiling: float = math.inf
+    grid: Grid,
+    log_values: Float[Tensor, "*grid"],
+    std: float,
+    *,
+    nodes: int = 16,
+    ceiling: float = math.inf,
+    kinks: bool = False,
 ) -> Float[Tensor, "*grid"]:
     """`log (N(0, std² I) ⋆ exp log_values)` on the grid, one axis after the other.
 
@@ -221,6 +227,8 @@ def log_blur(
         std: of the kernel, in the data's units; 0 returns the values.
         nodes: quadrature nodes per axis.
         ceiling: a bound of `log_values` off the grid, if one is known.
+        kinks: check every placement of the nodes against the grid's own points, for values that fall by tens within a
+            spacing, where slope and curvature mislead; up to twice the cost.
     """
     if std == 0:
         return log_values
@@ -228,13 +236,13 @@ def log_blur(
         lines = log_values.movedim(axis, -1)
         flat = lines.reshape(-1, lines.shape[-1])
         chunk = max(1, CHUNK // (flat.shape[1] * nodes))
-        flat = torch.cat([_blur_lines(some, std / spacing, nodes, ceiling) for some in flat.split(chunk)])
+        flat = torch.cat([_blur_lines(some, std / spacing, nodes, ceiling, kinks) for some in flat.split(chunk)])
         log_values = flat.reshape(lines.shape).movedim(-1, axis)
     return log_values
 
 
 def _blur_lines(
-    lines: Float[Tensor, "lines points"], std: float, nodes: int, ceiling: float
+    lines: Float[Tensor, "lines points"], std: float, nodes: int, ceiling: float, kinks: bool
 ) -> Float[Tensor, "lines points"]:
     """The blur along the last axis; `std` in units of the spacing."""
     points = lines.shape[1]
@@ -246,7 +254,10 @@ def _blur_lines(
     slope = (after - before) / (2 * reach)
     curvature = (after - 2 * lines + before) / reach**2
     narrowing = (1 - std**2 * curvature).clamp(min=0.25)
-    centre, width = _at_the_mode(lines, std, std**2 * slope / narrowing, std / narrowing.sqrt(), ceiling)
+    centre = std**2 * slope / narrowing
+    width = std / narrowing.sqrt()
+    if kinks:
+        centre, width = _at_the_mode(lines, std, centre, width, ceiling)
     steps = centre[..., None] + width[..., None] * abscissae
     positions = torch.arange(points, dtype=lines.dtype)[:, None] + steps
     values = _interpolate_lines(lines, positions.reshape(len(lines), -1), ceiling).reshape(positions.shape)
