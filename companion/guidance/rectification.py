@@ -193,5 +193,6 @@ def _rounding(x: Float[Tensor, "batch ..."], output: Float[Tensor, "batch ..."])
 
 def _has_tf32(device: torch.device) -> bool:
     """Whether float32 networks on this GPU may compute in TF32, which convolutions do by default."""
-    settings = (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+    convolutions = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    settings = (convolutions, torch.backends.cuda.matmul.fp32_precision)
     return "tf32" in settings and torch.cuda.get_device_capability(device) >= (8, 0)
