@@ -15,7 +15,7 @@ from companion.minis.drawing import draw_captions, object_colours
 from companion.minis.scenes import COLOURS, SHAPES, labels, render, scene
 from companion.minis.shipping import WEIGHTS, ship
 
-TEXT_CONDITIONAL = ("mini-sd",)
+TEXT_CONDITIONAL = ("mini-sd", "mini-sd-v")
 SEED = 12345  # neither a training seed nor the one that the cards were measured with
 
 
