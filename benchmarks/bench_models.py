@@ -5,12 +5,16 @@ diffusers' own classes (EDM2: this package's) in their published configurations,
 image on one thread; the table says what each was scaled by. One whole call of the pipeline is timed, without a decoder.
 The ways take turns within each round, so that a machine that is busy for a while slows them all.
 
-`python -m benchmarks models` writes notebooks/results/runtime.json beside printing the table.
+`python -m benchmarks models` writes notebooks/results/runtime.json beside printing the table. On a GPU,
+`python -m benchmarks.bench_models --device cuda` measures the published sizes at the paper's batch sizes (memory at
+batch size 1, as the paper does) and writes runtime_cuda.json.
 """
 
+import argparse
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,21 +56,25 @@ class Model:
         scaled: what differs from the published configuration.
         build: the pipeline with random weights.
         call: arguments of its call, three evaluations of the denoiser.
+        published: the pipeline in its published size, with random weights.
+        batch: the paper's, for time in the published size.
     """
 
     paper: str
     scaled: str
     build: Callable[[], DiffusionPipeline]
     call: dict[str, Any]
+    published: Callable[[], DiffusionPipeline]
+    batch: int
 
 
-def _dit() -> DiTPipeline:
+def _dit(heads: int = 4, layers: int = 7) -> DiTPipeline:
     transformer = DiTTransformer2DModel(
-        num_attention_heads=4,
+        num_attention_heads=heads,
         attention_head_dim=72,
         in_channels=4,
         out_channels=8,
-        num_layers=7,
+        num_layers=layers,
         sample_size=32,
         patch_size=2,
         num_embeds_ada_norm=1000,
@@ -74,21 +82,25 @@ def _dit() -> DiTPipeline:
     return DiTPipeline(transformer, _autoencoder(), DDIMScheduler())
 
 
-def _edm2(channels: int, in_channels: int, guide: int | None = None) -> EDM2Pipeline:
+def _edm2(channels: int, in_channels: int, guide: int | None = None, per_head: int | None = None) -> EDM2Pipeline:
     def network(width: int, classes: int) -> EDM2UNet:
         return EDM2UNet(
-            sample_size=64, in_channels=in_channels, num_classes=classes, model_channels=width, channels_per_head=width
+            sample_size=64,
+            in_channels=in_channels,
+            num_classes=classes,
+            model_channels=width,
+            channels_per_head=per_head or width,
         )
 
     reference = None if guide is None else network(guide, 0)
     return EDM2Pipeline(network(channels, 1000), reference, null_labels=guide is None)
 
 
-def _stable_diffusion(width: int, size: int, **config: Any) -> StableDiffusionPipeline:
+def _stable_diffusion(width: int, size: int, groups: int = 16, **config: Any) -> StableDiffusionPipeline:
     unet = UNet2DConditionModel(
         sample_size=size,
         block_out_channels=(width, 2 * width, 4 * width, 4 * width),
-        norm_num_groups=16,
+        norm_num_groups=groups,
         **config,
     )
     scheduler = DDIMScheduler(
@@ -108,15 +120,17 @@ def _stable_diffusion(width: int, size: int, **config: Any) -> StableDiffusionPi
     )
 
 
-def _stable_diffusion_xl() -> StableDiffusionXLPipeline:
+def _stable_diffusion_xl(
+    width: int = 32, size: int = 48, groups: int = 16, heads: tuple[int, ...] = (2, 4, 8)
+) -> StableDiffusionXLPipeline:
     unet = UNet2DConditionModel(
-        sample_size=48,
-        block_out_channels=(32, 64, 128),
+        sample_size=size,
+        block_out_channels=(width, 2 * width, 4 * width),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=16,
+        norm_num_groups=groups,
         transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(2, 4, 8),
+        attention_head_dim=heads,
         cross_attention_dim=2048,
         use_linear_projection=True,
         addition_embed_type="text_time",
@@ -169,22 +183,40 @@ _EDM2_CALL = {"class_labels": [7], "guidance_scale": 2.0, "num_inference_steps":
 _GUIDED = "; guided by the unconditional XS"
 
 MODELS = (
-    Model("EDM2-S 64", "width 1/6", lambda: _edm2(32, 3), _EDM2_CALL),
+    Model("EDM2-S 64", "width 1/6", lambda: _edm2(32, 3), _EDM2_CALL, lambda: _edm2(192, 3, per_head=64), 8),
     Model(
         "DiT-XL/2 256",
         "width 1/4, depth 1/4",
         _dit,
         {"class_labels": [7], "guidance_scale": 4.0, "num_inference_steps": 3, "output_type": "np"},
+        lambda: _dit(16, 28),
+        8,
     ),
-    Model("EDM2-S 512", "width 1/6", lambda: _edm2(32, 4), _EDM2_CALL),
-    Model("EDM2-S 512" + _GUIDED, "widths 1/6", lambda: _edm2(32, 4, guide=21), _EDM2_CALL),
-    Model("EDM2-XXL 512", "width 1/8", lambda: _edm2(56, 4), _EDM2_CALL),
-    Model("EDM2-XXL 512" + _GUIDED, "widths 1/8", lambda: _edm2(56, 4, guide=16), _EDM2_CALL),
+    Model("EDM2-S 512", "width 1/6", lambda: _edm2(32, 4), _EDM2_CALL, lambda: _edm2(192, 4, per_head=64), 8),
+    Model(
+        "EDM2-S 512" + _GUIDED,
+        "widths 1/6",
+        lambda: _edm2(32, 4, guide=21),
+        _EDM2_CALL,
+        lambda: _edm2(192, 4, 128, 64),
+        8,
+    ),
+    Model("EDM2-XXL 512", "width 1/8", lambda: _edm2(56, 4), _EDM2_CALL, lambda: _edm2(448, 4, per_head=64), 8),
+    Model(
+        "EDM2-XXL 512" + _GUIDED,
+        "widths 1/8",
+        lambda: _edm2(56, 4, guide=16),
+        _EDM2_CALL,
+        lambda: _edm2(448, 4, 128, 64),
+        8,
+    ),
     Model(
         "SD-V1.4 512",
         "width 3/20, latents 32 for 64",
         lambda: _stable_diffusion(48, 32, cross_attention_dim=768, attention_head_dim=8),
         _text(768),
+        lambda: _stable_diffusion(320, 64, 32, cross_attention_dim=768, attention_head_dim=8),
+        4,
     ),
     Model(
         "SD-V2.1 768",
@@ -193,8 +225,19 @@ MODELS = (
             48, 40, cross_attention_dim=1024, attention_head_dim=(3, 6, 12, 12), use_linear_projection=True
         ),
         _text(1024),
+        lambda: _stable_diffusion(
+            320, 96, 32, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
+        ),
+        4,
     ),
-    Model("SD-XL 1024", "width 1/10, latents 48 for 128", _stable_diffusion_xl, _text(2048, 1280)),
+    Model(
+        "SD-XL 1024",
+        "width 1/10, latents 48 for 128",
+        _stable_diffusion_xl,
+        _text(2048, 1280),
+        lambda: _stable_diffusion_xl(320, 128, 32, (5, 10, 20)),
+        2,
+    ),
 )
 
 
@@ -241,7 +284,7 @@ def published(pipe: DiffusionPipeline) -> Iterator[None]:
     networks = denoisers(pipe)
     originals = [network.forward for network in networks]
     for network, forward in zip(networks, originals, strict=True):
-        network.forward = wrapped(forward, network is getattr(pipe, "guide", None))  # type: ignore[method-assign]
+        network.forward = wrapped(forward, network is getattr(pipe, "guide", None))
     try:
         yield
     finally:
@@ -254,8 +297,23 @@ def _no_labels(args: tuple, kwargs: dict[str, Any]) -> bool:
     return labels is None
 
 
-def draw(pipe: DiffusionPipeline, model: Model, way: str) -> float:
+def _batched(call: dict[str, Any], batch: int, device: torch.device) -> dict[str, Any]:
+    """The arguments of a call for one sample, for several."""
+    call = {name: value * batch if name == "class_labels" else value for name, value in call.items()}
+    return {
+        name: value.to(device).repeat_interleave(batch, dim=0) if torch.is_tensor(value) else value
+        for name, value in call.items()
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def draw(pipe: DiffusionPipeline, model: Model, way: str, batch: int = 1) -> float:
     """Seconds of one call of the pipeline."""
+    device = pipe.device
     generator = torch.Generator().manual_seed(SEED)
     guided = (
         published(pipe)
@@ -264,52 +322,47 @@ def draw(pipe: DiffusionPipeline, model: Model, way: str) -> float:
         if way == "none"
         else rectified_guidance(pipe, RectifiedGuidanceConfig(product=way))  # type: ignore[arg-type]
     )
+    call = _batched(model.call, batch, device)
     with guided:
+        _wait(device)
         start = time.perf_counter()
-        pipe(**model.call, generator=generator)
+        pipe(**call, generator=generator)
+        _wait(device)
         return time.perf_counter() - start
 
 
-def rows_evaluated(pipe: DiffusionPipeline, model: Model, way: str) -> int:
-    """How many inputs the networks were given in one call, a stacked batch counting as two."""
-    rows = 0
+def build(model: Model, device: torch.device | str = "cpu") -> DiffusionPipeline:
+    """The pipeline with random weights, none of which asks for gradients: public code, where they do, costs more.
 
-    def count(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        nonlocal rows
-        x = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
-        rows += len(x)
-
-    handles = [network.register_forward_pre_hook(count, with_kwargs=True) for network in denoisers(pipe)]
-    draw(pipe, model, way)
-    for handle in handles:
-        handle.remove()
-    return rows
-
-
-def build(model: Model) -> DiffusionPipeline:
-    """The pipeline with random weights, none of which asks for gradients: public code, where they do, costs more."""
-    with torch.random.fork_rng(devices=[]):
+    On a GPU in its published size, elsewhere made small.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(SEED)
-        pipe = model.build()
+        pipe = model.published() if torch.device(device).type == "cuda" else model.build()
     pipe.set_progress_bar_config(disable=True)
     for network in denoisers(pipe):
         network.eval().requires_grad_(False)
-    return pipe
+    return pipe.to(device)
 
 
-def measure(model: Model, rounds: int = ROUNDS) -> dict[str, Any]:
+def measure(model: Model, rounds: int = ROUNDS, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Seconds and peak memory of every way on one model, and ratios to plain guidance."""
-    pipe = build(model)
+    pipe = build(model, device)
+    large = torch.device(device).type == "cuda"
+    batch = model.batch if large else 1
     weights = sum(p.numel() * p.element_size() for network in denoisers(pipe) for p in network.parameters())
     peaks = {}
     for way in WAYS:
-        with peak_memory() as memory:  # exact; not to be timed, but it warms pages and kernels
+        with peak_memory(device) as memory:  # exact; not to be timed, but it warms pages and kernels
             draw(pipe, model, way)
         peaks[way] = memory.bytes
-    times = [{way: draw(pipe, model, way) for way in WAYS} for _ in range(rounds)]
+        if large:
+            draw(pipe, model, way, batch)  # warm at the batch size that is timed, too
+    times = [{way: draw(pipe, model, way, batch) for way in WAYS} for _ in range(rounds)]
     return {
         "model": model.paper,
-        "scaled": model.scaled,
+        "scaled": "published size" if large else model.scaled,
+        "batch": batch,
         "weights_mib": weights / 2**20,
         "seconds": {way: statistics.median(r[way] for r in times) for way in WAYS},
         "time_ratio": {way: statistics.median(r[way] / r["none"] for r in times) for way in WAYS},
@@ -318,22 +371,29 @@ def measure(model: Model, rounds: int = ROUNDS) -> dict[str, Any]:
     }
 
 
-def main(file: Path = RESULTS) -> None:
+def main(arguments: Sequence[str] = ()) -> None:
     """Measure all models, print the table, write the file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_models", description="Cost on the paper's models."
+    )
+    parser.add_argument("--device", default="cpu", help="cuda measures the published sizes; default: cpu, made small")
+    device = torch.device(parser.parse_args(list(arguments)).device)
+    file = RESULTS if device.type == "cpu" else RESULTS.with_stem(f"runtime_{device.type}")
+    command = ["benchmarks", "models"] if device.type == "cpu" else ["benchmarks.bench_models", f"--device={device}"]
     ways = WAYS[1:]
     print("time / CFG, and (weights + peak) / CFG's\n")
     print(f"| model | scaled by | CFG, s | {' | '.join(ways)} |")
     print("|---" * (3 + len(ways)) + "|")
     rows = []
     for model in MODELS:
-        row = measure(model)
+        row = measure(model, device=device)
         rows.append(row)
         cells = [f"{row['time_ratio'][way]:.2f}, {row['memory_ratio'][way]:.2f}" for way in ways]
-        print(f"| {model.paper} | {model.scaled} | {row['seconds']['none']:.2f} | {' | '.join(cells)} |", flush=True)
+        print(f"| {model.paper} | {row['scaled']} | {row['seconds']['none']:.2f} | {' | '.join(cells)} |", flush=True)
     file.parent.mkdir(parents=True, exist_ok=True)
-    made = provenance(command=["python", "-m", "benchmarks", "models"])
+    made = provenance(device, command=["python", "-m", *command])
     write_json(file, {"provenance": {**made, "seed": SEED, "rounds": ROUNDS}, "rows": rows})
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
