@@ -331,12 +331,28 @@ def draw(pipe: DiffusionPipeline, model: Model, way: str, batch: int = 1) -> flo
         return time.perf_counter() - start
 
 
+def rows_evaluated(pipe: DiffusionPipeline, model: Model, way: str) -> int:
+    """How many inputs the networks were given in one call, a stacked batch counting as two."""
+    rows = 0
+
+    def count(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        nonlocal rows
+        x: Tensor = args[0] if args else kwargs["hidden_states"] if "hidden_states" in kwargs else kwargs["sample"]
+        rows += len(x)
+
+    handles = [network.register_forward_pre_hook(count, with_kwargs=True) for network in denoisers(pipe)]
+    draw(pipe, model, way)
+    for handle in handles:
+        handle.remove()
+    return rows
+
+
 def build(model: Model, device: torch.device | str = "cpu") -> DiffusionPipeline:
     """The pipeline with random weights, none of which asks for gradients: public code, where they do, costs more.
 
     On a GPU in its published size, elsewhere made small.
     """
-    with torch.random.fork_rng(devices=[]), torch.device(device):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         pipe = model.published() if torch.device(device).type == "cuda" else model.build()
     pipe.set_progress_bar_config(disable=True)
