@@ -23,6 +23,8 @@ from companion.guidance.parametrization import (
 from companion.guidance.rectification import PRODUCTS, Rectified, rectify
 from companion.guidance.rectified_classifier import rectified_classifier_gradient
 from companion.guidance.weights import ConstantWeight, GuidanceWeight, IntervalWeight, LinearWeight, PowerCosineWeight
+from companion.pipelines.adm import ADMPipeline, load_adm
+from companion.pipelines.adm_presets import ADM_PRESETS, PUBLISHED_GUIDANCE, published_guidance
 from companion.pipelines.edm2 import EDM2Pipeline, load_edm2
 from companion.pipelines.edm2_network import EDM2UNet
 from companion.pipelines.edm2_presets import EDM2_PRESETS
@@ -43,14 +45,17 @@ from companion.seeding import sample_generators
 __version__ = "0.1.0"
 
 __all__ = [
+    "ADM_PRESETS",
     "DIVERGENCES",
     "EDM2_PRESETS",
     "PAPER_MODELS",
     "PREDICTION_TYPES",
     "PRODUCTS",
+    "PUBLISHED_GUIDANCE",
     "RECTIFIABLE_GUIDERS",
     "SAMPLING_PRODUCTS",
     "UNDERSTOOD_SCHEDULERS",
+    "ADMPipeline",
     "ClassifierScore",
     "ConstantWeight",
     "EDM2Pipeline",
@@ -71,10 +76,12 @@ __all__ = [
     "clean_from_output",
     "convert_output",
     "load",
+    "load_adm",
     "load_edm2",
     "model_names",
     "noise_level",
     "output_from_clean",
+    "published_guidance",
     "rectification_coefficients",
     "rectified_classifier_gradient",
     "rectified_guidance",

@@ -223,7 +223,7 @@ class RectifiedGuidanceHook(ModelHook):
         super().__init__()
         self.rectifier = rectifier
 
-    @torch.compiler.disable(recursive=False)  # the network inside may be compiled; reading the pipeline's frame may not
+    @torch.compiler.disable  # it reads the frames of its callers; a network compiled by torch.compile stays compiled
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if getattr(module, "is_cache_enabled", False):
             raise ValueError(

@@ -219,3 +219,23 @@ def test_a_rescaled_euler_run_matches_its_own_combination():
         guided = one.prediction + (SCALE - 1) * one.direction
         ratio = (one.prediction.std((1, 2, 3)) / guided.std((1, 2, 3))).view(-1, 1, 1, 1)
         assert torch.allclose(prediction, 0.7 * ratio * guided + 0.3 * guided, atol=1e-9)
+
+
+@pytest.mark.parametrize("way", ["module", "in place"])
+def test_compiled_denoisers(way):
+    """`torch.compile(pipe.unet)` and `pipe.unet.compile()`, with the hook put on behind them."""
+    pipe = tiny_sd()
+    with rectified_guidance(pipe):
+        expected = draw(pipe)
+    plain = draw(pipe)
+    compiled(pipe, way)
+    with rectified_guidance(pipe):
+        assert torch.allclose(draw(pipe), expected, atol=1e-6 * float(expected.abs().max()))
+    assert torch.allclose(draw(pipe), plain, atol=1e-8 * float(plain.abs().max()))
+
+
+def compiled(pipe, way: str) -> None:
+    if way == "module":
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+    else:
+        pipe.unet.compile(backend="eager")
