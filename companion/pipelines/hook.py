@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import FrameType
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ def check_sampling_product(product: str) -> SamplingProduct:
     """
     if product not in SAMPLING_PRODUCTS:
         raise ValueError(f"product must be one of {', '.join(SAMPLING_PRODUCTS)}, got {product!r}")
-    return cast(SamplingProduct, product)
+    return product
 
 
 @dataclass(frozen=True)

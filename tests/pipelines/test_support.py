@@ -66,8 +66,8 @@ def test_the_table_in_the_documents(table):
     counts = ", ".join(f"{len(rows)} {HEADINGS[part].lower()}" for part, rows in parts.items())
     text = (
         f"# Pipelines of diffusers {diffusers.__version__}\n\n"
-        "What `companion.rectified_guidance` makes of every pipeline class in torch that has a `__call__`, read from the\n"
-        "source of that `__call__`: {counts}.\n\n"
+        "What `companion.rectified_guidance` makes of every pipeline class in torch that has a `__call__`, read from\n"
+        "the source of that `__call__`: {counts}.\n\n"
         "A ControlNet's residuals are held fixed in K: its own derivative is left out.\n"
         'Written by `UPDATE_DOCS=1 make test ARGS="-k support"`.\n'
     ).replace("{counts}", counts)
