@@ -12,6 +12,7 @@ from companion.guidance.classifier import (
     score_gradient,
     tilted_weights,
 )
+from companion.guidance.covariance import covariance_direction, covariance_factor, rayleigh_quotient
 from companion.guidance.parametrization import (
     PREDICTION_TYPES,
     KCoefficients,
@@ -75,6 +76,8 @@ __all__ = [
     "classifier_gradient",
     "clean_from_output",
     "convert_output",
+    "covariance_direction",
+    "covariance_factor",
     "load",
     "load_adm",
     "load_edm2",
@@ -82,6 +85,7 @@ __all__ = [
     "noise_level",
     "output_from_clean",
     "published_guidance",
+    "rayleigh_quotient",
     "rectification_coefficients",
     "rectified_classifier_gradient",
     "rectified_guidance",

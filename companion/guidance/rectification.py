@@ -163,7 +163,8 @@ def _finite_difference(
     shape = (len(x),) + (1,) * (x.ndim - 1)
     start, way = x.to(wide), direction.to(wide)
     size, length = (value.reshape(len(x), -1).norm(dim=1).view(shape) for value in (start, way))
-    size = torch.where(size > 0, size, start[0].numel() ** 0.5)  # inputs of networks are of order 1
+    usual = start[0].numel() ** 0.5  # inputs of networks are of order 1; one near 0, in few dimensions, says nothing
+    size = torch.where(size > 0.01 * usual, size, usual)
     relative = _rounding(x, output).sqrt().to(wide).view(shape) if relative_step is None else relative_step
     unit = way / torch.where(length > 0, length, 1)
     there = (start + relative * size * unit).to(x.dtype)
@@ -177,7 +178,7 @@ def _rounding(x: Float[Tensor, "batch ..."], output: Float[Tensor, "batch ..."])
     """Machine epsilon of what each sample was computed in: the coarsest of input, output and, where it shows, network.
 
     A network in lower precision than what goes in and out betrays itself where its numbers are passed on as they are:
-    all of them lie on the coarser dtype's grid. (Zeros lie on every grid, and say nothing.)
+    all of them lie on the coarser dtype's grid. (Zeros lie on every grid and say nothing, a few numbers may by chance.)
     """
     known = max(torch.finfo(x.dtype).eps, torch.finfo(output.dtype).eps)
     if x.is_cuda and x.dtype == torch.float32 and _has_tf32(x.device):
@@ -185,7 +186,7 @@ def _rounding(x: Float[Tensor, "batch ..."], output: Float[Tensor, "batch ..."])
     epsilon = torch.full((len(x),), known, dtype=torch.float32, device=x.device)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         coarser = torch.finfo(dtype).eps
-        if coarser > known:
+        if coarser > known and output[0].numel() >= 8:
             on_grid = (output.to(dtype).to(output.dtype) == output).reshape(len(x), -1).all(dim=1)
             epsilon = torch.where(on_grid & (output != 0).reshape(len(x), -1).any(dim=1), coarser, epsilon)
     return epsilon

@@ -326,3 +326,16 @@ def test_bad_arguments_are_refused_by_name() -> None:
             call(relative_step=step)
     with pytest.raises(ValueError, match='product="ones" differentiates the denoiser'):
         rectify(lambda z: torch.ones_like(z), x, reference, COEFFICIENTS, product="ones")
+
+
+def test_finite_difference_near_the_origin_in_one_dimension():
+    """A step of x's own size would be lost in rounding where x is nearly 0."""
+    x = torch.tensor([[-1.7e-16], [1e-9], [0.0], [0.5]], dtype=torch.float64)
+    coefficients = rectification_coefficients("epsilon", 0.6, 0.8)
+    reference = torch.full_like(x, 0.3)
+    denoiser = lambda z: torch.tanh(2 * z + 0.1)  # noqa: E731
+    directions = [
+        rectify(denoiser, x, reference, coefficients, product=product).direction
+        for product in ("jvp", "finite_difference")
+    ]
+    assert torch.allclose(*directions, rtol=1e-6)
