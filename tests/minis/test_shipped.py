@@ -15,7 +15,8 @@ from companion.minis.drawing import draw_captions, object_colours
 from companion.minis.scenes import COLOURS, SHAPES, labels, render, scene
 from companion.minis.shipping import WEIGHTS, ship
 
-TEXT_CONDITIONAL = ("mini-sd", "mini-sd-v")
+# At least this share of asked-for shapes: a little less than the cards say of many.
+TEXT_CONDITIONAL = {"mini-sd": 0.8, "mini-sd-v": 0.8, "mini-flow": 0.35}
 SEED = 12345  # neither a training seed nor the one that the cards were measured with
 
 
@@ -71,9 +72,9 @@ def test_text_conditional_minis_draw_what_captions_say(name):
     drawn = draw_captions(pipe, [s.caption for s in scenes], guidance_scale=4.0, num_inference_steps=15, seed=SEED)
     colours = torch.tensor([tuple(COLOURS).index(s.objects[0].colour) for s in scenes])
     judge = load_classifier()
-    assert recognised(drawn, labels(scenes), judge) >= 0.8
+    assert recognised(drawn, labels(scenes), judge) >= TEXT_CONDITIONAL[name]
     assert (object_colours(drawn) == colours).double().mean() >= 0.8
-    assert recognised(drawn, labels(scenes).roll(1), judge) < 0.4
+    assert recognised(drawn, labels(scenes).roll(1), judge) < 0.3
     assert (object_colours(drawn) == colours.roll(1)).double().mean() < 0.4
     pipe(["a zebra of no known colour, 2 moons and a very long tail indeed"], num_inference_steps=1)  # words unknown
 
@@ -82,7 +83,7 @@ def test_text_conditional_minis_draw_what_captions_say(name):
 def test_text_conditional_minis_are_small_and_whole(name):
     files = list((WEIGHTS / name).rglob("*.safetensors"))
     assert {file.parent.name for file in files} >= {"vae", "text_encoder"} and len(files) == 3
-    assert sum(file.stat().st_size for file in files) <= 11e6
+    assert sum(file.stat().st_size for file in files) <= 11.5e6
 
 
 def test_a_card_says_what_was_measured(tmp_path):
