@@ -32,6 +32,7 @@ from companion.pipelines.levels import NoiseLevel, check_scheduler, noise_level
 from companion.seeding import sample_generators, sample_seed
 
 _HOOK = "companion_rectified_guidance"
+_RESOLUTION = 0.01  # of a trained network's Rayleigh quotients: in the noise a share of them comes out negative
 _DIFFERENTIATED = ("ones", "diagonal", "vjp")
 
 SamplingProduct = Product | Literal["auto", "covariance"]
@@ -153,7 +154,9 @@ class Rectification:
             pulled = difference(denoiser, reference=reference, prediction=prediction).direction
             direction = prediction - reference
             beside = difference(reference_denoiser, reference=reference - direction, prediction=reference).direction
-            return Rectified(prediction, covariance_direction(direction, pulled, beside, max(weight, 0.0)))
+            return Rectified(
+                prediction, covariance_direction(direction, pulled, beside, max(weight, 0.0), resolution=_RESOLUTION)
+            )
         if config.product == "auto":
             assert prediction is not None
             return self._reuse.rectify(
