@@ -34,6 +34,10 @@ def ship(
     """
     target = folder / name
     model.to(torch.float16).save_pretrained(target)
+    for file in target.rglob("*.json"):  # where the model was loaded from is nobody else's business
+        settings = json.loads(file.read_text())
+        if isinstance(settings, dict) and settings.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(settings, indent=2) + "\n")
     weights = sum(file.stat().st_size for file in target.rglob("*.safetensors"))
     figures = {**figures, "size of the weights": f"{weights / 1e6:.1f} MB, float16"}
     rows = "\n".join(f"| {key} | {value} |" for key, value in figures.items())

@@ -95,3 +95,9 @@ def test_a_card_says_what_was_measured(tmp_path):
     size = sum(value.numel() * 2 for value in weights.values())
     assert f"| size of the weights | {size / 1e6:.1f} MB, float16 |" in card
     assert Path(folder) == tmp_path / "tiny"
+
+
+def test_shipped_settings_name_no_place():
+    """Diffusers writes where a model was loaded from into its settings; shipping takes that out."""
+    named = [str(file) for file in WEIGHTS.rglob("*.json") if "_name_or_path" in file.read_text()]
+    assert named == []
