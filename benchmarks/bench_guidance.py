@@ -11,7 +11,7 @@ import companion
 from companion.evaluation.memory import peak_memory
 from companion.pipelines.hook import RectifiedGuidanceConfig, rectified_guidance
 
-SIDES = ("none", "finite_difference", "ones", "vjp", "jvp", "diagonal")
+SIDES = ("none", "finite_difference", "auto", "covariance", "ones", "vjp", "jvp", "diagonal")
 IMAGES, STEPS, ROUNDS = 8, 50, 5
 
 
