@@ -13,7 +13,7 @@ from transformers import ResNetForImageClassification
 from companion.evaluation import runs, tables
 from companion.evaluation.recognition import draw_classes, recognised
 from companion.minis import classifier, recipes, text_conditional
-from companion.minis.drawing import draw_captions, object_colours
+from companion.minis.drawing import draw, object_colours
 from companion.minis.scenes import COLOURS, SHAPES, labels, render, scene
 from companion.minis.shipping import ship
 
@@ -167,7 +167,7 @@ def ship_text_conditional(name: str, pipe: DiffusionPipeline, record: dict, out:
     default = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
     figures = {}
     for scale in (1.0, default):
-        drawn = draw_captions(pipe, [s.caption for s in scenes], guidance_scale=scale)
+        drawn = draw(pipe, [s.caption for s in scenes], guidance_scale=scale)
         setting = f"500 captions of held-out scenes, 50 steps, guidance_scale {scale:g}"
         figures[f"asked-for shape recognised, {setting}"] = f"{100 * recognised(drawn, labels(scenes), judge):.1f} %"
         share = float((object_colours(drawn) == colours).double().mean())

@@ -7,8 +7,8 @@ from diffusers import DiTPipeline
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from companion.minis.drawing import draw
 from companion.pipelines.hook import RectifiedGuidanceConfig, rectified_guidance
-from companion.seeding import sample_generators
 
 Classifier = Callable[[Float[Tensor, "batch 3 height width"]], Float[Tensor, "batch classes"]]
 """Pictures in [-1, 1] -> logits."""
@@ -33,20 +33,15 @@ def draw_classes(
         guidance_scale: diffusers' s = 1 + w.
         config: how to rectify; None is everyday guidance.
     """
-    pictures = []
-    chosen = config or RectifiedGuidanceConfig(product="none")
-    with rectified_guidance(pipe, chosen):
-        for first in range(0, len(labels), batch_size):
-            batch = labels[first : first + batch_size].tolist()
-            images = pipe(
-                batch,
-                guidance_scale=guidance_scale,
-                num_inference_steps=num_inference_steps,
-                generator=sample_generators(seed, range(first, first + len(batch))),
-                output_type="pt",
-            ).images
-            pictures.append(torch.as_tensor(images) * 2 - 1)
-    return torch.cat(pictures)
+    with rectified_guidance(pipe, config or RectifiedGuidanceConfig(product="none")):
+        return draw(
+            pipe,
+            labels.tolist(),
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            seed=seed,
+            batch_size=batch_size,
+        )
 
 
 @torch.no_grad()

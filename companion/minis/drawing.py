@@ -1,4 +1,4 @@
-"""Pictures of captions, and which colour the object in a picture has."""
+"""Pictures of captions or classes, and which colour the object in a picture has."""
 
 from collections.abc import Sequence
 
@@ -12,19 +12,19 @@ from companion.seeding import sample_generators
 
 
 @torch.no_grad()
-def draw_captions(
+def draw(
     pipe: DiffusionPipeline,
-    captions: Sequence[str],
+    conditions: Sequence[str] | Sequence[int],
     *,
     guidance_scale: float,
     num_inference_steps: int = 50,
     seed: int = 0,
     batch_size: int = 50,
 ) -> Float[Tensor, "samples 3 height width"]:
-    """Pictures in [-1, 1] of the captions; sample i draws from the generator (seed, i)."""
+    """Pictures in [-1, 1] of the captions or classes; sample i draws from the generator (seed, i)."""
     pictures = []
-    for first in range(0, len(captions), batch_size):
-        batch = list(captions[first : first + batch_size])
+    for first in range(0, len(conditions), batch_size):
+        batch = list(conditions[first : first + batch_size])
         images = pipe(
             batch,
             guidance_scale=guidance_scale,

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from companion.guidance import weights
 from companion.guidance.rectification import Denoiser
 from companion.guidance.weights import GuidanceWeight
+from companion.pipelines.anatomy import SAMPLE_NAMES
 from companion.pipelines.hook import Rectification, RectifiedGuidanceConfig, SamplingProduct
 from companion.pipelines.levels import NoiseLevel, check_scheduler, noise_level
 
@@ -51,7 +52,6 @@ _REFUSED_GUIDERS = {
 }
 _REMEDY = "set guider.scheduler = pipe.scheduler"
 _WEIGHTS = ("ConstantWeight", "LinearWeight", "PowerCosineWeight", "IntervalWeight")
-_SAMPLE_NAMES = ("sample", "hidden_states", "x")
 _CONTROL_NAMES = (
     "down_block_additional_residuals",
     "mid_block_additional_residual",
@@ -415,9 +415,9 @@ def _as_function(call: _Call, prediction: Tensor) -> tuple[Denoiser, Tensor]:
             f"{name} is given timesteps that differ within a sample or batch (conditioning frames, for example); K "
             'is known at one noise level only; use product="none"'
         )
-    key = next((key for key in _SAMPLE_NAMES if key in call.kwargs), "")
+    key = next((key for key in SAMPLE_NAMES if key in call.kwargs), "")
     if not call.args and not key:
-        raise ValueError(f"{name} is given none of the arguments {', '.join(_SAMPLE_NAMES)}: its latents are not known")
+        raise ValueError(f"{name} is given none of the arguments {', '.join(SAMPLE_NAMES)}: its latents are not known")
     sample = call.args[0] if call.args else call.kwargs[key]
     shape, tokens = prediction.shape, prediction.shape[1]
     part, sign = _relation(_stacked(_first(call.output)), prediction, name)

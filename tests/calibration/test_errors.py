@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from companion.calibration import (
+from companion.calibration.errors import (
     binned_calibration_error,
     calibration,
-    reliability,
     smooth_calibration_error,
     smooth_calibration_error_at,
 )
+from companion.calibration.reliability import reliability
 
 
 def outcomes(confidence: torch.Tensor, truth: torch.Tensor, seed: int = 0) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from companion.calibration import FineTuned, FineTuning, fine_tune, held_out_logits, noised
+from companion.calibration.finetuning import FineTuned, FineTuning, fine_tune, held_out_logits, noised
 from companion.minis.training import TrainingConfig
 
 TRAINING = TrainingConfig(steps=60, batch_size=64, learning_rate=0.3, warmup=1, ema_decay=0.0, checkpoint_seconds=0.0)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import brentq, minimize_scalar
 
-from companion.calibration import calibrated_cross_entropy, confidence_and_correctness, smooth_calibration_loss
+from companion.calibration.loss import calibrated_cross_entropy, confidence_and_correctness, smooth_calibration_loss
 
 
 def draw(seed: int, samples: int = 30, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:

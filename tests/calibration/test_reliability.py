@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from companion.calibration import draw_reliability, reliability
+from companion.calibration.reliability import draw_reliability, reliability
 
 CONFIDENCE = torch.tensor([0.1, 0.2, 0.55, 0.6, 0.65, 1.0], dtype=torch.float64)
 CORRECT = torch.tensor([False, True, True, True, False, True])

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from companion.calibration import replace_relu, restore_relu, smooth_activations
+from companion.calibration.smooth_activations import replace_relu, restore_relu, smooth_activations
 
 
 def small_resnet() -> ResNetForImageClassification:

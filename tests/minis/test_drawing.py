@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from companion.minis.drawing import draw_captions, object_colours
+from companion.minis.drawing import draw, object_colours
 from companion.minis.scenes import COLOURS, render, scene
 
 
@@ -27,7 +27,7 @@ def test_a_sample_does_not_depend_on_its_batch():
 
     captions = ["a", "bb", "ccc"]
     settings = {"guidance_scale": 3.0, "num_inference_steps": 7, "seed": 4}
-    whole = draw_captions(Pipeline(), captions, **settings)
-    parts = draw_captions(Pipeline(), captions, **settings, batch_size=1)
+    whole = draw(Pipeline(), captions, **settings)
+    parts = draw(Pipeline(), captions, **settings, batch_size=1)
     assert whole.shape == (3, 3, 2, 2) and torch.equal(whole, parts)
     assert -1 <= whole.min() < -0.5

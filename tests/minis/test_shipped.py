@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import companion
 from companion.evaluation.recognition import draw_classes, recognised
 from companion.minis.classifier import load_classifier
-from companion.minis.drawing import draw_captions, object_colours
+from companion.minis.drawing import draw, object_colours
 from companion.minis.scenes import COLOURS, SHAPES, labels, render, scene
 from companion.minis.shipping import WEIGHTS, ship
 
@@ -69,7 +69,7 @@ def test_text_conditional_minis_draw_what_captions_say(name):
     pipe.set_progress_bar_config(disable=True)
     assert type(pipe).__module__.startswith("diffusers.pipelines.")
     scenes = [scene(SEED, i, 1) for i in range(20)]
-    drawn = draw_captions(pipe, [s.caption for s in scenes], guidance_scale=4.0, num_inference_steps=15, seed=SEED)
+    drawn = draw(pipe, [s.caption for s in scenes], guidance_scale=4.0, num_inference_steps=15, seed=SEED)
     colours = torch.tensor([tuple(COLOURS).index(s.objects[0].colour) for s in scenes])
     judge = load_classifier()
     assert recognised(drawn, labels(scenes), judge) >= TEXT_CONDITIONAL[name]
