@@ -3,6 +3,7 @@ and a model card.
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,15 @@ class Saveable(Protocol):
     def save_pretrained(self, folder: Path) -> Any: ...
 
 
+def _leave_out_shared_autoencoder(target: Path) -> None:
+    """All models in latents share one autoencoder: shipped beside them once, and put in when they are loaded."""
+    ours, shared = (
+        folder / "diffusion_pytorch_model.safetensors" for folder in (target / "vae", WEIGHTS / "autoencoder")
+    )
+    if ours.is_file() and ours.read_bytes() == shared.read_bytes():
+        shutil.rmtree(target / "vae")
+
+
 def ship(
     model: Saveable, name: str, text: str, record: Mapping[str, Any], figures: Mapping[str, Any], folder: Path = WEIGHTS
 ) -> Path:
@@ -34,6 +44,7 @@ def ship(
     """
     target = folder / name
     model.to(torch.float16).save_pretrained(target)
+    _leave_out_shared_autoencoder(target)
     for file in target.rglob("*.json"):  # where the model was loaded from is nobody else's business
         settings = json.loads(file.read_text())
         if isinstance(settings, dict) and settings.pop("_name_or_path", None) is not None:

@@ -8,6 +8,7 @@ would.
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 Loss = Callable[[int], Tensor]
+
+_in_block = re.compile(r"^(?!.*embedding).*(block|\.(enc|dec)\.)")  # by the names of diffusers and of EDM2
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ def _optimisers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Op
     matrices = [
         parameter
         for name, parameter in model.named_parameters()
-        if config.optimiser == "muon" and parameter.ndim in (2, 4) and "block" in name and "embedding" not in name
+        if config.optimiser == "muon" and parameter.ndim in (2, 4) and _in_block.search(name)
     ]
     chosen = {id(parameter) for parameter in matrices}
     others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]

@@ -27,6 +27,7 @@ from companion.pipelines.levels import NoiseLevel
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Interval = tuple[float, float]
+Reference = Literal["guide", "null_label"]
 
 # EDM2's constants for ImageNet-512 in stabilityai/sd-vae-ft-mse, which it feeds with pixels from 0 to 1.
 LATENT_MEAN = (5.81, 3.25, 0.12, -2.15)
@@ -50,6 +51,9 @@ class EDM2Pipeline(DiffusionPipeline):
         null_labels: `unet` was trained with label dropout, and without a `guide` its zero label is the reference.
         latent_mean, latent_std: of the autoencoder's raw latents, one number per channel, which the network sees at
             mean 0 and standard deviation `unet.config.sigma_data`; None is `LATENT_MEAN` and `LATENT_STD`.
+        signed_pixels: `vae` decodes to pixels from -1 to 1, as diffusers' pipelines take it; EDM2 feeds its own with
+            pixels from 0 to 1.
+        class_names: of the classes in order, for people; None leaves them numbers.
     """
 
     model_cpu_offload_seq = "guide->unet->vae"
@@ -64,6 +68,8 @@ class EDM2Pipeline(DiffusionPipeline):
         null_labels: bool = False,
         latent_mean: list[float] | None = None,
         latent_std: list[float] | None = None,
+        signed_pixels: bool = False,
+        class_names: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, guide=guide, vae=vae)
@@ -71,9 +77,16 @@ class EDM2Pipeline(DiffusionPipeline):
             null_labels=null_labels,
             latent_mean=list(LATENT_MEAN if latent_mean is None else latent_mean),
             latent_std=list(LATENT_STD if latent_std is None else latent_std),
+            signed_pixels=signed_pixels,
+            class_names=None if class_names is None else list(class_names),
         )
         self._rectification: Rectification | None = None
         self._on_step: OnStep | None = None
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class name -> number, as `DiTPipeline.labels`; empty where the classes have no names."""
+        return {name: number for number, name in enumerate(self.config.class_names or ())}
 
     @torch.no_grad()
     def __call__(
@@ -83,6 +96,7 @@ class EDM2Pipeline(DiffusionPipeline):
         num_inference_steps: int = 32,
         guidance_scale: float = 1.0,
         guidance_interval: Interval | None = None,
+        guidance_reference: Reference | None = None,
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
         rho: float = 7.0,
@@ -105,6 +119,8 @@ class EDM2Pipeline(DiffusionPipeline):
             guidance_scale: s of `D_reference + s (D - D_reference)`, the paper's "guidance"; 1 evaluates no reference.
             guidance_interval: the σ, ends included, between which there is guidance (Kynkäänniemi et al. 2024); each
                 evaluation goes by its own σ. None is everywhere.
+            guidance_reference: "guide", autoguidance or EDM2's guidance; "null_label", classifier-free guidance by
+                `unet` itself; None is the guide if the pipeline has one, else the null label.
             sigma_min, sigma_max, rho: the noise levels (see `karras_levels`).
             s_churn, s_min, s_max, s_noise: of the stochastic sampler (see `Churn`); 0 is the deterministic one.
             batch_size: number of pictures from an unconditional network.
@@ -120,7 +136,8 @@ class EDM2Pipeline(DiffusionPipeline):
             ValueError: an argument is out of its range, or asks for a reference or a decoder that is not there.
         """
         labels, batch = self._check_labels(class_labels, batch_size)
-        self._check_guidance(guidance_scale, guidance_interval)
+        guide = self._guide_of(guidance_scale, guidance_reference)
+        self._check_interval(guidance_interval)
         levels = karras_levels(num_inference_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
         churn = Churn(s_churn, s_min, s_max, s_noise)
         self._check_output_type(output_type)
@@ -149,7 +166,14 @@ class EDM2Pipeline(DiffusionPipeline):
             nonlocal index
             index += 1
             return self._guided_denoise(
-                x, sigma, labels, scale=guidance_scale, interval=guidance_interval, index=index, total=total
+                x,
+                sigma,
+                labels,
+                guide=guide,
+                scale=guidance_scale,
+                interval=guidance_interval,
+                index=index,
+                total=total,
             )
 
         with self.progress_bar(total=num_inference_steps) as progress_bar:
@@ -162,7 +186,9 @@ class EDM2Pipeline(DiffusionPipeline):
 
             x = latents.to(device=device, dtype=dtype) * sigma_max
             x = heun(denoise, x, levels, churn=churn, noise_like=noise_like, after_step=after_step)
-        images = x if output_type == "latent" else self._decode(x, output_type)
+        images = x
+        if output_type != "latent":
+            images = VaeImageProcessor(do_normalize=False).postprocess(self.decode(x), output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -172,6 +198,7 @@ class EDM2Pipeline(DiffusionPipeline):
         sigma: float,
         labels: Int[Tensor, " batch"] | None,
         *,
+        guide: Any,
         scale: float,
         interval: Interval | None,
         index: int,
@@ -180,18 +207,17 @@ class EDM2Pipeline(DiffusionPipeline):
         """D of one evaluation, guided: all guidance of this pipeline, everyday and rectified, is here.
 
         `D + (scale - 1) weight product(K, D - D_reference)`, K = ∂D/∂x (x_0-prediction at α = 1); everyday guidance is
-        the product "none" with weight 1. Where the weight is 0, the conditional network alone is evaluated. The
-        rectification's own guide, if it has one, is the reference.
+        the product "none" with weight 1. Where the weight is 0, the conditional network alone is evaluated.
 
         Args:
             x: the state at `sigma`.
             labels: None for an unconditional network.
+            guide: the reference network; None is the null label.
             scale, interval: the call's `guidance_scale` and `guidance_interval`.
             index, total: number of this evaluation, from 0, and of all.
         """
         rectification = self._rectification or Rectification(_EVERYDAY)
         config = rectification.config
-        guide = self.guide if config.guide is None else config.guide
         level = NoiseLevel(1.0, sigma, "sample")
         inside = interval is None or interval[0] <= sigma <= interval[1]
         weight = config.weight_at(index / max(1, total - 1), sigma) if scale != 1 and inside else 0.0
@@ -236,10 +262,10 @@ class EDM2Pipeline(DiffusionPipeline):
         noise = sigma / math.hypot(sigma, self.unet.config.sigma_data)
         return min(torch.finfo(self.unet.dtype).eps ** 0.5, noise)
 
-    def _decode(self, x: Float[Tensor, "batch channels height width"], output_type: OutputType) -> Any:
-        """Pictures from what the sampler ended with: EDM2's decoder takes latents to pixels from 0 to 1."""
+    def decode(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch 3 height width"]:
+        """Pixels from 0 to 1 of what the sampler ends with, or of an estimate of it."""
         if self.vae is None:
-            pixels = x / 2 + 0.5
+            pixels, signed = x, True
         else:
             mean, std = (
                 torch.tensor(values, dtype=x.dtype, device=x.device).view(-1, 1, 1)
@@ -247,7 +273,8 @@ class EDM2Pipeline(DiffusionPipeline):
             )
             raw = x * (std / self.unet.config.sigma_data) + mean
             pixels = self.vae.decode(raw.to(self.vae.dtype), return_dict=False)[0]
-        return VaeImageProcessor(do_normalize=False).postprocess(pixels.clamp(0, 1), output_type=output_type)
+            signed = self.config.signed_pixels
+        return (pixels / 2 + 0.5 if signed else pixels).clamp(0, 1)
 
     def _set_rectification(self, config: RectifiedGuidanceConfig | None, on_step: OnStep | None = None) -> None:
         """What `apply_rectified_guidance` does to this pipeline: every guided call is rectified from now on.
@@ -288,15 +315,28 @@ class EDM2Pipeline(DiffusionPipeline):
             raise ValueError(f"class_labels must be from 0 to {classes - 1}, got {int(wrong[0])}")
         return labels.long(), len(labels)
 
-    def _check_guidance(self, scale: float, interval: Interval | None) -> None:
+    def _guide_of(self, scale: float, reference: Reference | None) -> Any:
+        """The reference network, None for the null label; a rectification's own guide comes first."""
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise ValueError(f"guidance_scale must be a finite number, got {scale!r}")
+        if reference not in (None, *get_args(Reference)):
+            raise ValueError(
+                f"guidance_reference must be one of {', '.join(get_args(Reference))}, or None, got {reference!r}"
+            )
         borrowed = None if self._rectification is None else self._rectification.config.guide
-        if scale != 1 and self.guide is None and borrowed is None and not self.config.null_labels:
+        guide = self.guide if borrowed is None else borrowed
+        if reference == "guide" and guide is None:
+            raise ValueError('guidance_reference "guide" needs a pipeline with a guide network, and this one has none')
+        if reference == "null_label":
+            guide = None
+        if scale != 1 and guide is None and not self.config.null_labels:
             raise ValueError(
                 f"guidance_scale must be 1 without a reference, got {scale}; give the pipeline a guide network, or "
                 "null_labels=True if its network was trained with label dropout"
             )
+        return guide
+
+    def _check_interval(self, interval: Interval | None) -> None:
         if interval is not None and (len(interval) != 2 or not interval[0] <= interval[1]):
             raise ValueError(f"guidance_interval must be (low, high), low <= high, in units of σ, got {interval!r}")
 

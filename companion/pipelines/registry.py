@@ -1,11 +1,13 @@
 """Models by name: the embedded ones, the paper's, local folders in diffusers' format, and names on the model hub."""
 
+import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 
 from companion.pipelines.paper_models import PAPER_MODELS, PaperModel
 
@@ -45,11 +47,39 @@ def load(
         return _paper_model(PAPER_MODELS[str(name)], target, dtype)
     source = _folder_of(str(name))
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype or torch.float32)
+        shared = _shared_parts(Path(source), dtype or torch.float32)
+        pipe = _pipeline_class(Path(source)).from_pretrained(source, dtype=dtype or torch.float32, **shared)
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"model {str(name)!r} cannot be loaded as a diffusers pipeline: {reason}") from error
     return pipe.to(target)
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """What a local folder's pipeline is made of; nothing for a hub name."""
+    file = folder / "model_index.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _pipeline_class(folder: Path) -> type[DiffusionPipeline]:
+    """This package's own pipelines, which diffusers cannot find by name; for all others it knows best."""
+    name = _index(folder).get("_class_name")
+    if name == "EDM2Pipeline":
+        from companion.pipelines.edm2 import EDM2Pipeline
+
+        return EDM2Pipeline
+    if name == "ADMPipeline":
+        from companion.pipelines.adm import ADMPipeline
+
+        return ADMPipeline
+    return DiffusionPipeline
+
+
+def _shared_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The autoencoder, which is shipped once for all embedded models that work in its latents."""
+    if folder.parent != WEIGHTS or "vae" not in _index(folder) or (folder / "vae").is_dir():
+        return {}
+    return {"vae": AutoencoderKL.from_pretrained(WEIGHTS / "autoencoder", dtype=dtype).eval()}
 
 
 def _paper_model(model: PaperModel, device: torch.device, dtype: torch.dtype | None) -> DiffusionPipeline:

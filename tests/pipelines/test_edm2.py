@@ -169,6 +169,16 @@ def test_a_network_with_label_dropout_is_its_own_reference():
     assert torch.allclose(draw(pipe), by_hand(pipe, lambda x, sigma: pipe.unet(x, sigma).sample), atol=1e-10)
 
 
+def test_the_reference_can_be_chosen():
+    pipe = tiny_edm2(null_labels=True)
+    assert torch.equal(draw(pipe), draw(pipe, guidance_reference="guide"))
+    by_label = draw(pipe, guidance_reference="null_label")
+    assert torch.allclose(by_label, by_hand(pipe, lambda x, sigma: pipe.unet(x, sigma).sample), atol=1e-10)
+    config = RectifiedGuidanceConfig(product="none", guide=tiny_unet(2, model_channels=8))
+    assert torch.equal(rectified(pipe, config, guidance_reference="null_label"), by_label)
+    assert not torch.equal(draw(pipe), by_label)
+
+
 def test_outside_the_interval_only_the_conditional_network_is_evaluated():
     pipe, asked = tiny_edm2(), {"unet": [], "guide": []}
     for name, seen in asked.items():
@@ -305,6 +315,10 @@ def test_output_types():
     raw = torch.stack([latent[:, i] * 2 * 2.0 ** (i - 1) + i + 1 for i in range(4)], dim=1)
     with torch.no_grad():
         assert torch.allclose(flat, vae.decode(raw).sample.clamp(0, 1), atol=1e-5)
+    signed = tiny_edm2(torch.float32, vae=vae, signed_pixels=True, latent_mean=[0.0] * 4, latent_std=[0.5] * 4)
+    latent, flat = run(signed, LABELS, "latent"), run(signed, LABELS, "pt")
+    with torch.no_grad():
+        assert torch.allclose(flat, (vae.decode(latent).sample / 2 + 0.5).clamp(0, 1), atol=1e-5)
     [tuple_out] = pipe(LABELS, num_inference_steps=1, output_type="pt", return_dict=False)
     assert tuple_out.shape == flat.shape
 
@@ -320,7 +334,11 @@ def test_saved_and_loaded_again(tmp_path):
     alone = tiny_edm2(torch.float32, guide=False)
     alone.save_pretrained(tmp_path / "alone")
     loaded = EDM2Pipeline.from_pretrained(tmp_path / "alone")
-    assert loaded.guide is None and loaded.vae is None
+    assert loaded.guide is None and loaded.vae is None and loaded.labels == {}
+    named = EDM2Pipeline(tiny_unet(0, torch.float32), class_names=[f"class {i}" for i in range(10)])
+    named.save_pretrained(tmp_path / "named")
+    for loaded in (EDM2Pipeline.from_pretrained(tmp_path / "named"), companion.load(tmp_path / "named")):
+        assert isinstance(loaded, EDM2Pipeline) and loaded.labels["class 7"] == 7
 
 
 @pytest.mark.parametrize(
@@ -337,6 +355,8 @@ def test_saved_and_loaded_again(tmp_path):
         ({"s_churn": -1.0}, "s_churn must be 0 or larger, got -1.0"),
         ({"guidance_scale": math.nan}, "guidance_scale must be a finite number, got nan"),
         ({"guidance_interval": (2.9, 0.28)}, r"guidance_interval must be \(low, high\), low <= high"),
+        ({"guidance_reference": "unet"}, "guidance_reference must be one of guide, null_label, or None, got 'unet'"),
+        ({"guidance_reference": "null_label"}, "guidance_scale must be 1 without a reference, got"),
         ({"guidance_interval": (1.0,)}, r"guidance_interval must be \(low, high\), low <= high"),
         ({"generator": companion.sample_generators(0, range(3))}, "or a list of 2, one per picture, got 3"),
         ({"latents": torch.zeros(2, 4, 4, 4)}, r"latents must be of shape \(2, 4, 8, 8\), got \(2, 4, 4, 4\)"),
