@@ -12,10 +12,12 @@ from transformers import ResNetForImageClassification
 
 from companion.evaluation import runs, tables
 from companion.evaluation.recognition import draw_classes, recognised
-from companion.minis import classifier, recipes, text_conditional
+from companion.minis import classifier, edm2, recipes, text_conditional
 from companion.minis.drawing import draw, object_colours
 from companion.minis.scenes import COLOURS, SHAPES, labels, render, scene
 from companion.minis.shipping import ship
+from companion.pipelines.edm2 import EDM2Pipeline
+from companion.pipelines.edm2_network import EDM2UNet
 
 HELD_OUT_SEED = 99  # scenes that no model has learned from
 
@@ -81,11 +83,26 @@ def _flow(folder: Path, out: Path) -> Path:
     return ship_text_conditional("mini-flow", *text_conditional.train_flow(folder, _trained_autoencoder(out)), out)
 
 
+def _edm2(folder: Path, out: Path) -> Path:
+    """Both networks: the guide's run lies beside the network's."""
+    autoencoder = _trained_autoencoder(out)
+    networks, records = [], []
+    for settings, config, run in (
+        (edm2.MINI_EDM2, edm2.TRAINING, folder),
+        (edm2.MINI_EDM2_GUIDE, edm2.GUIDE_TRAINING, folder.with_name(f"{folder.name}-guide")),
+    ):
+        torch.manual_seed(config.seed)
+        networks.append(EDM2UNet(**settings))
+        records.append(edm2.train_edm2(run, networks[-1], autoencoder, config))
+    return ship_edm2(networks[0], networks[1], autoencoder, records[0], records[1], out)
+
+
 _PARTS = ("autoencoder", "scene-classifier")
 _MODELS: dict[str, tuple[tuple[str, ...], Callable[[Path, Path], Path]]] = {  # what each needs, how it is made
     "autoencoder": ((), _autoencoder),
     "scene-classifier": ((), _classifier),
     "mini-dit": (_PARTS, _dit),
+    "mini-edm2": (_PARTS, _edm2),
     "mini-sd": (_PARTS, _sd),
     "mini-sd-v": ((*_PARTS, "mini-sd"), _sd_v),
     "mini-flow": (_PARTS, _flow),
@@ -127,20 +144,58 @@ def ship_classifier(network: ResNetForImageClassification, record: dict, out: Pa
 
 def ship_dit(pipe: DiTPipeline, record: dict, out: Path) -> Path:
     """Measure mini-dit by the shipped classifier and write its folder."""
-    judge = classifier.load_classifier(folder=out / "scene-classifier")
-    asked = torch.arange(500) % len(SHAPES)
-    figures = {}
-    for scale in (1.0, 4.0):
-        share = recognised(draw_classes(pipe, asked, guidance_scale=scale), asked, judge)
-        figures[f"asked-for class recognised, 500 samples, 50 DDIM steps, guidance_scale {scale:g}"] = (
-            f"{100 * share:.1f} %"
-        )
+    figures = {f"{_ASKED}, 50 DDIM steps, guidance_scale {s:g}": _recognised(pipe, s, 50, out) for s in (1.0, 4.0)}
     text = (
         "Class-conditional diffusion transformer (DiT) on the latents of single-object scenes; ε-prediction,\n"
         f"an unmodified `DiTPipeline`. Classes 0 to 9: {', '.join(SHAPES)}.\n\n"
         '```python\npipe = companion.load("mini-dit")\nimages = pipe([3, 7], guidance_scale=4.0).images\n```'
     )
     return ship(pipe, "mini-dit", text, record, figures, out)
+
+
+def ship_edm2(
+    unet: EDM2UNet, guide: EDM2UNet, autoencoder: AutoencoderKL, record: dict, guide_record: dict, out: Path
+) -> Path:
+    """Measure mini-edm2 without guidance, by its null label and by its guide, and write the folder of all three."""
+    autoencoder.register_to_config(scaling_factor=1.0)  # its latents have unit variance already
+    settings = {
+        "vae": autoencoder,
+        "null_labels": True,
+        "latent_mean": [0.0] * 4,
+        "latent_std": [1.0] * 4,
+        "signed_pixels": True,
+        "class_names": list(SHAPES),
+    }
+    pipe = EDM2Pipeline(unet.eval().fold_weights(), guide.eval().fold_weights(), **settings)
+    null_label = EDM2Pipeline(unet, None, **settings)
+    figures = {
+        f"{_ASKED}, 18 Heun steps, {guidance}": _recognised(measured, scale, 18, out)
+        for guidance, measured, scale in (
+            ("no guidance", pipe, 1.0),
+            ("classifier-free guidance (null label), guidance_scale 4", null_label, 4.0),
+            ("autoguidance, guidance_scale 3", pipe, 3.0),
+        )
+    }
+    figures["the guide alone, no guidance"] = _recognised(EDM2Pipeline(guide, None, **settings), 1.0, 18, out)
+    text = (
+        "EDM2's magnitude-preserving U-Net with EDM's preconditioning (x_0-prediction) on the latents of\n"
+        "single-object scenes, trained with label dropout, and a smaller, less trained one as its guide;\n"
+        f"`EDM2Pipeline`, 2nd-order Heun. Classes 0 to 9: {', '.join(SHAPES)}.\n\n"
+        '```python\npipe = companion.load("mini-edm2")\n'
+        "images = pipe([3, 7], guidance_scale=3.0, num_inference_steps=18).images  # autoguidance\n"
+        'images = pipe([3, 7], guidance_scale=4.0, guidance_reference="null_label", num_inference_steps=18).images\n```'
+    )
+    return ship(pipe, "mini-edm2", text, {**record, "guide": guide_record}, figures, out)
+
+
+_ASKED = "asked-for class recognised, 500 samples"
+
+
+def _recognised(pipe: DiffusionPipeline, scale: float, steps: int, out: Path) -> str:
+    asked = torch.arange(500) % len(SHAPES)
+    drawn = draw_classes(pipe, asked, guidance_scale=scale, num_inference_steps=steps)
+    share = recognised(drawn, asked, classifier.load_classifier(folder=out / "scene-classifier"))
+    return f"{100 * share:.1f} %"
 
 
 _TEXTS = {

@@ -5,7 +5,7 @@ import pytest
 from companion.__main__ import main
 
 
-@pytest.mark.parametrize("name", ["mini-dit", "mini-sd", "mini-sd-v", "mini-flow"])
+@pytest.mark.parametrize("name", ["mini-dit", "mini-edm2", "mini-sd", "mini-sd-v", "mini-flow"])
 def test_training_a_mini_needs_its_parts(tmp_path, capsys, name):
     assert main(["train", name, "--runs", str(tmp_path)]) == 2
     message = capsys.readouterr().err

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from diffusers import DiTPipeline
+from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -16,7 +16,7 @@ Classifier = Callable[[Float[Tensor, "batch 3 height width"]], Float[Tensor, "ba
 
 @torch.no_grad()
 def draw_classes(
-    pipe: DiTPipeline,
+    pipe: DiffusionPipeline,
     labels: Int[Tensor, " samples"],
     *,
     guidance_scale: float = 4.0,

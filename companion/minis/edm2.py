@@ -37,11 +37,15 @@ MINI_EDM2_GUIDE: Mapping[str, Any] = {**_NETWORK, "model_channels": 16, "channel
 """Of the smaller, less trained one that autoguidance moves away from: 0.5 M parameters."""
 
 
+TRAINING = TrainingConfig(steps=5000, batch_size=64, learning_rate=6e-3, ema_decay=0.998, optimiser="muon")
+GUIDE_TRAINING = TrainingConfig(steps=500, batch_size=64, learning_rate=6e-3, ema_decay=0.998, optimiser="muon")
+
+
 def train_edm2(
     folder: Path,
     network: nn.Module,
     autoencoder: AutoencoderKL,
-    config: TrainingConfig,
+    config: TrainingConfig = TRAINING,
     *,
     scenes: int = 80_000,
     dropped: float = 0.1,
@@ -68,7 +72,7 @@ def train_edm2(
     def loss(step: int) -> Tensor:
         with torch.no_grad():
             for matrix in matrices:
-                matrix /= torch.linalg.vector_norm(matrix, dim=tuple(range(1, matrix.ndim)), keepdim=True)
+                matrix.div_(torch.linalg.vector_norm(matrix, dim=tuple(range(1, matrix.ndim)), keepdim=True))
         generator = torch.Generator().manual_seed(sample_seed(config.seed, step))
         chosen = torch.randint(len(latents), (config.batch_size,), generator=generator)
         clean = SIGMA_DATA * latents[chosen].float()
