@@ -587,9 +587,11 @@ def _class_options(pipe: DiffusionPipeline) -> dict[str, Any]:
 
 
 def _scheduler_options(pipe: DiffusionPipeline) -> dict[str, Any]:
+    names = scheduler_names(pipe)  # none: the pipeline has a sampler of its own
     return {
-        "choices": [(name, key) for key, name in scheduler_names(pipe).items()],
-        "value": type(pipe.scheduler).__name__,
+        "choices": [(name, key) for key, name in names.items()],
+        "value": next(iter(names), None),
+        "visible": bool(names),
     }
 
 

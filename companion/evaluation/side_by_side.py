@@ -27,9 +27,11 @@ from torch import Tensor
 from companion.evaluation.memory import peak_memory
 from companion.guidance.weights import GuidanceWeight
 from companion.minis.scenes import SHAPES, SIZE
+from companion.pipelines.edm2 import EDM2Pipeline
 from companion.pipelines.hook import (
     GuidanceStep,
     RectifiedGuidanceConfig,
+    RectifiesItself,
     SamplingProduct,
     check_pipeline,
     check_sampling_product,
@@ -63,7 +65,12 @@ def takes_prompts(pipe: DiffusionPipeline) -> bool:
 
 
 def scheduler_names(pipe: DiffusionPipeline) -> dict[str, str]:
-    """The schedulers that make sense for the pipeline, its own one first: diffusers' name -> people's name."""
+    """The schedulers that make sense for the pipeline, its own one first: diffusers' name -> people's name.
+
+    None for a pipeline with a sampler of its own.
+    """
+    if isinstance(pipe, RectifiesItself):
+        return {}
     own = type(pipe.scheduler).__name__
     if own in _FLOW:
         return dict(_FLOW)
@@ -78,7 +85,11 @@ def class_names(pipe: DiffusionPipeline) -> dict[int, str]:
     names: dict[int, str] = {}
     for name, number in pipe.labels.items():
         names.setdefault(number, name)
-    return dict(sorted(names.items())) or {i: str(i) for i in range(pipe.transformer.config.num_embeds_ada_norm)}
+    if names:
+        return dict(sorted(names.items()))
+    if isinstance(pipe, RectifiesItself):
+        return {i: str(i) for i in range(pipe.unet.config.num_classes)}  # type: ignore[attr-defined]
+    return {i: str(i) for i in range(pipe.transformer.config.num_embeds_ada_norm)}
 
 
 def class_number(pipe: DiffusionPipeline, name: str | int) -> int:
@@ -150,6 +161,12 @@ def check_settings(pipe: DiffusionPipeline, settings: Settings) -> None:
         else:
             class_number(pipe, condition)
     names = scheduler_names(pipe)
+    if not names:
+        if settings.scheduler is not None:
+            raise ValueError(
+                f"scheduler must be left out: {type(pipe).__name__} has a sampler of its own, got {settings.scheduler}"
+            )
+        return
     if settings.scheduler is not None and settings.scheduler not in names:
         raise ValueError(f"scheduler must be one of {', '.join(names)}, got {settings.scheduler!r}")
     scheduler = _scheduler(pipe, settings.scheduler or type(pipe.scheduler).__name__, fresh=True)
@@ -249,8 +266,9 @@ def compare(
     """
     check_settings(pipe, settings)
     state = SideBySide()
-    own_scheduler, own_bar = pipe.scheduler, getattr(pipe, "_progress_bar_config", None)
-    pipe.scheduler = _scheduler(pipe, settings.scheduler)
+    own_scheduler, own_bar = getattr(pipe, "scheduler", None), getattr(pipe, "_progress_bar_config", None)
+    if own_scheduler is not None:
+        pipe.scheduler = _scheduler(pipe, settings.scheduler)
     pipe.set_progress_bar_config(disable=True)
     try:
         products: dict[SideName, SamplingProduct] = {"without": "none", "with_reg": settings.product}
@@ -268,7 +286,8 @@ def compare(
             if on_progress is not None:
                 on_progress(state)
     finally:
-        pipe.scheduler = own_scheduler
+        if own_scheduler is not None:
+            pipe.scheduler = own_scheduler
         if own_bar is None:
             del pipe._progress_bar_config
         else:
@@ -416,9 +435,12 @@ def _now(device: torch.device) -> float:
 
 def _preview(pipe: DiffusionPipeline, latents: Float[Tensor, "batch channels h w"]) -> tuple[Image.Image, ...]:
     """Latents as pictures, the way pipelines decode their last ones."""
-    centre = pipe.vae.config.get("shift_factor") or 0.0
-    decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor + centre).sample
-    pixels = (decoded.float() / 2 + 0.5).nan_to_num().clamp(0, 1).mul(255).round().byte()
+    if isinstance(pipe, EDM2Pipeline):
+        decoded = pipe.decode(latents)
+    else:
+        centre = pipe.vae.config.get("shift_factor") or 0.0
+        decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor + centre).sample / 2 + 0.5
+    pixels = decoded.float().nan_to_num().clamp(0, 1).mul(255).round().byte()
     return tuple(Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy())
 
 

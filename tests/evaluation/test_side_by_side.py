@@ -23,6 +23,8 @@ from companion.evaluation.side_by_side import (
 )
 from companion.guidance.weights import LinearWeight
 from companion.minis.scenes import SHAPES
+from companion.pipelines.edm2 import EDM2Pipeline
+from companion.pipelines.edm2_network import EDM2UNet
 from companion.pipelines.hook import RectifiedGuidanceConfig, rectified_guidance
 from companion.seeding import sample_generators
 from tests.evaluation.scene_pipelines import captioned_sd, scene_dit
@@ -60,6 +62,26 @@ def test_sides_are_the_pictures_of_plain_calls(pipe):
     with rectified_guidance(pipe, RectifiedGuidanceConfig()):
         np.testing.assert_array_equal(pixels(made.with_reg.side.images), plain_call(pipe, SETTINGS))
     assert (pixels(made.with_reg.side.images) != pixels(made.without.side.images)).any(axis=(1, 2, 3)).all()
+
+
+def test_a_pipeline_with_a_sampler_of_its_own():
+    torch.manual_seed(0)
+    small = {"sample_size": 8, "in_channels": 3, "num_classes": 10, "channel_mult": (1, 1), "num_blocks": 1}
+    unet = EDM2UNet(**small, model_channels=16, channels_per_head=16, attn_resolutions=())
+    torch.nn.init.ones_(unet.out_gain)
+    own = EDM2Pipeline(unet, null_labels=True, class_names=list(SHAPES))
+    assert scheduler_names(own) == {} and asked_shapes(own, [3, 4]) == (3, 4)
+    seen = []
+    made = compare(own, SETTINGS, on_progress=seen.append)
+    own.set_progress_bar_config(disable=True)
+    np.testing.assert_array_equal(pixels(made.without.side.images), plain_call(own, SETTINGS))
+    with rectified_guidance(own, RectifiedGuidanceConfig()):
+        np.testing.assert_array_equal(pixels(made.with_reg.side.images), plain_call(own, SETTINGS))
+    assert made.without.total == 11 and any(0 < state.without.step < 11 and state.without.images for state in seen)
+    with pytest.raises(ValueError, match="scheduler must be left out: EDM2Pipeline has a sampler of its own"):
+        compare(own, replace(SETTINGS, scheduler="DDIMScheduler"))
+    with pytest.raises(ValueError, match="unknown class 'unicorn': the model draws circle, "):
+        class_number(own, "unicorn")
 
 
 def test_both_sides_have_the_weight_over_time(pipe):
