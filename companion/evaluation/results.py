@@ -150,11 +150,32 @@ def write_cell(folder: Path, cell: Cell) -> Path:
     return path
 
 
+def write_cells(path: Path, cells: Sequence[Cell]) -> None:
+    """Write many cells into one file, whole or not at all; the folder is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, [{"version": _VERSION, **asdict(cell)} for cell in cells])
+
+
 def read_cell(path: Path) -> Cell:
     """Raises:
     ValueError: the file is not there, damaged, or of another version.
     """
+    return _cell_from(path, read_json(path))
+
+
+def read_cells(path: Path) -> list[Cell]:
+    """The cells of `write_cells`.
+
+    Raises:
+        ValueError: the file is not there, damaged, or of another version.
+    """
     found = read_json(path)
+    if not isinstance(found, list):
+        raise ValueError(f"{path} is damaged: it is not a list of a table's cells")
+    return [_cell_from(path, cell) for cell in found]
+
+
+def _cell_from(path: Path, found: Any) -> Cell:
     try:
         if found["version"] != _VERSION:
             raise ValueError(f"{path} is of version {found['version']!r}, this program's is {_VERSION}")

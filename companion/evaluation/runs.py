@@ -26,6 +26,7 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env  # type:
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from companion.evaluation.evaluations import EvaluationCount
 from companion.evaluation.results import provenance
 from companion.evaluation.sampling_folder import (
     PROVENANCE,
@@ -46,11 +47,12 @@ from companion.evaluation.sampling_settings import (
     SamplingSettings,
     check_sampling,
     conditions_for,
+    guidance_argument,
     model_defaults,
     with_scheduler,
 )
-from companion.guidance.rectification import PRODUCTS
-from companion.pipelines.hook import GuidanceStep, RectifiedGuidanceConfig, rectified_guidance
+from companion.pipelines.edm2 import Reference
+from companion.pipelines.hook import SAMPLING_PRODUCTS, GuidanceStep, rectified_guidance
 from companion.pipelines.registry import load
 from companion.seeding import sample_generators
 
@@ -72,7 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="K", help="default: 0; sample i draws from the generator (K, i)")
     add("--guidance-scale", type=float, metavar="G", help="1 + w; default: the paper's, else the pipeline's")
     add("--weight", default="constant", metavar="SCHEDULE", help=f"weight over time: {WEIGHT_SYNTAX}")
-    add("--product", choices=PRODUCTS, default="finite_difference", help="default: finite_difference; none is CFG")
+    add("--product", choices=SAMPLING_PRODUCTS, default="finite_difference", help="none is CFG; this is the default")
+    add("--reference", choices=get_args(Reference), help="of EDM2's guidance; default: its guide network if it has one")
     add("--scheduler", metavar="CLASS", help="diffusers' class name; default: the model's own")
     add("--classes", metavar="A,B,...", help="names or numbers, drawn in turn; default: all")
     add("--prompts", type=Path, metavar="FILE", help="one prompt a line, drawn in turn; or COCO's caption file (.json)")
@@ -127,7 +130,7 @@ def settings_from(options: argparse.Namespace, pipe: DiffusionPipeline) -> Sampl
         weight=options.weight,
         product=options.product,
         scheduler=options.scheduler,
-        call=own["call"],
+        call=own["call"] if options.reference is None else own["call"] | {"guidance_reference": options.reference},
         image_format=options.format,
     )
 
@@ -280,21 +283,19 @@ def draw(pipe: DiffusionPipeline, settings: SamplingSettings, samples: range) ->
     Raises:
         Diverged: a picture is not finite.
     """
-    evaluations = 0
     config = settings.guidance
+    count = EvaluationCount(config)
 
-    def count(step: GuidanceStep) -> None:
-        nonlocal evaluations
-        evaluations += evaluations_of(step, config)
+    def on_step(step: GuidanceStep) -> None:
+        count.add(step.index, step.total, step.timestep, None if step.direction is None else step.direction[0].numel())
 
-    with rectified_guidance(pipe, config, on_step=count):
+    with rectified_guidance(pipe, config, on_step=on_step):
         images = pipe(
             [settings.condition(i) for i in samples],
-            guidance_scale=settings.guidance_scale,
             num_inference_steps=settings.steps,
             generator=sample_generators(settings.seed, samples),
             output_type="np",
-            **settings.call,
+            **{guidance_argument(pipe): settings.guidance_scale, **settings.call},
         ).images
     pixels = np.asarray(images)
     finite = np.isfinite(pixels).reshape(len(pixels), -1).all(axis=1)
@@ -304,13 +305,4 @@ def draw(pipe: DiffusionPipeline, settings: SamplingSettings, samples: range) ->
             f"sample {wrong} diverged (its picture is not finite): lower the guidance scale or its weight, "
             "or take another scheduler, number of steps or dtype"
         )
-    return (pixels.clip(0, 1) * 255).round().astype(np.uint8), float(evaluations)
-
-
-def evaluations_of(step: GuidanceStep, config: RectifiedGuidanceConfig) -> int:
-    """Network evaluations of one denoiser call: 1 without guidance, 2 with it, and what the product takes on top."""
-    if step.direction is None or config.weight_at(step.index / max(1, step.total - 1), step.timestep) == 0:
-        return 1
-    if config.product == "diagonal":
-        return 2 + (config.probes or step.direction[0].numel())
-    return 2 if config.product == "none" else 3
+    return (pixels.clip(0, 1) * 255).round().astype(np.uint8), float(count.total)

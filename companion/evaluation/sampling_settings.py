@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 
 from companion.evaluation.side_by_side import (
     Settings,
@@ -21,7 +21,6 @@ from companion.evaluation.side_by_side import (
     scheduler_options,
     takes_prompts,
 )
-from companion.guidance.rectification import Product, check_product
 from companion.guidance.weights import (
     ConstantWeight,
     GuidanceWeight,
@@ -29,7 +28,7 @@ from companion.guidance.weights import (
     LinearWeight,
     PowerCosineWeight,
 )
-from companion.pipelines.hook import RectifiedGuidanceConfig, RectifiesItself
+from companion.pipelines.hook import RectifiedGuidanceConfig, RectifiesItself, SamplingProduct, check_sampling_product
 from companion.pipelines.paper_models import PAPER_MODELS
 from companion.seeding import sample_seed
 
@@ -108,7 +107,7 @@ class SamplingSettings:
     seed: int = 0
     guidance_scale: float = 4.0
     weight: str = "constant"
-    product: Product = "finite_difference"
+    product: SamplingProduct = "finite_difference"
     scheduler: str | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
     image_format: Format = "png"
@@ -126,7 +125,7 @@ class SamplingSettings:
         if self.image_format not in get_args(Format):
             raise ValueError(f"image_format must be one of {', '.join(get_args(Format))}, got {self.image_format!r}")
         parse_weight(self.weight)
-        check_product(self.product)
+        check_sampling_product(self.product)
         sample_seed(self.seed, 0)
 
     @property
@@ -163,11 +162,16 @@ class SamplingSettings:
             "image_format": self.image_format,
             "conditions": {"number": len(self.conditions), "sha256": _digest(list(self.conditions))},
             "pipeline": type(pipe).__name__,
-            "scheduler_settings": None if scheduler is None else _digest(dict(scheduler.config)),
+            "scheduler_settings": None if scheduler is None else _digest(_own_settings(scheduler)),
             "weights": weights_fingerprint(pipe),
             "dtype": str(pipe.dtype).removeprefix("torch."),
             "device": torch.device(pipe.device).type,
         }
+
+
+def _own_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """Without diffusers' notes, such as which settings were defaults: a set, whose order differs between processes."""
+    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
 
 
 def _digest(value: Any) -> str:
@@ -194,6 +198,7 @@ def check_sampling(pipe: DiffusionPipeline, settings: SamplingSettings) -> None:
         ValueError: unsupported pipeline, classes or prompts that it does not take, a scheduler or a number of steps
             that does not work with it.
     """
+    _check_reference(pipe, settings.call.get("guidance_reference"))
     if isinstance(pipe, RectifiesItself):
         _check_classes(pipe, settings.conditions)
         if settings.scheduler is not None:
@@ -222,6 +227,17 @@ def _check_classes(pipe: Any, conditions: Sequence[int | str]) -> None:
         raise ValueError(f"unknown class {wrong!r}: {type(pipe).__name__} takes numbers from 0 to {classes - 1}")
 
 
+def _check_reference(pipe: Any, reference: str | None) -> None:
+    if reference is None:
+        return
+    if "guidance_reference" not in inspect.signature(type(pipe).__call__).parameters:
+        raise ValueError(f"reference must be left out: {type(pipe).__name__} has no choice of one, got {reference!r}")
+    there = {"guide": pipe.guide is not None, "null_label": bool(pipe.config.null_labels)}
+    if not there.get(reference, False):
+        has = " or ".join(name for name, yes in there.items() if yes) or "left out"
+        raise ValueError(f"reference must be {has} for this {type(pipe).__name__}, got {reference!r}")
+
+
 def with_scheduler(pipe: DiffusionPipeline, name: str | None) -> DiffusionPipeline:
     """The same pipeline with another of diffusers' schedulers, configured from its own; None leaves it as it is."""
     if name is not None and name != type(pipe.scheduler).__name__:
@@ -229,15 +245,28 @@ def with_scheduler(pipe: DiffusionPipeline, name: str | None) -> DiffusionPipeli
     return pipe
 
 
+def guidance_argument(pipe: DiffusionPipeline) -> str:
+    """The argument of the pipeline's call that scales classifier-free guidance.
+
+    Where there are two, `guidance_scale` is an input of a network that has its guidance distilled into it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    for name in ("true_cfg_scale", "guidance_scale"):
+        if name in parameters:
+            return name
+    raise ValueError(f"{type(pipe).__name__} takes no guidance_scale, so there is no guidance to set")
+
+
 def model_defaults(model: str, pipe: DiffusionPipeline) -> dict[str, Any]:
     """`steps`, `guidance_scale` and `call` where none are given: the paper's for its models, else the pipeline's."""
     call = dict(PAPER_MODELS[model].call) if model in PAPER_MODELS else {}
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    if "guidance_scale" not in parameters:
-        raise ValueError(f"{type(pipe).__name__} takes no guidance_scale, so there is no guidance to set")
+    scale, parameters = guidance_argument(pipe), inspect.signature(type(pipe).__call__).parameters
     return {
         "steps": call.pop("num_inference_steps", parameters["num_inference_steps"].default),
-        "guidance_scale": float(call.pop("guidance_scale", parameters["guidance_scale"].default)),
+        "guidance_scale": float(call.pop(scale, parameters[scale].default)),
         "call": call,
     }
 

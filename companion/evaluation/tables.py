@@ -11,146 +11,53 @@ draws and measures it anew. Its samples are removed once it is written, unless t
 import argparse
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
-from accelerate.utils import parse_flag_from_env  # type: ignore[import-untyped]
+from accelerate.utils import broadcast_object_list, parse_flag_from_env  # type: ignore[import-untyped]
 from diffusers import DiffusionPipeline
 
-from companion.evaluation.features import FeatureNetwork, Features, SceneFeatures, extract
-from companion.evaluation.metrics import class_agreement, fid, inception_score, precision_recall
-from companion.evaluation.metrics_reference import statistics_of
-from companion.evaluation.results import Cell, Figure, over_seeds, provenance, read_cell, same_settings, write_cell
+from companion.evaluation.features import SceneFeatures
+from companion.evaluation.judges import Judge, scene_judge
+from companion.evaluation.results import (
+    Cell,
+    Figure,
+    over_seeds,
+    provenance,
+    read_cell,
+    read_cells,
+    same_settings,
+    write_cell,
+    write_cells,
+)
 from companion.evaluation.runs import sample
-from companion.evaluation.sampling_folder import PROVENANCE, Unwritable, read_batches, read_json, read_manifest
-from companion.evaluation.sampling_settings import SamplingSettings, check_sampling, parse_weight, with_scheduler
-from companion.guidance.rectification import Product
-from companion.minis.scenes import render, scene
+from companion.evaluation.sampling_folder import PROVENANCE, Unwritable, read_json, read_manifest
+from companion.evaluation.sampling_settings import SamplingSettings, check_sampling
+from companion.evaluation.table_plans import Plan, Row, mini_imagenet
 from companion.pipelines.registry import load
 
-REFERENCE_SEED = 100  # scenes that no model has learned from, and that judge no classifier
-_NEIGHBOURS = 3
 METRICS = {"fid": ("FID", 2, 1), "inception_score": ("IS", 2, 1), "precision": ("precision", 3, 1),
            "recall": ("recall", 3, 1), "agreement": ("class agreement, %", 1, 100)}  # fmt: skip
 """Figure's name -> heading, digits, factor in the table."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a table: a model under one kind of guidance, for all seeds.
-
-    Args:
-        model: its name.
-        guidance: what the table calls the schedule.
-        weight: the schedule, in `parse_weight`'s form.
-        product: `none` is CFG.
-        guidance_scale: 1 + w.
-        steps: of the sampler.
-    """
-
-    model: str
-    guidance: str
-    weight: str
-    product: Product
-    guidance_scale: float
-    steps: int
-
-    def cell(self, seed: int) -> str:
-        """Name of the row's cell of one seed."""
-        return f"{self.model},{self.guidance},{self.product},s={self.guidance_scale:g},steps={self.steps},seed={seed}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A table: its rows, seeds, and how much is drawn for a cell."""
-
-    rows: tuple[Row, ...]
-    seeds: tuple[int, ...] = (0,)
-    num_samples: int = 2000
-    batch_size: int = 50
-    reference_samples: int = 5000
-
-    def cells(self) -> list[tuple[Row, int, str]]:
-        return [(row, seed, row.cell(seed)) for row in self.rows for seed in self.seeds]
-
-
-_SCHEDULES = {
-    "vanilla": "constant",
-    "linear": "linear",
-    "cosine": "power-cosine:1,2",
-    "interval": "interval:205,502",
-}
-
-
-def mini_imagenet(*, steps: int = 20, scales: Sequence[float] = (1.5, 2.5, 4.0, 6.0)) -> Plan:
-    """Table 2 for mini-dit: every schedule with CFG, with CFG at REG's number of evaluations, and with REG."""
-    rows = []
-    for guidance, weight in _SCHEDULES.items():
-        for scale in scales:
-            everyday = Row("mini-dit", guidance, weight, "none", scale, steps)
-            more = replace(everyday, steps=steps_at_equal_nfe(weight, steps))
-            rows += [everyday, more] + [replace(everyday, product=p) for p in ("ones", "finite_difference")]
-    return Plan(tuple(rows))
-
-
-def steps_at_equal_nfe(weight: str, steps: int) -> int:
-    """Steps of CFG that cost what `steps` of REG cost: an unguided step 1 evaluation, a guided one 2, with REG 3.
-
-    Timesteps are taken as evenly spaced from 999 to 0, as DDIM takes them.
-    """
-    schedule = parse_weight(weight)
-    guided = sum(schedule(i / max(1, steps - 1), 999 * (1 - i / steps)) != 0 for i in range(steps))
-    return round(steps * (steps + 2 * guided) / (steps + guided))
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What samples are measured against: features of real pictures, and what they were taken from."""
-
-    features: torch.Tensor
-    described: Mapping[str, Any]
-
-
-def scene_reference(network: FeatureNetwork, samples: int) -> Reference:
-    """Features of that many held-out scenes of one object."""
-
-    def batches() -> Any:
-        for first in range(0, samples, 100):
-            pictures = render([scene(REFERENCE_SEED, i, 1) for i in range(first, min(first + 100, samples))])
-            pixels = ((pictures + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-            yield np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy())
-
-    features = extract(network, batches()).features
-    return Reference(features, {"scenes": samples, "seed": REFERENCE_SEED, "network": network.name})
-
-
-def measure(found: Features, asked: Sequence[int], reference: Reference) -> dict[str, Figure]:
-    """All figures of one run of a class-conditional model."""
-    precision, recall = precision_recall(reference.features, found.features, neighbours=_NEIGHBOURS)
-    return {
-        "fid": fid(found.features, statistics_of(reference.features)),
-        "inception_score": inception_score(found.logits),
-        "precision": precision,
-        "recall": recall,
-        "agreement": class_agreement(found.logits, torch.tensor(asked)),
-    }
+_KEPT = ("started", "sampling_seconds", "samples", "processes")  # of a session of sampling, in a cell's provenance
 
 
 def run_table(
     plan: Plan,
     out: Path,
     *,
-    network: FeatureNetwork,
-    reference: Callable[[], Reference],
+    judge: Callable[[str], Judge],
     load_model: Callable[[str], DiffusionPipeline] = load,
     resume: bool = False,
     only: str | None = None,
+    collected: Path | None = None,
+    minutes: float | None = None,
     keep_samples: bool = False,
     command: Callable[[str], Sequence[str]] | None = None,
     progress: bool = True,
@@ -160,33 +67,35 @@ def run_table(
     Args:
         plan: the table.
         out: receives `cells/NAME.json`, and `samples/NAME` while a cell is made.
-        network: the features that are measured in.
-        reference: called at most once, and not where nothing is left to measure.
+        judge: what measures a model's runs; it has looked through its reference.
         load_model: finds a row's model.
         resume: whether cells that are there already are kept; without it, they are an error.
         only: the name of the one cell to make.
+        collected: one file of all cells, written anew whenever a cell is finished; with `resume`, the cells it has
+            already count as made, too.
+        minutes: no cell is begun after so many.
         keep_samples: whether the pictures stay.
         command: what makes one cell anew, for its provenance.
         progress: a bar for every cell.
 
     Returns:
-        The cells, in the plan's order.
+        The cells that are made, in the plan's order.
 
     Raises:
         ValueError: there are cells, but no `resume`; a cell was made by other settings; no cell is called `only`; too
             few samples for the metrics; whatever `sample` refuses. All but the last before anything is drawn.
     """
-    state = PartialState()
+    state, began = PartialState(), time.monotonic()
     chosen = [cell for cell in plan.cells() if only in (None, cell[2])]
     if not chosen:
         raise ValueError(f"no cell is called {only!r}; names are like {plan.cells()[0][2]!r}")
-    needed = max(network.dimensions, _NEIGHBOURS) + 1
-    if min(plan.num_samples, plan.reference_samples) < needed:
-        raise ValueError(
-            f"FID in {network.dimensions} features needs at least {needed} pictures, got {plan.num_samples} samples "
-            f"and {plan.reference_samples} of reference"
-        )
-    there = [name for _, _, name in chosen if (out / "cells" / f"{name}.json").exists()]
+    for model in dict.fromkeys(row.model for row, _, _ in chosen):
+        if plan.num_samples < judge(model).least:
+            raise ValueError(
+                f"the figures of {model} need at least {judge(model).least} samples, got {plan.num_samples}"
+            )
+    made = _made(out, collected)
+    there = [name for _, _, name in chosen if name in made]
     if there and not resume:
         raise ValueError(f"{out} holds {len(there)} finished cells; resume it, or give another folder")
     state.wait_for_everyone()  # nobody writes a cell while another still looks
@@ -196,69 +105,83 @@ def run_table(
     for row, seed, name in chosen:
         if row.model not in pipes:
             pipes[row.model] = load_model(row.model)
-        settings = _settings(plan, row, seed, pipes[row.model])
-        check_sampling(pipes[row.model], settings)
-        identity = settings.identity(with_scheduler(pipes[row.model], settings.scheduler))
-        described = {"row": asdict(row), "sampling": identity, "network": network.name,
-                     "reference_samples": plan.reference_samples, "neighbours": _NEIGHBOURS}  # fmt: skip
+        pipe, measured_by = pipes[row.model], judge(row.model)
+        settings = _settings(plan, row, seed, measured_by.conditions(pipe))
+        check_sampling(pipe, settings)
+        identity = settings.identity(pipe)
+        described = {"row": asdict(row), "sampling": identity, **measured_by.described}
         work.append((name, settings, described))
-        path = out / "cells" / f"{name}.json"
-        if path.exists() and not same_settings(read_cell(path).settings, described):
-            raise ValueError(f"{path} was made with other settings; give another folder, or remove it")
+        if name in made and not same_settings(made[name].settings, described):
+            raise ValueError(f"cell {name} in {out} was made with other settings; give another folder, or remove it")
 
-    against: Reference | None = None
-    cells = []
     for name, settings, described in work:
-        path, folder = out / "cells" / f"{name}.json", out / "samples" / name
-        if name not in there:
-            sample(pipes[settings.model], settings, folder, progress=progress)
-            if state.is_main_process:
-                against = against or reference()
-                made_by = None if command is None else command(name)
-                write_cell(out / "cells", _cell(name, described, folder, network, against, made_by))
-            state.wait_for_everyone()
+        late = minutes is not None and time.monotonic() - began > 60 * minutes
+        if name in made or _any(state, late):
+            continue
+        folder, measured_by = out / "samples" / name, judge(settings.model)
+        sample(pipes[settings.model], settings, folder, progress=progress)
+        if state.is_main_process:
+            made_by = None if command is None else command(name)
+            made[name] = _cell(name, described, folder, measured_by, made_by)
+            write_cell(out / "cells", made[name])
+            if collected is not None:
+                write_cells(collected, _in_order(plan, _made(out, collected)))
+        state.wait_for_everyone()
         if state.is_main_process and not keep_samples:
             shutil.rmtree(folder, ignore_errors=True)
-        cells.append(read_cell(path))
-    return cells
+        made[name] = read_cell(out / "cells" / f"{name}.json")
+    return [made[name] for name, _, _ in work if name in made]
 
 
-def _settings(plan: Plan, row: Row, seed: int, pipe: DiffusionPipeline) -> SamplingSettings:
+def _any(state: PartialState, value: bool) -> bool:
+    """Whether it holds in the main process: all must do the same."""
+    if not state.use_distributed:
+        return value
+    [decided] = broadcast_object_list([value])
+    return bool(decided)
+
+
+def _made(out: Path, collected: Path | None) -> dict[str, Cell]:
+    """The cells that are in the folder or in the collected file; where both have one, the folder's."""
+    cells = [] if collected is None or not collected.exists() else read_cells(collected)
+    cells += [read_cell(path) for path in sorted((out / "cells").glob("*.json"))]
+    return {cell.name: cell for cell in cells}
+
+
+def _in_order(plan: Plan, made: Mapping[str, Cell]) -> list[Cell]:
+    """The plan's cells first; others, such as those of more seeds, behind them."""
+    planned = [made[name] for _, _, name in plan.cells() if name in made]
+    return planned + [cell for name, cell in made.items() if cell not in planned]
+
+
+def _settings(plan: Plan, row: Row, seed: int, conditions: tuple[int, ...] | tuple[str, ...]) -> SamplingSettings:
+    reference = {} if row.reference is None else {"guidance_reference": row.reference}
     return SamplingSettings(
         model=row.model,
         num_samples=plan.num_samples,
-        conditions=tuple(sorted(set(pipe.labels.values()))),
+        conditions=conditions,
         batch_size=plan.batch_size,
         steps=row.steps,
         seed=seed,
         guidance_scale=row.guidance_scale,
         weight=row.weight,
         product=row.product,
+        call={**plan.call.get(row.model, {}), **reference},
         image_format="npz",
     )
 
 
-def _cell(
-    name: str,
-    described: Mapping[str, Any],
-    folder: Path,
-    network: FeatureNetwork,
-    reference: Reference,
-    command: Sequence[str] | None,
-) -> Cell:
-    asked: list[int] = []
-
-    def pictures() -> Any:
-        for images, conditions in read_batches(folder):
-            asked.extend(int(condition) for condition in conditions)
-            yield images
-
-    found = extract(network, pictures())
+def _cell(name: str, described: Mapping[str, Any], folder: Path, judge: Judge, command: Sequence[str] | None) -> Cell:
+    figures = judge.measure(folder)
     sessions = read_json(folder / PROVENANCE)["sessions"]
     times = [session.get("sampling_seconds") for session in sessions]
     seconds = None if None in times else round(sum(times), 3)
-    made = {**provenance(described["sampling"]["device"], command), "sampled": sessions, **reference.described}
-    return Cell(name, described, measure(found, asked, reference), read_manifest(folder)["nfe"], seconds, made)
+    made = {
+        **provenance(described["sampling"]["device"], command),
+        "sampled": [{key: session[key] for key in _KEPT if key in session} for session in sessions],
+        "reference": dict(judge.reference()),
+    }
+    return Cell(name, described, figures, read_manifest(folder)["nfe"], seconds, made)
 
 
 def as_markdown(cells: Sequence[Cell]) -> str:
@@ -312,9 +235,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=None, metavar="DIR", help="folder of the cells; default: runs/table-NAME-PROFILE")
     add("--resume", action="store_true", help="keep the cells that are there, and make the others")
     add("--only", metavar="CELL", help="make one cell")
+    add("--limit-minutes", type=float, metavar="M", help="begin no cell after so many minutes")
+    add("--collect", type=Path, metavar="FILE", help="one file for all finished cells; --resume keeps them, too")
     add("--num-samples", type=int, default=2000, metavar="N", help="samples a cell; default: 2000")
     add("--seeds", type=int, default=1, metavar="K", help="seeds a row, from 0; default: 1")
-    add("--list", action="store_true", help="print the cells' names and draw nothing")
+    add("--list", action="store_true", help="print the cells' names in the order of their making, and draw nothing")
     add("--keep-samples", action="store_true", help="do not remove the pictures once they are measured")
     add("--device", help='"cpu", "cuda", ...; default: what accelerate finds')
 
@@ -330,16 +255,21 @@ def main(options: argparse.Namespace) -> int:
             print("\n".join(name for _, _, name in plan.cells()))
             return 0
         device = options.device if options.device and state.num_processes == 1 else state.device
-        network = SceneFeatures(device)
+
+        @cache
+        def judge(model: str) -> Judge:
+            return scene_judge(SceneFeatures(device), plan.reference_samples)
+
         sizes = ["--num-samples", str(options.num_samples), "--seeds", str(options.seeds)]
         cells = run_table(
             plan,
             options.out or Path("runs") / f"table-{options.name}-{options.profile}",
-            network=network,
-            reference=partial(scene_reference, network, plan.reference_samples),
+            judge=judge,
             load_model=partial(load, device=device),
             resume=options.resume,
             only=options.only,
+            collected=options.collect,
+            minutes=options.limit_minutes,
             keep_samples=options.keep_samples,
             command=lambda name: ["python", "-m", "companion", "table", options.name, *sizes, "--only", name],
         )

@@ -10,26 +10,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from companion.__main__ import main as command_line
-from companion.evaluation import tables
+from companion.evaluation import judges, tables
 from companion.evaluation.features import Features
-from companion.evaluation.results import read_cell
-from companion.evaluation.tables import (
-    Plan,
-    Reference,
-    Row,
-    as_markdown,
-    mini_imagenet,
-    pareto_front,
-    run_table,
-    steps_at_equal_nfe,
-)
+from companion.evaluation.judges import ClassJudge, Reference
+from companion.evaluation.metrics_reference import statistics_of
+from companion.evaluation.results import read_cell, read_cells
+from companion.evaluation.table_plans import Plan, Row, mini_imagenet
+from companion.evaluation.tables import as_markdown, pareto_front, run_table
 from tests.evaluation.scene_pipelines import save_scene_dit
 
 ROWS = (
     Row("tiny", "vanilla", "constant", "none", 3.0, 2),
     Row("tiny", "linear", "linear", "finite_difference", 3.0, 2),
 )
-PLAN = Plan(ROWS, seeds=(0, 1), num_samples=10, batch_size=4, reference_samples=20)
+PLAN = Plan(ROWS, seeds=(0, 1), num_samples=10, batch_size=4)
 
 
 class Colours:
@@ -49,34 +43,40 @@ def make(tmp_path: Path):
     features = torch.rand(20, 3, generator=torch.Generator().manual_seed(0))
 
     def table(out: str, plan: Plan = PLAN, **options: object) -> list:
-        given = {"network": Colours(), "reference": lambda: Reference(features, {}), "progress": False}
-        return run_table(plan, tmp_path / out, load_model=lambda name: pipe, **(given | options))
+        judge = ClassJudge(Colours(), lambda: Reference(statistics_of(features), features), {"of": "tests"})
+        given = {"judge": lambda model: judge, "load_model": lambda name: pipe, "progress": False}
+        return run_table(plan, tmp_path / out, **(given | options))
 
     return table
 
 
 def test_a_stopped_grid_goes_on(make, tmp_path, monkeypatch):
     whole = make("whole")
-    assert [cell.name for cell in whole] == [name for _, _, name in PLAN.cells()]
+    assert [cell.name for cell in whole] == [row.cell(seed) for seed in (0, 1) for row in ROWS]
     assert not list((tmp_path / "whole" / "samples").iterdir())
     assert [cell.nfe for cell in whole] == [4, 4, 4, 4]  # a linear weight leaves the first of two steps unguided
-    measure, left = tables.measure, 2
+    measure, left = judges.class_agreement, 2
 
-    def failing(*arguments: object) -> dict:
+    def failing(*arguments: object) -> object:
         nonlocal left
         left -= 1
         if left == 0:
             raise KeyboardInterrupt
         return measure(*arguments)
 
-    monkeypatch.setattr(tables, "measure", failing)
+    monkeypatch.setattr(judges, "class_agreement", failing)
     with pytest.raises(KeyboardInterrupt):
         make("stopped")
     [kept] = (tmp_path / "stopped" / "cells").iterdir()
+    [drawn] = (tmp_path / "stopped" / "samples").iterdir()
+    one_batch = sorted(drawn.glob("*/00000004.*"))
+    for file in one_batch:  # as if it had been interrupted while this cell was drawn
+        file.unlink()
+    assert len(one_batch) == 2
     stamp = kept.stat().st_mtime_ns
     with pytest.raises(ValueError, match="stopped holds 1 finished cells; resume it"):
         make("stopped")
-    monkeypatch.setattr(tables, "measure", measure)
+    monkeypatch.setattr(judges, "class_agreement", measure)
     resumed = make("stopped", resume=True)
     assert kept.stat().st_mtime_ns == stamp
     assert [(cell.figures, cell.nfe, cell.settings) for cell in resumed] == [
@@ -104,7 +104,7 @@ def test_a_cell_alone_is_the_same(make, tmp_path):
 
 
 def test_what_cannot_be_measured_is_not_drawn(make, tmp_path):
-    with pytest.raises(ValueError, match="FID in 3 features needs at least 4 pictures, got 3 samples"):
+    with pytest.raises(ValueError, match="the figures of tiny need at least 4 samples, got 3"):
         make("few", plan=replace(PLAN, num_samples=3))
     with pytest.raises(ValueError, match="product"):
         make("few", plan=replace(PLAN, rows=(ROWS[0], replace(ROWS[0], product="hessian"))))
@@ -127,13 +127,23 @@ def test_pareto_front_by_brute_force(points):
     assert sorted(pareto_front(points)) == [i for i in range(len(points)) if not beaten(i)]
 
 
-def test_the_mini_plan_compares_at_equal_evaluations(capsys):
-    assert steps_at_equal_nfe("constant", 20) == 30
-    assert steps_at_equal_nfe("interval:205,502", 20) == 25  # 6 of 20 steps guided: 32 evaluations, 26 at 20 steps
-    plan = mini_imagenet()
-    names = [name for _, _, name in plan.cells()]
-    assert len(names) == len(set(names)) == 64
-    assert {(row.product, row.steps) for row in plan.rows if row.guidance == "vanilla"} == {
-        ("none", 20), ("none", 30), ("ones", 20), ("finite_difference", 20)}  # fmt: skip
+def test_no_cell_is_begun_too_late_and_one_file_holds_all(make, tmp_path):
+    collected = tmp_path / "kept" / "cells.json"
+    first = make("a", only=ROWS[0].cell(1), collected=collected)
+    assert read_cells(collected) == first
+    assert make("b", minutes=0.0) == []
+    later = make("b", resume=True, collected=collected, minutes=1e9)
+    assert [cell.name for cell in later] == [name for _, _, name in PLAN.cells()] and first[0] in later
+    assert len(list((tmp_path / "b" / "cells").iterdir())) == 3
+    assert read_cells(collected) == later
+    with pytest.raises(ValueError, match="holds 4 finished cells; resume it"):
+        make("c", collected=collected)
+    collected.write_text("{}")
+    with pytest.raises(ValueError, match="is damaged"):
+        make("d", collected=collected, resume=True)
+
+
+def test_the_mini_plan_is_listed_in_the_order_of_its_making(capsys):
+    names = [name for _, _, name in mini_imagenet().cells()]
     assert command_line(["table", "imagenet", "--list", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.splitlines() == names
