@@ -21,13 +21,16 @@ class Saveable(Protocol):
     def save_pretrained(self, folder: Path) -> Any: ...
 
 
-def _leave_out_shared_autoencoder(target: Path) -> None:
-    """All models in latents share one autoencoder: shipped beside them once, and put in when they are loaded."""
-    ours, shared = (
-        folder / "diffusion_pytorch_model.safetensors" for folder in (target / "vae", WEIGHTS / "autoencoder")
-    )
-    if ours.is_file() and ours.read_bytes() == shared.read_bytes():
-        shutil.rmtree(target / "vae")
+SHARED_PARTS: Mapping[str, str] = {"vae": "autoencoder", "classifier": "mini-adm-resnet"}
+"""Parts of pipelines that are models of their own: shipped beside them once, and put in when they are loaded."""
+
+
+def _leave_out_shared_parts(target: Path) -> None:
+    for part, name in SHARED_PARTS.items():
+        for ours in (target / part).glob("*.safetensors"):
+            shared = WEIGHTS / name / ours.name
+            if shared.is_file() and ours.read_bytes() == shared.read_bytes():
+                shutil.rmtree(target / part)
 
 
 def ship(
@@ -44,7 +47,7 @@ def ship(
     """
     target = folder / name
     model.to(torch.float16).save_pretrained(target)
-    _leave_out_shared_autoencoder(target)
+    _leave_out_shared_parts(target)
     for file in target.rglob("*.json"):  # where the model was loaded from is nobody else's business
         settings = json.loads(file.read_text())
         if isinstance(settings, dict) and settings.pop("_name_or_path", None) is not None:

@@ -29,6 +29,7 @@ from companion.guidance.parametrization import PredictionType
 from companion.guidance.rectification import check_product
 from companion.pipelines.adm_checkpoint import classifier_from_checkpoint, read_adm_checkpoint, unet_from_checkpoint
 from companion.pipelines.adm_classifier import (
+    EMBEDDED_NOISY,
     IMAGENET_MEAN,
     IMAGENET_SIZE,
     IMAGENET_STD,
@@ -57,8 +58,11 @@ from companion.pipelines.adm_sampler import (
 from companion.pipelines.edm2_presets import download_checkpoint
 from companion.pipelines.hook import GuidanceStep, OnStep, RectifiedGuidanceConfig
 from companion.pipelines.levels import NoiseLevel, noise_level
+from companion.pipelines.registry import load
 
 OutputType = Literal["pil", "np", "pt", "latent"]
+
+MINI_ADM = "mini-adm"
 
 _EVERYDAY = RectifiedGuidanceConfig(product="none")
 _VARIANCES = ("learned_range", "fixed_small", "fixed_large")
@@ -125,6 +129,7 @@ class ADMPipeline(DiffusionPipeline):
         tilt: float = 0.0,
         softplus_beta: float | None = None,
         guidance_scale: float = 1.0,
+        unconditional: bool = False,
         clip_sample: bool = True,
         batch_size: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -154,6 +159,7 @@ class ADMPipeline(DiffusionPipeline):
             softplus_beta: β of the Softplus in the place of the classifier's ReLUs while sampling; None keeps them.
             guidance_scale: s of classifier-free guidance `u + s (c - u)`, for a U-Net with a `null_class`; 1 is none.
                 The classifier judges the conditional prediction.
+            unconditional: tell a U-Net with a `null_class` that one; the labels are the classifier's alone then.
             clip_sample: cut x̂_0 to [-1, 1], also where the classifier judges it.
             batch_size: number of pictures without labels.
             generator: of the noise; a list of one per picture makes each picture independent of its batch.
@@ -167,8 +173,9 @@ class ADMPipeline(DiffusionPipeline):
         Raises:
             ValueError: an argument is out of its range, or asks for a classifier or null class that is not there.
         """
-        labels, batch = self._check_labels(class_labels, batch_size, classifier_scale)
+        labels, batch = self._check_labels(class_labels, batch_size, classifier_scale, unconditional)
         self._check_numbers(eta, classifier_scale, gamma, tilt, guidance_scale)
+        self._check_unconditional(unconditional, guidance_scale)
         if gamma != 0 and sampler == "ddim":
             raise ValueError(
                 f"gamma must be 0 for ddim, whose steps have no variance that it could enlarge, got {gamma}"
@@ -189,6 +196,9 @@ class ADMPipeline(DiffusionPipeline):
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
         labels = None if labels is None else labels.to(device)
         guidance = self._guidance(labels, classifier_scale, score, gradient_at, chain_rule, tilt, clip_sample)
+        told = labels
+        if unconditional and self._classes():
+            told = torch.full((batch,), self.config.null_class, device=device)
         if softplus_beta is not None and self.classifier is None:
             raise ValueError(f"softplus_beta must be None without a classifier, got {softplus_beta}")
         smoothed = smooth_activations(self.classifier, softplus_beta) if softplus_beta is not None else nullcontext()
@@ -207,7 +217,7 @@ class ADMPipeline(DiffusionPipeline):
             for i, timestep in enumerate(chain.timesteps):
                 level = noise_level(self.scheduler, timestep)
                 prediction, values, gradient = self._evaluate(
-                    x, timestep, level, labels, guidance, guidance_scale, rectifying, i, len(chain)
+                    x, timestep, level, told, guidance, guidance_scale, rectifying, i, len(chain)
                 )
                 clean = level.clean(prediction, x)
                 clean = clean.clamp(-1, 1) if clip_sample else clean
@@ -389,12 +399,13 @@ class ADMPipeline(DiffusionPipeline):
         return kind
 
     def _check_labels(
-        self, class_labels: Any, batch_size: int, classifier_scale: float
+        self, class_labels: Any, batch_size: int, classifier_scale: float, unconditional: bool
     ) -> tuple[Int[Tensor, " batch"] | None, int]:
         classes = self._classes()
         if class_labels is None:
-            if classes or classifier_scale != 0:
-                asked = "the U-Net is class-conditional" if classes else f"classifier_scale is {classifier_scale}"
+            conditional = bool(classes) and not unconditional
+            if conditional or classifier_scale != 0:
+                asked = "the U-Net is class-conditional" if conditional else f"classifier_scale is {classifier_scale}"
                 raise ValueError(f"class_labels must name one class per picture, got None, but {asked}")
             if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
                 raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
@@ -411,6 +422,17 @@ class ADMPipeline(DiffusionPipeline):
                 f"got {int(wrong[0])}"
             )
         return labels.long(), len(labels)
+
+    def _check_unconditional(self, unconditional: bool, guidance_scale: float) -> None:
+        if not unconditional:
+            return
+        if self._classes() and self.config.null_class is None:
+            raise ValueError("unconditional must be False for a class-conditional U-Net without a null_class")
+        if guidance_scale != 1:
+            raise ValueError(
+                f"unconditional leaves nothing for classifier-free guidance: guidance_scale must be 1, "
+                f"got {guidance_scale}"
+            )
 
     def _check_numbers(
         self, eta: float, classifier_scale: float, gamma: float, tilt: float, guidance_scale: float
@@ -460,15 +482,16 @@ def load_adm(
     """An ADM pipeline from OpenAI's checkpoints, which are read as plain tensors.
 
     `load_adm("adm-imagenet-128", "folder/with/the/files")`; with another guide
-    `load_adm("adm-imagenet-128", "folder", classifier="microsoft/resnet-50")`. To convert once:
+    `load_adm("adm-imagenet-128", "folder", classifier="microsoft/resnet-50")`. The embedded one:
+    `load_adm("mini-adm")`, or `load_adm("mini-adm", classifier="mini-adm-resnet")`. To convert once:
     `load_adm(...).save_pretrained("saved")`, and then `load_adm(source="saved")`.
 
     Args:
-        preset: one of `ADM_PRESETS`; None needs a saved pipeline as source.
+        preset: one of `ADM_PRESETS`, or "mini-adm"; None needs a saved pipeline as source.
         source: the diffusion network's `.pt` file, a folder that holds it under its published name, or a folder that a
             pipeline was saved in; None is the folder that downloads go to.
         classifier: "noise-aware", the preset's own, beside the source; an off-the-shelf one, its folder or its hub name
-            (see `off_the_shelf_classifier`); or None.
+            (see `off_the_shelf_classifier`); one of `EMBEDDED_CLASSIFIERS`; or None.
         imagenet_input: resize to 224 and normalise for the off-the-shelf classifier, as those are trained; without, it
             sees x̂_0 as it is, as in the published rows.
         download: whether to fetch what is missing (the 128x128 network has 1.7 GB).
@@ -480,6 +503,8 @@ def load_adm(
             not be downloaded, which is found out within seconds.
     """
     folder = None if source is None else Path(source)
+    if preset == MINI_ADM:
+        return _embedded(classifier, dtype).to(torch.device(device))
     if folder is not None and (folder / "model_index.json").is_file():
         return _saved(folder, dtype).to(torch.device(device))
     if preset is None:
@@ -509,6 +534,17 @@ def load_adm(
         classifier_std=list(IMAGENET_STD) if prepared else None,
     )
     return pipe.to(torch.device(device))
+
+
+def _embedded(classifier: nn.Module | str | Path | None, dtype: torch.dtype) -> ADMPipeline:
+    """mini-adm with the classifier that is asked for."""
+    if isinstance(classifier, (str, Path)):
+        name = EMBEDDED_NOISY if classifier == NOISY else classifier
+        classifier = off_the_shelf_classifier(name, dtype=dtype)
+    pipe = load(MINI_ADM, dtype=dtype)
+    assert isinstance(pipe, ADMPipeline)
+    pipe.register_modules(classifier=classifier)
+    return pipe
 
 
 def _noise_aware(known: ADMPreset, preset: str, folder: Path, download: bool, dtype: torch.dtype) -> nn.Module | None:

@@ -12,12 +12,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
+from companion.minis.shipping import WEIGHTS
+from companion.pipelines.adm_network import NoisyClassifier
+
 _HUB_SECONDS = 3.0
 
 IMAGENET_SIZE = 224
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """What ImageNet's classifiers were trained on."""
+
+EMBEDDED_RESNET, EMBEDDED_NOISY = "mini-adm-resnet", "mini-adm-noisy"
+EMBEDDED_CLASSIFIERS = tuple(name + kind for name in (EMBEDDED_RESNET, EMBEDDED_NOISY) for kind in ("", "-calibrated"))
+"""Of mini-adm's pictures: one for clean ones, one noise-aware; each as trained, and fine-tuned to be calibrated."""
 
 
 def is_noise_aware(classifier: nn.Module) -> bool:
@@ -67,13 +74,17 @@ def off_the_shelf_classifier(
     "-101" are the same architectures with other weights.
 
     Args:
-        name: folder or hub name.
+        name: folder or hub name, or one of `EMBEDDED_CLASSIFIERS`.
         download: whether to fetch what is not here.
 
     Raises:
         ValueError: it cannot be had, which without a connection is found out within seconds.
     """
     failure: Exception
+    if name in EMBEDDED_CLASSIFIERS:
+        folder = WEIGHTS / str(name)
+        kind = NoisyClassifier if str(name).startswith(EMBEDDED_NOISY) else AutoModelForImageClassification
+        return _in_eval(kind.from_pretrained(folder, dtype=dtype, local_files_only=True))
     try:
         return _in_eval(AutoModelForImageClassification.from_pretrained(name, dtype=dtype, local_files_only=True))
     except (OSError, ValueError, KeyError) as error:

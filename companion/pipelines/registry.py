@@ -8,7 +8,9 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from transformers import AutoModelForImageClassification
 
+from companion.minis.shipping import SHARED_PARTS
 from companion.pipelines.paper_models import PAPER_MODELS, PaperModel
 
 WEIGHTS = Path(__file__).parent.parent / "minis" / "weights"
@@ -76,10 +78,13 @@ def _pipeline_class(folder: Path) -> type[DiffusionPipeline]:
 
 
 def _shared_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """The autoencoder, which is shipped once for all embedded models that work in its latents."""
-    if folder.parent != WEIGHTS or "vae" not in _index(folder) or (folder / "vae").is_dir():
-        return {}
-    return {"vae": AutoencoderKL.from_pretrained(WEIGHTS / "autoencoder", dtype=dtype).eval()}
+    """What is shipped once: the autoencoder of all models that work in its latents, and mini-adm's classifier."""
+    loaders: dict[str, Any] = {"vae": AutoencoderKL, "classifier": AutoModelForImageClassification}
+    return {
+        part: loaders[part].from_pretrained(WEIGHTS / name, dtype=dtype, local_files_only=True).eval()
+        for part, name in SHARED_PARTS.items()
+        if folder.parent == WEIGHTS and _index(folder).get(part, [None])[0] and not (folder / part).is_dir()
+    }
 
 
 def _paper_model(model: PaperModel, device: torch.device, dtype: torch.dtype | None) -> DiffusionPipeline:

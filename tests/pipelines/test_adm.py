@@ -112,6 +112,21 @@ def test_bayes_classifier_makes_the_unconditional_network_the_conditional_one(pr
         assert (draw(guided, num_inference_steps=10, classifier_scale=0, **settings) - expected).abs().max() > 0.1
 
 
+def test_unconditional_is_the_null_class_to_the_network_and_the_label_to_the_classifier():
+    own, plain = mixture_pipe(conditional=True), mixture_pipe()
+    for settings in ({}, {"gradient_at": "noisy", "classifier_scale": 2.0}, {"classifier_scale": 0.0}):
+        got = draw(own, unconditional=True, **settings)
+        assert torch.equal(got, draw(plain, **settings))
+        assert torch.equal(got, draw(plain, unconditional=True, **settings))  # a network without classes is so already
+    nothing = own(unconditional=True, classifier_scale=0.0, batch_size=2, num_inference_steps=2, output_type="pt")
+    assert nothing.images.shape[0] == 2
+    with pytest.raises(ValueError, match="guidance_scale must be 1"):
+        draw(own, unconditional=True, guidance_scale=2.0)
+    own.register_to_config(null_class=None)
+    with pytest.raises(ValueError, match="without a null_class"):
+        draw(own, unconditional=True)
+
+
 @pytest.mark.parametrize("at", ["noisy", "clean"])
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_products_against_the_closed_form(product, at):

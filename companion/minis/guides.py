@@ -1,0 +1,113 @@
+"""The classifiers that guide mini-adm: one of clean pictures, off the shelf in style, and one that knows the noise.
+
+Both learn the way real ones do: for many epochs from a set that ends, with plain cross-entropy. They know it by heart,
+and are then surer of other pictures than they are right.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from companion.minis.adm import SIDE, build_scheduler, render_small
+from companion.minis.scenes import SHAPES, labels, scene
+from companion.minis.training import TrainingConfig, train
+from companion.seeding import sample_seed
+
+Batch = tuple[Float[Tensor, "batch 3 32 32"], Int[Tensor, " batch"]]
+
+TRAINING_SEED = 3  # other scenes than mini-adm's and its judge's
+SCENES = 6000
+
+RESNET_TRAINING = TrainingConfig(steps=1500, batch_size=64, learning_rate=2e-3, weight_decay=1e-2, ema_decay=0.99)
+NOISY_TRAINING = TrainingConfig(steps=1500, batch_size=64, learning_rate=2e-3, weight_decay=1e-2, ema_decay=0.99)
+
+MINI_NOISY: Mapping[str, Any] = {
+    "sample_size": SIDE,
+    "num_classes": len(SHAPES),
+    "model_channels": 16,
+    "block_out_channels": (32, 32, 64),
+    "down_block_types": ("ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": 32,
+}
+"""Arguments of the noise-aware classifier, ADM's `NoisyClassifier`: 0.4 M parameters."""
+
+
+def build_resnet() -> ResNetForImageClassification:
+    """A ResNet of 0.2 M parameters for 32x32 pictures in [-1, 1], with ReLU as those off the shelf have it."""
+    config = ResNetConfig(
+        embedding_size=32,
+        hidden_sizes=[32, 64, 96],
+        depths=[1, 1, 1],
+        layer_type="basic",
+        num_labels=len(SHAPES),
+        id2label=dict(enumerate(SHAPES)),
+    )
+    return ResNetForImageClassification(config)
+
+
+def scene_batches(seed: int, batch_size: int, *, scenes: int | None = None) -> Callable[[int], Batch]:
+    """Step number -> small pictures of single-object scenes and their labels.
+
+    Args:
+        seed: of the scenes.
+        scenes: how many different ones, rendered here and now, drawn with replacement; None is new ones every step.
+    """
+    if scenes is None:
+
+        def fresh(step: int) -> Batch:
+            chosen = [scene(seed, step * batch_size + i, 1) for i in range(batch_size)]
+            return render_small(chosen), labels(chosen)
+
+        return fresh
+    known = [scene(seed, i, 1) for i in range(scenes)]
+    pictures = torch.cat([render_small(known[first : first + 500]) for first in range(0, scenes, 500)])
+    classes = labels(known)
+
+    def drawn(step: int) -> Batch:
+        rows = torch.randint(scenes, (batch_size,), generator=torch.Generator().manual_seed(sample_seed(seed, step)))
+        return pictures[rows], classes[rows]
+
+    return drawn
+
+
+def train_resnet(
+    folder: Path, config: TrainingConfig = RESNET_TRAINING, *, scenes: int = SCENES
+) -> tuple[ResNetForImageClassification, dict]:
+    """The classifier of clean pictures, and `train`'s record."""
+    torch.manual_seed(config.seed)
+    model = build_resnet()
+    batch = scene_batches(TRAINING_SEED, config.batch_size, scenes=scenes)
+
+    def loss(step: int) -> Tensor:
+        pictures, classes = batch(step)
+        return F.cross_entropy(model(pictures).logits.float(), classes)
+
+    return model, {**train(model, loss, config, folder), "scenes": scenes}
+
+
+def train_noisy(
+    folder: Path, network: nn.Module, config: TrainingConfig = NOISY_TRAINING, *, scenes: int = SCENES
+) -> dict:
+    """Train `network`, called as `network(x_t, timestep)`, in place at mini-adm's noise levels.
+
+    Returns `train`'s record. Timesteps are uniform, as ADM's classifiers have them.
+    """
+    kept = build_scheduler().alphas_cumprod
+    batch = scene_batches(TRAINING_SEED, config.batch_size, scenes=scenes)
+
+    def loss(step: int) -> Tensor:
+        pictures, classes = batch(step)
+        generator = torch.Generator().manual_seed(sample_seed(config.seed, step))
+        timestep = torch.randint(len(kept), (len(pictures),), generator=generator)
+        level = kept[timestep].view(-1, 1, 1, 1)
+        noisy = level.sqrt() * pictures + (1 - level).sqrt() * torch.randn(pictures.shape, generator=generator)
+        return F.cross_entropy(network(noisy, timestep).float(), classes)
+
+    return {**train(network, loss, config, folder), "scenes": scenes}

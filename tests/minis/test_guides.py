@@ -1,0 +1,59 @@
+"""The recipes of mini-adm's classifiers."""
+
+import torch
+from torch import nn
+
+from companion.minis import guides
+from companion.minis.adm import build_scheduler, render_small
+from companion.minis.scenes import SHAPES, labels, scene
+from companion.minis.training import TrainingConfig
+from companion.pipelines.adm_network import NoisyClassifier
+
+CONFIG = TrainingConfig(steps=2, batch_size=8, learning_rate=1e-3, warmup=1)
+
+
+def test_classifiers_are_small_and_know_their_classes():
+    resnet, noisy = guides.build_resnet(), NoisyClassifier(**guides.MINI_NOISY)
+    assert sum(p.numel() for p in resnet.parameters()) <= 0.35e6
+    assert sum(p.numel() for p in noisy.parameters()) <= 0.45e6
+    assert resnet.config.id2label == dict(enumerate(SHAPES)) and resnet.config.num_labels == 10
+    assert any(isinstance(module, nn.ReLU) for module in resnet.modules())
+    assert noisy(torch.zeros(2, 3, 32, 32), 3).shape == (2, 10)
+
+
+def test_batches_come_from_a_set_that_ends_or_are_always_new():
+    ended, fresh = guides.scene_batches(7, 16, scenes=5), guides.scene_batches(7, 16)
+    known = render_small([scene(7, i, 1) for i in range(5)])
+    pictures, classes = ended(0)
+    rows = [int((known - picture).abs().sum(dim=(1, 2, 3)).argmin()) for picture in pictures]
+    assert torch.equal(pictures, known[rows]) and len(set(rows)) > 2
+    assert classes.tolist() == [scene(7, row, 1).label for row in rows]
+    assert torch.equal(ended(0)[0], pictures) and not torch.equal(ended(1)[0], pictures)
+    expected = [scene(7, 2 * 16 + i, 1) for i in range(16)]
+    assert torch.equal(fresh(2)[0], render_small(expected)) and torch.equal(fresh(2)[1], labels(expected))
+
+
+def test_training_is_recorded(tmp_path):
+    model, record = guides.train_resnet(tmp_path, CONFIG, scenes=20)
+    assert record["steps"] == 2 and record["scenes"] == 20 and not model.training
+
+
+def test_the_noise_aware_one_sees_mini_adms_noise(tmp_path):
+    class Spy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.seen = nn.Parameter(torch.zeros(10)), []
+
+        def forward(self, sample, timestep):
+            self.seen.append((sample.float(), timestep))
+            return self.weight.expand(len(sample), 10)
+
+    spy = Spy()
+    config = TrainingConfig(steps=3, batch_size=64, learning_rate=1e-3)
+    assert guides.train_noisy(tmp_path, spy, config, scenes=1)["steps"] == 3
+    [clean] = render_small([scene(guides.TRAINING_SEED, 0, 1)])
+    for sample, timestep in spy.seen:
+        level = build_scheduler().alphas_cumprod[timestep].view(-1, 1, 1, 1)
+        noise = (sample - level.sqrt() * clean) / (1 - level).sqrt()
+        assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    assert len({int(t) for _, times in spy.seen for t in times}) > 100
