@@ -63,6 +63,34 @@ def test_mini_dit_draws_what_is_asked():
     assert recognised(drawn, asked.roll(1), judge) < 0.3
 
 
+def test_mini_edm2_draws_what_is_asked_with_either_reference():
+    pipe = companion.load("mini-edm2")
+    pipe.set_progress_bar_config(disable=True)
+    assert tuple(pipe.labels) == SHAPES and pipe.unet.config.folded
+    sizes = [sum(p.numel() for p in network.parameters()) for network in (pipe.unet, pipe.guide)]
+    assert sizes[0] > 3 * sizes[1]
+    asked, judge = torch.arange(40) % 10, load_classifier()
+    shares = {}
+    for name, scale, steps, reference in (
+        ("CFG", 4.0, 8, "null_label"),
+        ("auto", 3.0, 8, "guide"),
+        ("weak", 1.0, 8, None),
+    ):
+        drawn = [
+            pipe(
+                asked[first : first + 20],
+                guidance_scale=scale,
+                guidance_reference=reference,
+                num_inference_steps=steps,
+                generator=companion.sample_generators(SEED, range(first, first + 20)),
+                output_type="pt",
+            ).images
+            for first in (0, 20)
+        ]
+        shares[name] = recognised(torch.cat(drawn) * 2 - 1, asked, judge)
+    assert shares["CFG"] >= 0.8 and shares["auto"] >= 0.65 and shares["weak"] < shares["CFG"]
+
+
 @pytest.mark.parametrize("name", TEXT_CONDITIONAL)
 def test_text_conditional_minis_draw_what_captions_say(name):
     pipe = companion.load(name)
