@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +11,14 @@ import torch
 from diffusers import DiffusionPipeline
 
 from companion.evaluation.features import FeatureNetwork, extract
-from companion.evaluation.metrics import class_agreement, fid, inception_score, precision_recall
+from companion.evaluation.metrics import (
+    ClipNetwork,
+    class_agreement,
+    clip_score,
+    fid,
+    inception_score,
+    precision_recall,
+)
 from companion.evaluation.metrics_reference import GaussianStatistics, statistics_of
 from companion.evaluation.results import Figure
 from companion.evaluation.sampling_folder import Pixels, read_batches
@@ -47,6 +55,14 @@ class Judge(Protocol):
     described: Mapping[str, Any]
     least: int
 
+    def check(self) -> None:
+        """Look through the reference, before anything is sampled.
+
+        Raises:
+            ValueError: it cannot be used; the message names file and line.
+        """
+        ...
+
     def conditions(self, pipe: DiffusionPipeline) -> tuple[int, ...] | tuple[str, ...]:
         """What is drawn, in turn."""
         ...
@@ -60,7 +76,45 @@ class Judge(Protocol):
         ...
 
 
-class ClassJudge:
+class _Judge:
+    """What both kinds of judges share: a network of features, and a reference that is made when first needed."""
+
+    def __init__(
+        self, network: FeatureNetwork, reference: Callable[[], Reference], described: Mapping[str, Any]
+    ) -> None:
+        self._network, self._make = network, reference
+        self._made: Reference | None = None
+        self.described: Mapping[str, Any] = {"network": network.name, "neighbours": NEIGHBOURS, **described}
+        self.least = network.dimensions + 1
+
+    @property
+    def _reference(self) -> Reference:
+        self._made = self._made or self._make()
+        return self._made
+
+    def check(self) -> None:
+        dimensions = len(self._reference.statistics.mean)
+        if dimensions != self._network.dimensions:
+            raise ValueError(
+                f"the reference has {dimensions} features, and {self._network.name} has {self._network.dimensions}: "
+                f"it was made with another network ({dict(self._reference.described)})"
+            )
+
+    def reference(self) -> Mapping[str, Any]:
+        return self._reference.described
+
+    def _distances(self, features: torch.Tensor) -> dict[str, Figure]:
+        """FID and, where the reference has its features, precision and recall."""
+        against = self._reference
+        figures = {"fid": fid_of(features, against.statistics)}
+        if against.features is not None:
+            figures["precision"], figures["recall"] = precision_recall(
+                against.features, features, neighbours=NEIGHBOURS
+            )
+        return figures
+
+
+class ClassJudge(_Judge):
     """Of class-conditional models: FID, Inception score, precision, recall, agreement with the class asked for.
 
     Args:
@@ -78,36 +132,58 @@ class ClassJudge:
         *,
         names_classes: bool = True,
     ) -> None:
-        self._network, self._make, self._names_classes = network, reference, names_classes
-        self._reference: Reference | None = None
-        self.described: Mapping[str, Any] = {"network": network.name, "neighbours": NEIGHBOURS, **described}
-        self.least = network.dimensions + 1
+        super().__init__(network, reference, described)
+        self._names_classes = names_classes
 
     def conditions(self, pipe: DiffusionPipeline) -> tuple[int, ...] | tuple[str, ...]:
         return tuple(sorted(set(conditions_for(pipe))))  # type: ignore[type-var, return-value]
 
-    def _against(self) -> Reference:
-        self._reference = self._reference or self._make()
-        return self._reference
-
-    def reference(self) -> Mapping[str, Any]:
-        return self._against().described
-
     def measure(self, folder: Path) -> dict[str, Figure]:
         asked: list[int] = []
         found = extract(self._network, _pictures(folder, asked))
-        against = self._against()
-        figures = {
-            "fid": fid_of(found.features, against.statistics),
-            "inception_score": inception_score(found.logits),
-        }
-        if against.features is not None:
-            figures["precision"], figures["recall"] = precision_recall(
-                against.features, found.features, neighbours=NEIGHBOURS
-            )
+        figures = self._distances(found.features) | {"inception_score": inception_score(found.logits)}
         if self._names_classes:
             figures["agreement"] = class_agreement(found.logits, torch.tensor(asked))
         return figures
+
+
+class CaptionJudge(_Judge):
+    """Of text-conditional models: FID, precision, recall, and how well pictures and captions agree.
+
+    Args:
+        network: the features.
+        clip: pictures and captions in one space.
+        captions: what is drawn, in turn.
+        reference: called once, when first needed.
+        described: of the reference: what decides it.
+    """
+
+    def __init__(
+        self,
+        network: FeatureNetwork,
+        clip: ClipNetwork,
+        captions: Sequence[str],
+        reference: Callable[[], Reference],
+        described: Mapping[str, Any],
+    ) -> None:
+        super().__init__(network, reference, {"clip": clip.name, **described})
+        self._clip, self._captions = clip, tuple(captions)
+
+    def conditions(self, pipe: DiffusionPipeline) -> tuple[int, ...] | tuple[str, ...]:
+        return self._captions
+
+    def measure(self, folder: Path) -> dict[str, Figure]:
+        pictures, captions = [], []
+
+        def embedded() -> Iterator[Pixels]:
+            for images, asked in read_batches(folder):
+                tensor = torch.from_numpy(images.copy()).permute(0, 3, 1, 2)
+                pictures.append(self._clip.embed_images(tensor).float().cpu())
+                captions.append(self._clip.embed_captions([str(caption) for caption in asked]).float().cpu())
+                yield images
+
+        figures = self._distances(extract(self._network, embedded()).features)
+        return figures | {"clip_score": clip_score(torch.cat(pictures), torch.cat(captions))}
 
 
 def _pictures(folder: Path, asked: list) -> Iterator[Pixels]:
@@ -129,12 +205,25 @@ def scene_batches(scenes: Sequence[Scene], size: int = 100) -> Iterator[Pixels]:
         yield np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy())
 
 
+def _scene_reference(network: FeatureNetwork, samples: int) -> Reference:
+    held_out = [scene(REFERENCE_SEED, i, 1) for i in range(samples)]
+    features = extract(network, scene_batches(held_out)).features
+    return Reference(statistics_of(features), features, {"scenes": samples, "seed": REFERENCE_SEED})
+
+
 def scene_judge(network: FeatureNetwork, samples: int) -> ClassJudge:
     """Against that many held-out scenes of one object."""
+    return ClassJudge(network, partial(_scene_reference, network, samples), {"reference_samples": samples})
 
-    def reference() -> Reference:
-        held_out = [scene(REFERENCE_SEED, i, 1) for i in range(samples)]
-        features = extract(network, scene_batches(held_out)).features
-        return Reference(statistics_of(features), features, {"scenes": samples, "seed": REFERENCE_SEED})
 
-    return ClassJudge(network, reference, {"reference_samples": samples})
+def scene_caption_judge(network: FeatureNetwork, clip: ClipNetwork, samples: int, captions: int) -> CaptionJudge:
+    """Against that many held-out scenes of one object, whose first captions are drawn.
+
+    Raises:
+        ValueError: more captions than scenes.
+    """
+    if captions > samples:
+        raise ValueError(f"captions must be at most as many as reference scenes, {samples}, got {captions}")
+    said = [scene(REFERENCE_SEED, i, 1).caption for i in range(captions)]
+    make = partial(_scene_reference, network, samples)
+    return CaptionJudge(network, clip, said, make, {"reference_samples": samples})

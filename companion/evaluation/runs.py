@@ -56,7 +56,7 @@ from companion.pipelines.hook import SAMPLING_PRODUCTS, GuidanceStep, rectified_
 from companion.pipelines.registry import load
 from companion.seeding import sample_generators
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Diverged(ValueError):
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompts", type=Path, metavar="FILE", help="one prompt a line, drawn in turn; or COCO's caption file (.json)")
     add("--format", choices=get_args(Format), default="png", help="PNGs, or one npz file a batch; default: png")
     add("--device", help='"cpu", "cuda", ...; default: what accelerate finds')
-    add("--dtype", choices=tuple(_DTYPES), default="float32", help="of the weights; default: float32")
+    add("--dtype", choices=tuple(DTYPES), default="float32", help="of the weights; default: float32")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -90,7 +90,7 @@ def main(options: argparse.Namespace) -> int:
     state = PartialState(cpu=on_cpu or not torch.accelerator.is_available())
     try:
         device = options.device if options.device and state.num_processes == 1 else state.device
-        pipe = load(options.model, device=device, dtype=_DTYPES[options.dtype])
+        pipe = load(options.model, device=device, dtype=DTYPES[options.dtype])
         settings = settings_from(options, pipe)
         out = sample(with_scheduler(pipe, settings.scheduler), settings, options.out)
     except (Unwritable, Diverged) as error:  # may happen to one process alone

@@ -18,6 +18,7 @@ from companion.evaluation.evaluations import heun_levels, scheduler_levels, step
 from companion.evaluation.sampling_settings import parse_weight
 from companion.pipelines.edm2 import Reference
 from companion.pipelines.hook import SAMPLING_PRODUCTS, RectifiedGuidanceConfig, SamplingProduct
+from companion.pipelines.paper_models import PAPER_MODELS, PaperModel
 
 UNGUIDED = "unguided"
 REG: SamplingProduct = "finite_difference"
@@ -65,6 +66,7 @@ class Plan:
         reference_samples: scenes that the samples are measured against; a reference that is read from files has its
             own number.
         call: arguments of the pipeline's call, by model.
+        sizes: side of the pictures, in pixels, by model; only for those whose reference depends on it.
     """
 
     rows: tuple[Row, ...]
@@ -73,6 +75,7 @@ class Plan:
     batch_size: int = 50
     reference_samples: int = 5000
     call: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     def cells(self) -> list[tuple[Row, int, str]]:
         """(row, seed, name) of every cell, in the order in which they are made: all rows of a seed first."""
@@ -165,3 +168,65 @@ def mini_coco() -> Plan:
     levels = partial(_ddim, offset=1)
     models = tuple(_Swept(name, 20, levels, _OVER_TIME, (3.0, 1.5, 6.0)) for name in ("mini-sd", "mini-sd-v"))
     return Plan(_ordered(models, ("vanilla",)))
+
+
+def _levels(model: PaperModel) -> Callable[[int], Sequence[float]]:
+    """Of the paper's sampler, as `companion.load` sets it up for the model's own pipeline."""
+    if model.scheduler is None:
+        return _cached_heun
+    known: dict[str, dict[str, Any]] = {
+        "DDPMScheduler": {},
+        "PNDMScheduler": {"skip_prk_steps": True, "steps_offset": 1},
+        "EulerDiscreteScheduler": {"timestep_spacing": "leading", "steps_offset": 1},
+    }
+    scheduler = getattr(diffusers, model.scheduler)(**known[model.scheduler])
+    return cache(partial(scheduler_levels, scheduler))
+
+
+def _paper_swept(
+    name: str,
+    guidances: Mapping[str, tuple[str, Reference | None]],
+    scales: Sequence[float],
+    settings: str | None = None,
+) -> _Swept:
+    """A model with the paper's number of steps; `settings` names the entry of `PAPER_MODELS` where that is another."""
+    model = PAPER_MODELS[settings or name]
+    return _Swept(name, int(model.call["num_inference_steps"]), _levels(model), guidances, scales)
+
+
+def paper_imagenet() -> Plan:
+    """Table 2 at the paper's size: DiT-XL/2-256, EDM2-S-64, EDM2-S-512 and EDM2-XXL-512, 50,000 samples a cell.
+
+    Samplers, steps and intervals are the paper's, the first scale of each is the one its networks were published with,
+    the others are this table's choice. Autoguidance is sampled from the pairs of networks that EDM2 publishes for it.
+    """
+    dit = {**_OVER_TIME, "interval": ("interval:205,502", None)}
+    edm2 = {**_OVER_TIME, "interval": ("interval:0.28,2.9", None)}
+    auto: dict[str, tuple[str, Reference | None]] = {"autoguidance": ("constant", "guide")}
+    models = (
+        _paper_swept("dit-xl-2-256", dit, (1.5, 1.25, 2.0, 3.0)),
+        _paper_swept("edm2-s-512", edm2, (1.4, 1.2, 1.7, 2.0)),
+        _paper_swept("edm2-img512-s-autog", auto, (2.1, 1.5, 2.5), "edm2-s-512"),
+        _paper_swept("edm2-s-64", auto, (1.7, 1.4, 2.0)),
+        _paper_swept("edm2-xxl-512", edm2, (1.2, 1.1, 1.4, 1.7)),
+        _paper_swept("edm2-img512-xxl-autog", auto, (2.05, 1.5, 2.5), "edm2-xxl-512"),
+    )
+    sizes = {swept.model: 64 if swept.model.endswith("-64") else 512 for swept in models} | {"dit-xl-2-256": 256}
+    return Plan(_ordered(models, ("vanilla", "autoguidance")), num_samples=50_000, batch_size=8, sizes=sizes)
+
+
+def paper_coco() -> Plan:
+    """Table 3 at the paper's size: SD 1.4, SD 2.1 and SD-XL, a sample for each of COCO-2017's 5,000 captions."""
+    names = ("sd-v1-4", "sd-v2-1", "sd-xl")
+    models = tuple(_paper_swept(name, _OVER_TIME, (3.0, 1.5, 5.0, 7.5)) for name in names)
+    sizes = {name: {key: PAPER_MODELS[name].call[key] for key in ("height", "width")} for name in names}
+    return Plan(_ordered(models, ("vanilla",)), num_samples=5000, batch_size=4, call=sizes)
+
+
+PLANS: Mapping[tuple[str, str], Callable[[], Plan]] = {
+    ("imagenet", "mini"): mini_imagenet,
+    ("imagenet", "paper"): paper_imagenet,
+    ("coco", "mini"): mini_coco,
+    ("coco", "paper"): paper_coco,
+}
+"""(table, profile) -> its plan."""

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.utils import broadcast_object_list, parse_flag_from_env  # type: ignore[import-untyped]
 from diffusers import DiffusionPipeline
 
-from companion.evaluation.features import SceneFeatures
-from companion.evaluation.judges import Judge, scene_judge
+from companion.evaluation import references
+from companion.evaluation.features import FeatureNetwork, InceptionFeatures, SceneFeatures
+from companion.evaluation.judges import Judge, scene_caption_judge, scene_judge
+from companion.evaluation.references import coco_judge, imagenet_judge
 from companion.evaluation.results import (
     Cell,
-    Figure,
-    over_seeds,
     provenance,
     read_cell,
     read_cells,
@@ -36,15 +36,15 @@ from companion.evaluation.results import (
     write_cell,
     write_cells,
 )
-from companion.evaluation.runs import sample
+from companion.evaluation.runs import DTYPES, sample
 from companion.evaluation.sampling_folder import PROVENANCE, Unwritable, read_json, read_manifest
 from companion.evaluation.sampling_settings import SamplingSettings, check_sampling
-from companion.evaluation.table_plans import Plan, Row, mini_imagenet
+from companion.evaluation.table_plans import PLANS, Plan, Row
+from companion.evaluation.table_text import as_markdown
+from companion.pipelines.edm2 import load_edm2
+from companion.pipelines.edm2_presets import EDM2_PRESETS
 from companion.pipelines.registry import load
 
-METRICS = {"fid": ("FID", 2, 1), "inception_score": ("IS", 2, 1), "precision": ("precision", 3, 1),
-           "recall": ("recall", 3, 1), "agreement": ("class agreement, %", 1, 100)}  # fmt: skip
-"""Figure's name -> heading, digits, factor in the table."""
 _KEPT = ("started", "sampling_seconds", "samples", "processes")  # of a session of sampling, in a cell's provenance
 
 
@@ -89,7 +89,8 @@ def run_table(
     chosen = [cell for cell in plan.cells() if only in (None, cell[2])]
     if not chosen:
         raise ValueError(f"no cell is called {only!r}; names are like {plan.cells()[0][2]!r}")
-    for model in dict.fromkeys(row.model for row, _, _ in chosen):
+    models = list(dict.fromkeys(row.model for row, _, _ in chosen))
+    for model in models:
         if plan.num_samples < judge(model).least:
             raise ValueError(
                 f"the figures of {model} need at least {judge(model).least} samples, got {plan.num_samples}"
@@ -100,41 +101,43 @@ def run_table(
         raise ValueError(f"{out} holds {len(there)} finished cells; resume it, or give another folder")
     state.wait_for_everyone()  # nobody writes a cell while another still looks
 
-    pipes: dict[str, DiffusionPipeline] = {}
-    work = []
-    for row, seed, name in chosen:
-        if row.model not in pipes:
-            pipes[row.model] = load_model(row.model)
-        pipe, measured_by = pipes[row.model], judge(row.model)
-        settings = _settings(plan, row, seed, measured_by.conditions(pipe))
-        check_sampling(pipe, settings)
-        identity = settings.identity(pipe)
-        described = {"row": asdict(row), "sampling": identity, **measured_by.described}
-        work.append((name, settings, described))
-        if name in made and not same_settings(made[name].settings, described):
-            raise ValueError(f"cell {name} in {out} was made with other settings; give another folder, or remove it")
+    pipe_of = lru_cache(maxsize=1)(load_model)  # one model at a time is in memory
+    settings_of: dict[str, tuple[SamplingSettings, dict[str, Any]]] = {}
+    for model in models:
+        for row, seed, name in chosen:
+            if row.model == model:
+                settings = _settings(plan, row, seed, judge(model).conditions(pipe_of(model)))
+                check_sampling(pipe_of(model), settings)
+                sampling = settings.identity(pipe_of(model))
+                described = {"row": asdict(row), "sampling": sampling, **judge(model).described}
+                if name in made and not same_settings(made[name].settings, described):
+                    raise ValueError(f"cell {name} of {out} was made with other settings; give another folder")
+                settings_of[name] = settings, described
+    if state.is_main_process:
+        for model in dict.fromkeys(row.model for row, _, name in chosen if name not in made):
+            judge(model).check()
 
-    for name, settings, described in work:
+    for _, _, name in chosen:
         late = minutes is not None and time.monotonic() - began > 60 * minutes
-        if name in made or _any(state, late):
+        if name in made or _main_says(state, late):
             continue
-        folder, measured_by = out / "samples" / name, judge(settings.model)
-        sample(pipes[settings.model], settings, folder, progress=progress)
+        settings, described = settings_of[name]
+        folder = out / "samples" / name
+        sample(pipe_of(settings.model), settings, folder, progress=progress)
         if state.is_main_process:
             made_by = None if command is None else command(name)
-            made[name] = _cell(name, described, folder, measured_by, made_by)
-            write_cell(out / "cells", made[name])
+            write_cell(out / "cells", _cell(name, described, folder, judge(settings.model), made_by))
             if collected is not None:
                 write_cells(collected, _in_order(plan, _made(out, collected)))
         state.wait_for_everyone()
         if state.is_main_process and not keep_samples:
             shutil.rmtree(folder, ignore_errors=True)
         made[name] = read_cell(out / "cells" / f"{name}.json")
-    return [made[name] for name, _, _ in work if name in made]
+    return [made[name] for _, _, name in chosen if name in made]
 
 
-def _any(state: PartialState, value: bool) -> bool:
-    """Whether it holds in the main process: all must do the same."""
+def _main_says(state: PartialState, value: bool) -> bool:
+    """What holds in the main process: all must do the same."""
     if not state.use_distributed:
         return value
     [decided] = broadcast_object_list([value])
@@ -184,64 +187,27 @@ def _cell(name: str, described: Mapping[str, Any], folder: Path, judge: Judge, c
     return Cell(name, described, figures, read_manifest(folder)["nfe"], seconds, made)
 
 
-def as_markdown(cells: Sequence[Cell]) -> str:
-    """The table: one line a row, seeds together. The best figure of each front is not marked here; see `pareto_front`.
-
-    With one seed the interval is the cell's own; with several it is Student's over the seeds.
-    """
-    rows: dict[tuple, list[Cell]] = {}
-    for cell in cells:
-        row = cell.settings["row"]
-        rows.setdefault(tuple(row.items()), []).append(cell)
-    headings = [heading for heading, _, _ in METRICS.values()]
-    lines = [f"| model | guidance | product | scale | steps | NFE | {' | '.join(headings)} | samples | seconds |"]
-    lines.append("|" + "---|" * (lines[0].count("|") - 1))
-    for key, together in rows.items():
-        row = dict(key)
-        texts = [_figure_text([cell.figures[name] for cell in together], *METRICS[name][1:]) for name in METRICS]
-        number = sum(cell.figures["fid"].samples for cell in together)
-        times = [cell.seconds for cell in together]
-        seconds = "?" if None in times else f"{sum(time for time in times if time is not None):.0f}"
-        first = f"{row['model']} | {row['guidance']} | {row['product']} | {row['guidance_scale']:g} | {row['steps']}"
-        lines.append(f"| {first} | {together[0].nfe:g} | {' | '.join(texts)} | {number} | {seconds} |")
-    return "\n".join(lines)
-
-
-def _figure_text(figures: Sequence[Figure], digits: int, factor: float) -> str:
-    figure = figures[0] if len(figures) == 1 else over_seeds([figure.value for figure in figures])
-    return Figure(factor * figure.value, factor * figure.low, factor * figure.high, figure.method, figure.samples).text(
-        digits
-    )
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which of (lower is better, higher is better) pairs, such as FID and IS, no other pair beats; by the first number.
-
-    A pair is beaten by one that is at least as good in both and better in one.
-    """
-    order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
-    front: list[int] = []
-    for i in order:
-        if not front or points[i][1] > points[front[-1]][1] or points[i] == points[front[-1]]:
-            front.append(i)
-    return front
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m companion table`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = references.__doc__
     add = parser.add_argument
-    add("name", choices=("imagenet",), help="which table")
-    add("--profile", choices=("mini",), default="mini", help="mini: the embedded models, scenes, and their classifier")
+    add("name", choices=("imagenet", "coco"), help="which table")
+    add("--profile", choices=("mini", "paper"), default="mini", help="embedded models and scenes, or the papers' own")
+    add("--data", type=Path, metavar="DIR", help="the paper profile's references, see below")
     add("--out", type=Path, default=None, metavar="DIR", help="folder of the cells; default: runs/table-NAME-PROFILE")
     add("--resume", action="store_true", help="keep the cells that are there, and make the others")
     add("--only", metavar="CELL", help="make one cell")
+    add("--models", metavar="A,B,...", help="only these models' cells")
     add("--limit-minutes", type=float, metavar="M", help="begin no cell after so many minutes")
     add("--collect", type=Path, metavar="FILE", help="one file for all finished cells; --resume keeps them, too")
-    add("--num-samples", type=int, default=2000, metavar="N", help="samples a cell; default: 2000")
+    add("--num-samples", type=int, metavar="N", help="samples a cell; default: mini 2000, paper 50000 and 5000")
+    add("--batch-size", type=int, metavar="B", help="samples a batch; default: mini 50, paper 8 and 4")
     add("--seeds", type=int, default=1, metavar="K", help="seeds a row, from 0; default: 1")
     add("--list", action="store_true", help="print the cells' names in the order of their making, and draw nothing")
     add("--keep-samples", action="store_true", help="do not remove the pictures once they are measured")
     add("--device", help='"cpu", "cuda", ...; default: what accelerate finds')
+    add("--dtype", choices=tuple(DTYPES), default="float32", help="of the weights; default: float32")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -249,29 +215,22 @@ def main(options: argparse.Namespace) -> int:
     on_cpu = options.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=on_cpu or not torch.accelerator.is_available())
     try:
-        seeds = tuple(range(options.seeds))
-        plan = replace(mini_imagenet(), seeds=seeds, num_samples=options.num_samples)
+        plan = _plan_of(options)
         if options.list:
             print("\n".join(name for _, _, name in plan.cells()))
             return 0
         device = options.device if options.device and state.num_processes == 1 else state.device
-
-        @cache
-        def judge(model: str) -> Judge:
-            return scene_judge(SceneFeatures(device), plan.reference_samples)
-
-        sizes = ["--num-samples", str(options.num_samples), "--seeds", str(options.seeds)]
         cells = run_table(
             plan,
             options.out or Path("runs") / f"table-{options.name}-{options.profile}",
-            judge=judge,
-            load_model=partial(load, device=device),
+            judge=_judges(options, plan, device),
+            load_model=partial(_load, device=device, dtype=DTYPES[options.dtype]),
             resume=options.resume,
             only=options.only,
             collected=options.collect,
             minutes=options.limit_minutes,
             keep_samples=options.keep_samples,
-            command=lambda name: ["python", "-m", "companion", "table", options.name, *sizes, "--only", name],
+            command=partial(_command, options),
         )
     except (Unwritable, ValueError) as error:
         if state.is_main_process or isinstance(error, Unwritable):
@@ -284,3 +243,82 @@ def main(options: argparse.Namespace) -> int:
     if state.is_main_process:
         print(as_markdown(cells))
     return 0
+
+
+def _plan_of(options: argparse.Namespace) -> Plan:
+    """The command line's plan.
+
+    Raises:
+        ValueError: a model that the table does not have, or a number out of its range.
+    """
+    plan = PLANS[options.name, options.profile]()
+    changes: dict[str, Any] = {"seeds": tuple(range(options.seeds))}
+    for name in ("num_samples", "batch_size"):
+        if getattr(options, name) is not None:
+            changes[name] = getattr(options, name)
+    if options.seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {options.seeds}")
+    if options.models is not None:
+        known = dict.fromkeys(row.model for row in plan.rows)
+        chosen = [name.strip() for name in options.models.split(",")]
+        if wrong := [name for name in chosen if name not in known]:
+            raise ValueError(f"models of this table are {', '.join(known)}, got {wrong[0]!r}")
+        changes["rows"] = tuple(row for row in plan.rows if row.model in chosen)
+    return replace(plan, **changes)
+
+
+def _judges(options: argparse.Namespace, plan: Plan, device: torch.device | str) -> Callable[[str], Judge]:
+    """What measures each model, made when it is first asked for.
+
+    Raises:
+        ValueError: a folder of references is missing, or given where none is read.
+    """
+    if (options.data is not None) != (options.profile == "paper"):
+        wrong = "needs a folder of references, give one with --data" if options.data is None else "reads no --data"
+        raise ValueError(f"profile {options.profile} {wrong}")
+
+    @cache
+    def network() -> FeatureNetwork:
+        return SceneFeatures(device) if options.profile == "mini" else InceptionFeatures(device)
+
+    @cache
+    def captions_judge() -> Judge:
+        from companion.evaluation.clip import PaperClip, SceneClip
+
+        if options.profile == "mini":
+            return scene_caption_judge(network(), SceneClip(device), plan.reference_samples, plan.num_samples)
+        return coco_judge(network(), PaperClip(device=device), options.data, plan.num_samples)
+
+    @cache
+    def of_size(size: int) -> Judge:
+        return imagenet_judge(network(), options.data, size)
+
+    @cache
+    def scenes() -> Judge:
+        return scene_judge(network(), plan.reference_samples)
+
+    def judge(model: str) -> Judge:
+        if options.name == "coco":
+            return captions_judge()
+        return scenes() if options.profile == "mini" else of_size(plan.sizes[model])
+
+    return judge
+
+
+def _load(name: str, *, device: torch.device | str, dtype: torch.dtype) -> DiffusionPipeline:
+    if name in EDM2_PRESETS:
+        return load_edm2(name, device=device, dtype=dtype)
+    return load(name, device=device, dtype=dtype)
+
+
+def _command(options: argparse.Namespace, cell: str) -> list[str]:
+    """What makes one cell anew; without the folder, where the reader will not want another's."""
+    given = ["--profile", options.profile]
+    for name in ("num_samples", "batch_size", "data"):
+        if getattr(options, name) is not None:
+            given += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    if options.seeds != 1:
+        given += ["--seeds", str(options.seeds)]
+    if options.dtype != "float32":
+        given += ["--dtype", options.dtype]
+    return ["python", "-m", "companion", "table", options.name, *given, "--only", cell]

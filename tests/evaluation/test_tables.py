@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from companion.__main__ import main as command_line
@@ -16,7 +14,7 @@ from companion.evaluation.judges import ClassJudge, Reference
 from companion.evaluation.metrics_reference import statistics_of
 from companion.evaluation.results import read_cell, read_cells
 from companion.evaluation.table_plans import Plan, Row, mini_imagenet
-from companion.evaluation.tables import as_markdown, pareto_front, run_table
+from companion.evaluation.tables import run_table
 from tests.evaluation.scene_pipelines import save_scene_dit
 
 ROWS = (
@@ -109,22 +107,6 @@ def test_what_cannot_be_measured_is_not_drawn(make, tmp_path):
     with pytest.raises(ValueError, match="product"):
         make("few", plan=replace(PLAN, rows=(ROWS[0], replace(ROWS[0], product="hessian"))))
     assert not (tmp_path / "few").exists()
-
-
-def test_the_table_as_text(make):
-    lines = as_markdown(make("whole")).splitlines()
-    assert lines[0].startswith("| model | guidance | product | scale | steps | NFE | FID | IS |")
-    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
-    assert lines[2].startswith("| tiny | vanilla | none | 3 | 2 | 4 |") and "| 20 |" in lines[2]
-    assert lines[3].startswith("| tiny | linear | finite_difference | 3 | 2 | 4 |")
-
-
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12))
-def test_pareto_front_by_brute_force(points):
-    def beaten(i: int) -> bool:
-        return any(a <= points[i][0] and b >= points[i][1] and (a, b) != points[i] for a, b in points)
-
-    assert sorted(pareto_front(points)) == [i for i in range(len(points)) if not beaten(i)]
 
 
 def test_no_cell_is_begun_too_late_and_one_file_holds_all(make, tmp_path):
