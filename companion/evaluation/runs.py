@@ -160,6 +160,7 @@ def sample(
     """
     state = PartialState()
     check_sampling(pipe, settings)
+    _align_weights(pipe)
     lock, begun = _begin_together(state, pipe, settings, out)
     try:
         session = _Session(out, state, pipe, command) if state.is_main_process else None
@@ -175,6 +176,18 @@ def sample(
     finally:
         lock.release()
     return out
+
+
+def _align_weights(pipe: DiffusionPipeline) -> None:
+    """Put weights in memory where torch puts tensors of its own, at multiples of 64 bytes.
+
+    Weights mapped from a file lie where the file has them, unless something copied them: for `accelerate launch` the
+    device "cpu:0" is another than "cpu". Sums over numbers at other addresses are taken in another order.
+    """
+    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    for tensor in (tensor for module in modules for tensor in (*module.parameters(), *module.buffers())):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
 
 
 def _begin_together(
