@@ -1,32 +1,28 @@
-"""Sampling runs: the same folder whatever the processes, interruptions and batches; what is wrong is said.
-
-Children are forked from the running interpreter, so that none of them imports torch again.
-"""
+"""Sampling runs: the same folder whatever the processes, interruptions and batches; what is wrong is said."""
 
 import argparse
 import hashlib
 import json
-import multiprocessing
-import os
 import resource
 import signal
+import sys
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState, debug_launcher
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from companion import ConstantWeight, IntervalWeight, LinearWeight, PowerCosineWeight, sample_generators
 from companion.__main__ import main as command_line
-from companion.evaluation import runs, sampling_folder
+from companion.evaluation import runs
 from companion.evaluation.runs import add_arguments, draw, main, sample, settings_from
 from companion.evaluation.sampling_folder import Lock, Unwritable, begin, read_batches, read_manifest
 from companion.evaluation.sampling_settings import (
@@ -38,9 +34,18 @@ from companion.evaluation.sampling_settings import (
     weights_fingerprint,
 )
 from tests.evaluation.scene_pipelines import captioned_sd, save_scene_dit
+from tests.evaluation.separate_processes import (
+    ROOT,
+    SETTINGS,
+    execute,
+    kill,
+    run,
+    run_killed,
+    run_slowly,
+    start,
+    wait,
+)
 from tests.pipelines.tiny import tiny_dit
-
-SETTINGS = SamplingSettings("tiny", num_samples=11, conditions=(3, 7, 5), batch_size=2, steps=2, seed=4)
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -55,22 +60,18 @@ def checksums(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An uninterrupted run of one process in each format."""
-    return {kind: _run(tmp_path_factory.mktemp(kind) / "run", image_format=kind) for kind in ("png", "npz")}
+    return {kind: run(tmp_path_factory.mktemp(kind) / "run", image_format=kind) for kind in ("png", "npz")}
 
 
-def _run(out: Path, **changes: object) -> Path:
-    return sample(tiny_dit(), replace(SETTINGS, **changes), out, progress=False)
-
-
-def _child(work: Callable[[], object]) -> multiprocessing.Process:
-    def body() -> None:
-        PartialState._reset_state()
-        torch.set_num_threads(1)  # a forked process has none of its parent's worker threads
-        work()
-
-    process = multiprocessing.get_context("fork").Process(target=body)
-    process.start()
-    return process
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums in the order in which a process with one thread takes them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_samples_are_the_pipelines_own(whole):
@@ -103,59 +104,33 @@ def test_the_batch_size_matters_no_more_than_rounding(whole):
         assert np.abs(drawn.astype(int) - reference).max() <= 1
 
 
-def _in_two_processes(out: str, image_format: str) -> None:
-    PartialState._reset_state()
-    torch.set_num_threads(1)
-    state = PartialState(cpu=True)
-    _run(Path(out), image_format=image_format)
-    assert state.num_processes == 2 and state.backend == "gloo"
-
-
-def test_two_processes_write_the_same_folder(whole, tmp_path):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        alone = _run(tmp_path / "alone")
-    finally:
-        torch.set_num_threads(threads)
-    debug_launcher(_in_two_processes, (str(tmp_path / "two"), "png"), num_processes=2)
-    assert checksums(tmp_path / "two") == checksums(alone)
+def test_two_processes_write_the_same_folder(tmp_path):
+    """By the launcher's own command, over the loopback interface: no other network and no host name is needed."""
+    model = save_scene_dit(tmp_path / "model")
+    given = ["sample", "--model", str(model), "--num-samples", "5", "--batch-size", "2", "--steps", "2", "--seed", "4",
+             "--classes", "star,3,heart", "--device", "cpu"]  # fmt: skip
+    with one_thread():
+        assert command_line([*given, "--out", str(tmp_path / "alone")]) == 0
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "companion"]  # fmt: skip
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, *given, "--out", str(tmp_path / "two")]
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    printed = execute(
+        command, {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback, "PYTHONPATH": str(ROOT)}, seconds=120
+    )
+    assert printed.count(f"written: {tmp_path / 'two'}") == 1
+    assert checksums(tmp_path / "two") == checksums(tmp_path / "alone")
     assert json.loads((tmp_path / "two" / "provenance.json").read_text())["sessions"][-1]["processes"] == 2
 
 
 @pytest.mark.parametrize(("image_format", "after"), [("png", 4), ("png", 8), ("npz", 3)])
 def test_killed_at_any_write_it_goes_on(tmp_path, image_format, after):
-    """Every session is killed at its `after`-th renaming, alternately just before and just after it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        alone = _run(tmp_path / "alone", image_format=image_format)
-    finally:
-        torch.set_num_threads(threads)
+    """Every session is killed at its `after`-th renaming, alternately just after and just before it."""
+    with one_thread():
+        alone = run(tmp_path / "alone", image_format=image_format)
     out, sessions = tmp_path / "killed", 0
-
-    def session() -> None:
-        left = after
-        rename = os.replace
-
-        def deadly(source: Path, target: Path) -> None:
-            nonlocal left
-            left -= Path(target).name != "provenance.json"
-            if left == 0 and sessions % 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            rename(source, target)
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        sampling_folder.os.replace = deadly
-        _run(out, image_format=image_format)
-
-    while True:
-        process = _child(session)
-        process.join(60)
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == -signal.SIGKILL
+    while status := wait(start(run_killed, out, image_format, after, sessions % 2 == 1)):
+        assert status == -signal.SIGKILL
         sessions += 1
         assert sessions < 40
     assert sessions >= 2
@@ -166,32 +141,26 @@ def test_killed_at_any_write_it_goes_on(tmp_path, image_format, after):
 
 def test_two_runs_do_not_mix_and_a_dead_ones_lock_is_none(tmp_path):
     out = tmp_path / "run"
-
-    def slowly() -> None:
-        runs.draw = lambda *arguments: (time.sleep(60), None)
-        _run(out)
-
-    process = _child(slowly)
+    process = start(run_slowly, out)
     try:
         deadline = time.monotonic() + 30
         while not (out / "provenance.json").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         with pytest.raises(ValueError, match=rf"in use by another run \(process {process.pid} on ") as refused:
-            _run(out)
+            run(out)
         assert "\n" not in str(refused.value)
         with pytest.raises(ValueError, match="in use"):
-            _run(out, seed=5)
+            run(out, seed=5)
     finally:
-        process.kill()
-        process.join()
-    _run(out)
+        kill(process)
+    run(out)
     assert read_manifest(out)["finished"]
 
 
 def test_a_finished_run_stays_as_it_is(whole):
     before = checksums(whole["npz"])
     stamps = {path: path.stat().st_mtime_ns for path in (whole["npz"] / "shards").iterdir()}
-    _run(whole["npz"], image_format="npz")
+    run(whole["npz"], image_format="npz")
     assert checksums(whole["npz"]) == before
     assert stamps == {path: path.stat().st_mtime_ns for path in (whole["npz"] / "shards").iterdir()}
 
@@ -199,7 +168,7 @@ def test_a_finished_run_stays_as_it_is(whole):
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "record"])
 @pytest.mark.parametrize("image_format", ["png", "npz"])
 def test_damage_is_said_and_repaired(tmp_path, capsys, image_format, damage):
-    out = _run(tmp_path / "run", image_format=image_format, num_samples=4)
+    out = run(tmp_path / "run", image_format=image_format, num_samples=4)
     before = checksums(out)
     broken = out / ("images/00000003.png" if image_format == "png" else "shards/00000002.npz")
     if damage == "record":
@@ -212,7 +181,7 @@ def test_damage_is_said_and_repaired(tmp_path, capsys, image_format, damage):
         broken.write_bytes(content if damage == "flipped" else content[:-9])
     with pytest.raises(ValueError, match=str(broken)):
         list(read_batches(out))
-    _run(out, image_format=image_format, num_samples=4)
+    run(out, image_format=image_format, num_samples=4)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and str(broken) in said and "samples 2 to 3 are drawn again" in said
     assert checksums(out) == before
@@ -228,7 +197,7 @@ def test_other_settings_and_foreign_folders_are_refused(whole, tmp_path):
         ({"image_format": "npz"}, "image_format was"),
     ):
         with pytest.raises(ValueError, match=f"{whole['png']} holds a run with other settings .*{words}"):
-            _run(whole["png"], **change)
+            run(whole["png"], **change)
     retrained = tiny_dit()
     next(retrained.transformer.parameters()).data.flatten()[0] += 0.01
     with pytest.raises(ValueError, match="weights was"):
@@ -236,17 +205,17 @@ def test_other_settings_and_foreign_folders_are_refused(whole, tmp_path):
     assert checksums(whole["png"]) == before
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match=r"holds 'thesis.tex' and no sampling run"):
-        _run(tmp_path)
+        run(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be used"):
-        _run(tmp_path / "file")
+        run(tmp_path / "file")
     manifest = whole["npz"] / "manifest.json"
     kept = manifest.read_text()
     try:
         for content, words in (("{", "damaged, it is not JSON"), (kept.replace('"seed": 4', '"seed": 5'), "checksum")):
             manifest.write_text(content)
             with pytest.raises(ValueError, match=words):
-                _run(whole["npz"], image_format="npz")
+                run(whole["npz"], image_format="npz")
     finally:
         manifest.write_text(kept)
 
@@ -257,17 +226,17 @@ def test_a_full_disk_is_said_and_the_run_goes_on(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1900, hard))  # the manifest fits, a shard of 2 x 16 x 16 x 3 does not
     try:
         with pytest.raises(Unwritable, match=r"shards/00000000.npz cannot be written \(File too large\): make room"):
-            _run(out, image_format="npz")
+            run(out, image_format="npz")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(out.rglob(".*.tmp"))
-    _run(out, image_format="npz")
+    run(out, image_format="npz")
     assert read_manifest(out)["finished"]
 
 
 def test_a_picture_that_is_not_finite_is_never_written(tmp_path):
     with pytest.raises(ValueError, match="sample 0 diverged"):
-        _run(tmp_path / "run", guidance_scale=1e300)
+        run(tmp_path / "run", guidance_scale=1e300)
     assert not list((tmp_path / "run" / "images").iterdir())
 
 
@@ -277,7 +246,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, monkeypatch):
     peaks = []
     for samples in (80, 80, 800):  # the first also fills caches
         tracemalloc.start()
-        _run(tmp_path / str(len(peaks)), num_samples=samples, batch_size=8, image_format="npz")
+        run(tmp_path / str(len(peaks)), num_samples=samples, batch_size=8, image_format="npz")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[2] < peaks[1] + 2**17  # 720 pictures more are 8.4 MB
