@@ -125,8 +125,8 @@ def central_square(file: Path, side: int) -> np.ndarray:
     width, height = picture.size
     short = min(width, height)
     left, top = (width - short) // 2, (height - short) // 2
-    box = (left, top, left + short, top + short)
-    return np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS, box=box))
+    square = picture.crop((left, top, left + short, top + short))
+    return np.asarray(square.resize((side, side), Image.Resampling.LANCZOS))
 
 
 def _squares(files: Sequence[Path]) -> Iterator[Pixels]:

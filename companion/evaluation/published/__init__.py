@@ -1,0 +1,42 @@
+"""Published figures that are shown beside ours: CSV files whose first line names their source."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+TABLES = ("reg_models", "reg_sd21")
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published table.
+
+    Args:
+        source: where it stands.
+        columns: their names.
+        rows: in the source's order, as text.
+    """
+
+    source: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def column(self, name: str) -> tuple[str, ...]:
+        return tuple(row[self.columns.index(name)] for row in self.rows)
+
+    def as_markdown(self) -> str:
+        lines = [self.columns, ("---",) * len(self.columns), *self.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def published(name: str) -> Published:
+    """One of `TABLES`: `reg_models`, the models of REG's tables; `reg_sd21`, its figures for Stable Diffusion 2.1.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if name not in TABLES:
+        raise ValueError(f"published table must be one of {', '.join(TABLES)}, got {name!r}")
+    source, *lines = (Path(__file__).parent / f"{name}.csv").read_text(encoding="utf-8").splitlines()
+    columns, *rows = csv.reader(lines)
+    return Published(source.removeprefix("# "), tuple(columns), tuple(tuple(row) for row in rows))
