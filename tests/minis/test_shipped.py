@@ -73,7 +73,7 @@ def test_mini_edm2_draws_what_is_asked_with_either_reference():
     shares = {}
     for name, scale, steps, reference in (
         ("CFG", 4.0, 8, "null_label"),
-        ("auto", 3.0, 8, "guide"),
+        ("auto", 2.0, 12, "guide"),
         ("weak", 1.0, 8, None),
     ):
         drawn = [
