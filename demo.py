@@ -71,7 +71,9 @@ def main(argv: list[str] | None = None) -> None:
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    name = chosen.model or next(iter(companion.model_names()), None)
+    from companion.page.models import embedded_names
+
+    name = chosen.model or next(iter(embedded_names(classifier_guided=False)), None)
     if name is None:
         parser.error("this copy of the package has no embedded model; name one with --model")
     try:

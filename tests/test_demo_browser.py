@@ -12,7 +12,7 @@ from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
 from companion.minis.scenes import SHAPES
 from companion.page import Models, build_page, serve
 from companion.pipelines.registry import load
-from tests.evaluation.scene_pipelines import save_scene_dit
+from tests.evaluation.scene_pipelines import save_scene_dit, scene_adm
 from tests.test_demo import free_port
 
 pytestmark = pytest.mark.browser
@@ -34,6 +34,8 @@ def address(tmp_path_factory) -> Iterator[str]:
     folder = save_scene_dit(tmp_path_factory.mktemp("pipelines") / "scenes")
     models = Models(str(folder), load(folder))
     models.judge = lambda images: 5 * torch.nn.functional.one_hot(torch.full((len(images),), 4), len(SHAPES)).float()
+    models.guided_names, models.guided_first = ("adm",), "adm"
+    models._loaded["adm"] = scene_adm()
     page = serve(build_page(models), host="127.0.0.1", port=free_port())
     yield page.local_url
     page.close(verbose=False)
@@ -222,6 +224,52 @@ def test_nothing_sticks_out_on_a_phone_or_a_laptop(page, width, height):
         page.evaluate("window.scrollTo(0, 0)")
         place = button(page, "Generate").bounding_box()
         assert place["y"] + place["height"] <= height
+
+
+def test_classifier_guidance(page):
+    """The second tab: two ways to compare, what comes with a divergence, bad input, a stop, small screens."""
+    page.get_by_role("tab", name="Classifier guidance").click()
+    said = page.locator("#classifier-status .status")
+    begin = page.locator("#classifier-generate")
+    expect(begin).to_be_enabled(timeout=SECONDS)
+    expect(page.locator("#status")).to_be_hidden()
+
+    steps = page.get_by_label("Steps (1–1000)").locator("visible=true")
+    steps.fill("4")
+    begin.click()
+    expect(said).to_contain_text("Done: both sides in", timeout=SECONDS)
+    for side, title in (("without", "Without rectification"), ("with_reg", "With rectification")):
+        expect(page.locator(f"#classifier-gallery-{side} .grid-container img")).to_have_count(8)
+        expect(page.locator(f"#classifier-bar-{side}")).to_contain_text(title)
+    expect(page.locator("#classifier-measured")).to_contain_text("2 of 8")
+    expect(page.locator("#classifier-slider")).to_contain_text("without rectification | with rectification")
+
+    expect(page.get_by_label("Strength a")).to_be_hidden()
+    page.get_by_label("the plain score and this score").check()
+    page.get_by_label("Divergence from the target").click()
+    page.get_by_role("option", name="Jensen-Shannon").click()
+    expect(page.get_by_label("Strength a")).to_be_visible()
+    set_number(page, "Smoothing ε (0–1)", "2")
+    before = page.locator("#classifier-gallery-with_reg .grid-container img").first.get_attribute("src")
+    begin.click()
+    expect(said).to_have_text("smoothing ε must be a number from 0 to 1, got 2")
+    assert page.locator("#classifier-gallery-with_reg .grid-container img").first.get_attribute("src") == before
+    page.locator(".toast-close").last.click()
+    set_number(page, "Smoothing ε (0–1)", "0.9")
+    begin.click()
+    expect(page.locator("#classifier-bar-with_reg")).to_contain_text("Jensen-Shannon, a = 1, ε = 0.9", timeout=SECONDS)
+    expect(said).to_contain_text("Done", timeout=SECONDS)
+
+    steps.fill("1000")
+    begin.click()
+    expect(said).to_contain_text("Sampling with the plain score")
+    page.locator("#classifier-cancel").click()
+    expect(said).to_contain_text(re.compile(r"Cancelled( at step \d+ of 1000 with the plain score|.)"))
+    for width in (400, 1280):
+        page.set_viewport_size({"width": width, "height": 844})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.get_by_role("tab", name="Guidance with and without REG").click()
+    expect(button(page, "Generate")).to_be_visible()
 
 
 def test_links_name_both_papers(page):

@@ -3,6 +3,9 @@
 Both sides make the same calls of the same pipeline, with the same generators, schedule and weight over time; only the
 product differs (`none` is everyday guidance). Watching does not change the pictures: previews draw no random numbers,
 and are taken only so often that they cost a small share of the time.
+
+What is compared is exchangeable: `Settings` compares the products of classifier-free guidance, and
+`companion.evaluation.classifier_side_by_side` those and the scores of classifier guidance.
 """
 
 import inspect
@@ -11,14 +14,15 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import diffusers
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from PIL import Image
@@ -27,6 +31,8 @@ from torch import Tensor
 from companion.evaluation.memory import peak_memory
 from companion.guidance.weights import GuidanceWeight
 from companion.minis.scenes import SHAPES, SIZE
+from companion.pipelines.adm import ADMPipeline
+from companion.pipelines.adm_classifier import class_count
 from companion.pipelines.edm2 import EDM2Pipeline
 from companion.pipelines.hook import (
     GuidanceStep,
@@ -45,6 +51,54 @@ Judge = Callable[[Float[Tensor, "batch 3 height width"]], Float[Tensor, "batch s
 
 MAX_STEPS = 1000
 PREVIEW_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one side is drawn.
+
+    Args:
+        config: of the rectification.
+        call: arguments of the pipeline's call, but for conditions, steps and noise.
+        clean_scale: what `GuidanceStep.clean` needs for the guided estimate.
+        kind: what decides the peak memory of a step beside the product and the number of pictures.
+    """
+
+    config: RectifiedGuidanceConfig
+    call: Mapping[str, Any]
+    clean_scale: float
+    kind: tuple = ()
+
+
+class Comparison(Protocol):
+    """What is compared: everything that decides how the two sides look."""
+
+    @property
+    def conditions(self) -> Sequence[int] | Sequence[str]:
+        """One per picture."""
+        ...
+
+    @property
+    def scheduler(self) -> str | None:
+        """diffusers' class name; None is the pipeline's own."""
+        ...
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def seed(self) -> int:
+        """Picture i's noise follows from it and i, on both sides."""
+        ...
+
+    def check(self, pipe: DiffusionPipeline) -> None:
+        """Raises `ValueError` for what this pipeline cannot do, before any time is spent on it."""
+        ...
+
+    def ways(self) -> Mapping[SideName, Way]:
+        """Of both sides."""
+        ...
+
 
 # DiTPipeline never scales its first noise by `init_noise_sigma`: its scheduler must keep a variance-preserving state.
 _PRESERVING = {
@@ -82,6 +136,8 @@ def class_names(pipe: DiffusionPipeline) -> dict[int, str]:
     """Class number -> name (the number again where there is none); empty for a pipeline that takes prompts."""
     if takes_prompts(pipe):
         return {}
+    if isinstance(pipe, ADMPipeline):
+        return _adm_class_names(pipe)
     names: dict[int, str] = {}
     for name, number in pipe.labels.items():
         names.setdefault(number, name)
@@ -92,6 +148,18 @@ def class_names(pipe: DiffusionPipeline) -> dict[int, str]:
     return {i: str(i) for i in range(pipe.transformer.config.num_embeds_ada_norm)}
 
 
+def _adm_class_names(pipe: ADMPipeline) -> dict[int, str]:
+    """By the classifier, which is trained to tell them apart; `labels`, where it has been given another one."""
+    if labels := getattr(pipe, "labels", None):
+        return {number: name for name, number in labels.items()}
+    config = getattr(pipe.classifier, "config", None)
+    known = {int(i): str(name) for i, name in (getattr(config, "id2label", None) or {}).items()}
+    embedded = pipe.unet.config.num_class_embeds
+    count = embedded - (pipe.config.null_class is not None) if embedded else class_count(pipe.classifier) or 0
+    named = len(known) == count and not any(name.startswith("LABEL_") for name in known.values())
+    return {i: known[i] if named else str(i) for i in range(count)}
+
+
 def class_number(pipe: DiffusionPipeline, name: str | int) -> int:
     """The class of a name or number.
 
@@ -99,7 +167,7 @@ def class_number(pipe: DiffusionPipeline, name: str | int) -> int:
         ValueError: the pipeline has no such class; the message lists some that it has.
     """
     names = class_names(pipe)
-    number = getattr(pipe, "labels", {}).get(name)
+    number = next((number for number, known in names.items() if known == name), getattr(pipe, "labels", {}).get(name))
     if number is None and str(name).strip().isdecimal():
         number = int(name)
     if number is None or number not in names:
@@ -144,6 +212,24 @@ class Settings:
             raise ValueError(f"steps must be an integer from 1 to {MAX_STEPS}, got {self.steps!r}")
         check_sampling_product(self.product)
         sample_generators(self.seed, [0])
+
+    def check(self, pipe: DiffusionPipeline) -> None:
+        """See `check_settings`."""
+        check_settings(pipe, self)
+
+    def ways(self) -> Mapping[SideName, Way]:
+        """Everyday guidance, and the product."""
+        products: dict[SideName, SamplingProduct] = {"without": "none", "with_reg": self.product}
+        scale = self.guidance_scale
+        return {
+            name: Way(
+                RectifiedGuidanceConfig(product=product, weight=self.weight),
+                {"guidance_scale": scale},
+                scale,
+                (scale > 1,),
+            )
+            for name, product in products.items()
+        }
 
 
 def check_settings(pipe: DiffusionPipeline, settings: Settings) -> None:
@@ -229,7 +315,10 @@ class View:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Both sides: `Side`s when finished, each in a `View` while they are made."""
+    """Both sides: `Side`s when finished, each in a `View` while they are made.
+
+    `with_reg` is the side with what is compared, which in classifier guidance may be a score.
+    """
 
     without: View = field(default_factory=View)
     with_reg: View = field(default_factory=View)
@@ -250,30 +339,31 @@ class Cancelled(Exception):
 
 
 def compare(
-    pipe: DiffusionPipeline, settings: Settings, *, judge: Judge | None = None, on_progress: OnProgress | None = None
+    pipe: DiffusionPipeline, settings: Comparison, *, judge: Judge | None = None, on_progress: OnProgress | None = None
 ) -> SideBySide:
-    """Sample both sides, first without and then with REG.
+    """Sample both sides, first without and then with REG (or whatever the settings compare).
 
     Args:
         pipe: a pipeline of a supported family; it is left as it was, whatever happens.
         settings: what to sample.
-        judge: a classifier of `SHAPES`; asked only about a model that draws 64x64 scenes of known shapes.
+        judge: a classifier of `SHAPES` in 64x64 pictures; asked only about a model that draws scenes of known shapes,
+            at that size or half of it.
         on_progress: called after every denoiser call and every finished side, on the calling thread; with it, previews
             are made. An exception in it ends the sampling and is passed on.
 
     Raises:
         ValueError: see `check_settings`.
     """
-    check_settings(pipe, settings)
+    settings.check(pipe)
     state = SideBySide()
     own_scheduler, own_bar = getattr(pipe, "scheduler", None), getattr(pipe, "_progress_bar_config", None)
     if own_scheduler is not None:
         pipe.scheduler = _scheduler(pipe, settings.scheduler)
     pipe.set_progress_bar_config(disable=True)
     try:
-        products: dict[SideName, SamplingProduct] = {"without": "none", "with_reg": settings.product}
-        peaks = {name: _peak_bytes(pipe, settings, product) for name, product in products.items()}
-        for name, product in products.items():
+        ways = settings.ways()
+        peaks = {name: _peak_bytes(pipe, settings, way) for name, way in ways.items()}
+        for name, way in ways.items():
             watch = None
             if on_progress is not None:
 
@@ -282,7 +372,7 @@ def compare(
                     state = replace(state, **{name: view})
                     on_progress(state)
 
-            state = replace(state, **{name: _sample(pipe, settings, product, peaks[name], judge, watch)})
+            state = replace(state, **{name: _sample(pipe, settings, way, peaks[name], judge, watch)})
             if on_progress is not None:
                 on_progress(state)
     finally:
@@ -297,7 +387,7 @@ def compare(
 
 def stream(
     pipe: DiffusionPipeline,
-    settings: Settings,
+    settings: Comparison,
     *,
     judge: Judge | None = None,
     cancelled: threading.Event | None = None,
@@ -365,8 +455,8 @@ def _scheduler(pipe: DiffusionPipeline, name: str | None, *, fresh: bool = False
 
 def _sample(
     pipe: DiffusionPipeline,
-    settings: Settings,
-    product: SamplingProduct,
+    settings: Comparison,
+    way: Way,
     peak_bytes: int,
     judge: Judge | None,
     watch: Callable[[View], None] | None,
@@ -377,7 +467,7 @@ def _sample(
 
     def on_step(step: GuidanceStep) -> None:
         nonlocal view, aside, shown_at, preview_cost
-        if not step.prediction.isfinite().all():
+        if not step.prediction.isfinite().all() or (step.direction is not None and not step.direction.isfinite().all()):
             raise ValueError(
                 f"the sampling diverged at step {step.index + 1} of {step.total}: "
                 "lower the guidance scale or its weight, or take another scheduler or number of steps"
@@ -389,40 +479,40 @@ def _sample(
         # The first preview waits until there is something to see; each later one until its cost is a small share.
         due = began - shown_at >= preview_cost / PREVIEW_SHARE and step.index >= step.total // 10
         if due and view.step < view.total and step.sample.ndim == 4:  # tokens and videos have no quick preview
-            view = replace(view, images=_preview(pipe, step.clean(settings.guidance_scale)))
+            view = replace(view, images=_preview(pipe, step.clean(way.clean_scale)))
             shown_at = _now(device)
             preview_cost = shown_at - began
         watch(view)
         aside += _now(device) - began
 
-    config = RectifiedGuidanceConfig(product=product, weight=settings.weight)
-    with rectified_guidance(pipe, config, on_step=on_step):
+    with rectified_guidance(pipe, way.config, on_step=on_step):
         began = _now(device)
-        images = _call(pipe, settings, settings.steps)
+        images = _call(pipe, settings, way, settings.steps)
         seconds = _now(device) - began - aside
     side = Side(tuple(images), seconds, aside, peak_bytes, _judge(pipe, judge, settings, images))
     return replace(view, images=side.images, side=side)
 
 
-def _call(pipe: DiffusionPipeline, settings: Settings, steps: int) -> list[Image.Image]:
+def _call(pipe: DiffusionPipeline, settings: Comparison, way: Way, steps: int) -> list[Image.Image]:
     return pipe(
         list(settings.conditions),
-        guidance_scale=settings.guidance_scale,
+        **way.call,
         num_inference_steps=steps,
         generator=sample_generators(settings.seed, range(len(settings.conditions))),
     ).images
 
 
-def _peak_bytes(pipe: DiffusionPipeline, settings: Settings, product: SamplingProduct) -> int:
-    """Peak of one guided step, which the others repeat, and the decoding; measured once for a product and batch size.
+def _peak_bytes(pipe: DiffusionPipeline, settings: Comparison, way: Way) -> int:
+    """Peak of one guided step, which the others repeat, and the decoding; measured once for a way and batch size.
 
     It also pages the weights in and sets the kernels up, which belongs to the time of neither side.
     """
     known = _peaks.setdefault(pipe, {})
-    key = (product, len(settings.conditions), settings.guidance_scale > 1)
+    key = (way.config.product, len(settings.conditions), *way.kind)
     if key not in known:
-        with rectified_guidance(pipe, RectifiedGuidanceConfig(product=product)), peak_memory(pipe.device) as peak:
-            _call(pipe, settings, steps=1)
+        everywhere = replace(way.config, weight=None)
+        with rectified_guidance(pipe, everywhere), peak_memory(pipe.device) as peak:
+            _call(pipe, settings, way, steps=1)
         known[key] = peak.bytes
     return known[key]
 
@@ -435,7 +525,9 @@ def _now(device: torch.device) -> float:
 
 def _preview(pipe: DiffusionPipeline, latents: Float[Tensor, "batch channels h w"]) -> tuple[Image.Image, ...]:
     """Latents as pictures, the way pipelines decode their last ones."""
-    if isinstance(pipe, EDM2Pipeline):
+    if isinstance(pipe, ADMPipeline):
+        decoded = latents / 2 + 0.5
+    elif isinstance(pipe, EDM2Pipeline):
         decoded = pipe.decode(latents)
     else:
         centre = pipe.vae.config.get("shift_factor") or 0.0
@@ -445,14 +537,15 @@ def _preview(pipe: DiffusionPipeline, latents: Float[Tensor, "batch channels h w
 
 
 def _judge(
-    pipe: DiffusionPipeline, judge: Judge | None, settings: Settings, images: Sequence[Image.Image]
+    pipe: DiffusionPipeline, judge: Judge | None, settings: Comparison, images: Sequence[Image.Image]
 ) -> tuple[Verdict, ...] | None:
     asked = asked_shapes(pipe, settings.conditions)
-    if judge is None or asked is None or images[0].size != (SIZE, SIZE):
+    if judge is None or asked is None or images[0].size not in ((SIZE, SIZE), (SIZE // 2, SIZE // 2)):
         return None
     pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+    scaled = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
-        chances = judge(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).softmax(dim=1)
+        chances = judge(F.interpolate(scaled, (SIZE, SIZE), mode="bilinear")).softmax(dim=1)
     confidence, seen = chances.max(dim=1)
     return tuple(
         Verdict(SHAPES[i], float(p), i == wanted) for i, p, wanted in zip(seen.tolist(), confidence, asked, strict=True)

@@ -1,13 +1,22 @@
-"""Random pipelines of the embedded models' shape: 64x64 pictures of the ten shapes from 16x16x4 latents."""
+"""Random pipelines of the embedded models' shape: 64x64 pictures of ten shapes from latents, or 32x32 of pixels."""
 
 import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, StableDiffusionPipeline
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ResNetConfig, ResNetForImageClassification
 
 from companion.minis.scenes import SHAPES
+from companion.pipelines.adm import ADMPipeline
 from tests.pipelines.tiny import tiny_sd
 
 
@@ -45,6 +54,43 @@ def save_scene_dit(folder: Path) -> Path:
     described = json.loads(index.read_text()) | {"id2label": {str(i): name for i, name in enumerate(SHAPES)}}
     index.write_text(json.dumps(described))
     return folder
+
+
+def scene_adm() -> ADMPipeline:
+    """Pixels under a classifier's guidance, with a learned variance and a null class."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=32,
+        in_channels=3,
+        out_channels=6,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        num_class_embeds=len(SHAPES) + 1,
+    )
+    guide = scene_resnet()
+    generator = torch.Generator().manual_seed(0)
+    for module, spread in ((unet, 0.15), (guide, 0.3)):
+        for parameter in module.eval().requires_grad_(False).parameters():
+            torch.nn.init.normal_(parameter, std=spread, generator=generator)
+    scheduler = DDPMScheduler(variance_type="learned_range")
+    return ADMPipeline(unet, guide, scheduler, null_class=len(SHAPES))
+
+
+def scene_resnet(classes: int = len(SHAPES)) -> ResNetForImageClassification:
+    """A random classifier of the shapes."""
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16],
+        depths=[1, 1],
+        layer_type="basic",
+        num_labels=classes,
+        id2label=dict(enumerate((*SHAPES, *map(str, range(classes)))[:classes])),
+    )
+    return ResNetForImageClassification(config).eval()
 
 
 def captioned_sd(folder: Path) -> StableDiffusionPipeline:

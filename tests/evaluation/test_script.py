@@ -5,11 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from companion.evaluation.script import as_python
+from companion.evaluation.classifier_side_by_side import ClassifierSettings, with_classifier
+from companion.evaluation.script import as_python, classifier_as_python
 from companion.evaluation.side_by_side import Settings, compare
+from companion.guidance.classifier import ClassifierScore
 from companion.guidance.weights import ConstantWeight, IntervalWeight, LinearWeight, PowerCosineWeight
 from companion.pipelines.registry import load
-from tests.evaluation.scene_pipelines import save_scene_dit
+from tests.evaluation.scene_pipelines import save_scene_dit, scene_adm, scene_resnet
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +60,44 @@ def test_prompts_stay_what_they_are(tmp_path):
     scope: dict = {}
     exec(source[source.index("conditions = ") : source.index("\nfor side")], scope)
     assert scope["conditions"] == prompts
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ClassifierSettings([3, 4], steps=3, unconditional=True, gradient_at="clean"),
+        ClassifierSettings(
+            [9],
+            "score",
+            ClassifierScore(1.0, 0.5, "squared_hellinger", 0.7, 0.8, entropy=0.1),
+            tilt=-0.2,
+            classifier_scale=2.5,
+            product="none",
+            sampler="ddpm",
+            steps=4,
+            seed=3,
+        ),
+    ],
+    ids=["rectification", "score"],
+)
+def test_scripts_of_classifier_guidance(tmp_path, monkeypatch, settings):
+    scene_adm().save_pretrained(tmp_path / "adm")
+    torch.manual_seed(1)
+    scene_resnet().save_pretrained(tmp_path / "guide")
+    own = load(tmp_path / "adm")
+    other = with_classifier(own, type(own.classifier).from_pretrained(tmp_path / "guide").eval())
+    drawn = []
+    for number, (pipe, guide) in enumerate(((own, None), (other, str(tmp_path / "guide")))):
+        source = classifier_as_python(str(tmp_path / "adm"), pipe, settings, classifier=guide)
+        assert max(map(len, source.splitlines())) <= 120 + 2 * len(str(tmp_path))
+        made = compare(pipe, settings)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        exec(compile(source, "script", "exec"), {})
+        assert len(list(folder.glob("*.png"))) == 2 * len(settings.conditions)
+        for name, view in (("without", made.without), ("with", made.with_reg)):
+            for index, image in enumerate(view.side.images):
+                np.testing.assert_array_equal(np.asarray(Image.open(f"{name}-{index}.png")), np.asarray(image))
+                drawn.append(np.asarray(image))
+    assert len({picture.tobytes() for picture in drawn}) == len(drawn)  # ways and classifiers matter
