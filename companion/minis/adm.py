@@ -5,8 +5,9 @@ classifier-free guidance needs: one network for both, so that they can be compar
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,15 @@ NULL_CLASS = len(SHAPES)
 DROPPED = 0.1  # share of labels replaced by the null class
 _WIDTHS = (16, 32, 64, 64)
 _ATTENDED = (False, False, True, False)
+DESCENT: Mapping[str, Any] = {
+    "block_out_channels": _WIDTHS,
+    "down_block_types": tuple("AttnDownBlock2D" if at else "ResnetDownsampleBlock2D" for at in _ATTENDED),
+    "layers_per_block": 1,
+    "attention_head_dim": 32,
+    "norm_num_groups": 8,
+}
+"""The descending half, in arguments that the noise-aware classifier shares."""
+
 _VARIANCE_SHARE = 0.1  # of the variance's loss; the means keep the network's capacity
 
 
@@ -47,22 +57,17 @@ def build_unet() -> UNet2DModel:
 
     1.3 M parameters; outputs 0 to 2 predict ε, 3 to 5 say where between its two bounds the variance lies.
     """
-    down = ("AttnDownBlock2D" if attended else "ResnetDownsampleBlock2D" for attended in _ATTENDED)
     up = ("AttnUpBlock2D" if attended else "ResnetUpsampleBlock2D" for attended in reversed(_ATTENDED))
     return UNet2DModel(
         sample_size=SIDE,
         in_channels=3,
         out_channels=6,
-        block_out_channels=_WIDTHS,
-        down_block_types=tuple(down),
+        **DESCENT,
         up_block_types=tuple(up),
-        layers_per_block=1,
         downsample_type="resnet",
         upsample_type="resnet",
         resnet_time_scale_shift="scale_shift",
-        norm_num_groups=8,
         attn_norm_num_groups=8,
-        attention_head_dim=32,
         num_class_embeds=NULL_CLASS + 1,
     )
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DModel
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from companion.minis.adm import SIDE, build_scheduler, render_small
+from companion.minis.adm import DESCENT, NULL_CLASS, SIDE, build_scheduler, render_small
 from companion.minis.scenes import SHAPES, labels, scene
 from companion.minis.training import TrainingConfig, train
 from companion.seeding import sample_seed
@@ -25,18 +26,10 @@ TRAINING_SEED = 3  # other scenes than mini-adm's and its judge's
 SCENES = 6000
 
 RESNET_TRAINING = TrainingConfig(steps=1500, batch_size=64, learning_rate=2e-3, weight_decay=1e-2, ema_decay=0.99)
-NOISY_TRAINING = TrainingConfig(steps=1500, batch_size=64, learning_rate=2e-3, weight_decay=1e-2, ema_decay=0.99)
+NOISY_TRAINING = TrainingConfig(steps=600, batch_size=64, learning_rate=1e-3, weight_decay=1e-2, ema_decay=0.99)
 
-MINI_NOISY: Mapping[str, Any] = {
-    "sample_size": SIDE,
-    "num_classes": len(SHAPES),
-    "model_channels": 16,
-    "block_out_channels": (32, 32, 64),
-    "down_block_types": ("ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D", "AttnDownBlock2D"),
-    "layers_per_block": 1,
-    "attention_head_dim": 32,
-}
-"""Arguments of the noise-aware classifier, ADM's `NoisyClassifier`: 0.4 M parameters."""
+MINI_NOISY: Mapping[str, Any] = {"sample_size": SIDE, "num_classes": len(SHAPES), "model_channels": 16, **DESCENT}
+"""Arguments of the noise-aware classifier, ADM's `NoisyClassifier`: mini-adm's descending half and a pool."""
 
 
 def build_resnet() -> ResNetForImageClassification:
@@ -92,13 +85,39 @@ def train_resnet(
     return model, {**train(model, loss, config, folder), "scenes": scenes}
 
 
+@torch.no_grad()
+def start_from(network: nn.Module, unet: UNet2DModel) -> None:
+    """Give a noise-aware classifier the descending half of mini-adm's U-Net, as it is for the null class.
+
+    That half has read scenes off noise already; from scratch, most of a short training sees pictures without a trace of
+    their class.
+    """
+    own, theirs = network.state_dict(), unet.state_dict()
+    shared = {name: value for name, value in theirs.items() if name in own}
+    # The U-Net adds the class's embedding to the time's.
+    shared["time_embedding.linear_2.bias"] = (
+        theirs["time_embedding.linear_2.bias"] + theirs["class_embedding.weight"][NULL_CLASS]
+    )
+    network.load_state_dict({**own, **shared})
+
+
 def train_noisy(
-    folder: Path, network: nn.Module, config: TrainingConfig = NOISY_TRAINING, *, scenes: int = SCENES
+    folder: Path,
+    network: nn.Module,
+    config: TrainingConfig = NOISY_TRAINING,
+    *,
+    start: UNet2DModel | None = None,
+    scenes: int = SCENES,
 ) -> dict:
     """Train `network`, called as `network(x_t, timestep)`, in place at mini-adm's noise levels.
 
-    Returns `train`'s record. Timesteps are uniform, as ADM's classifiers have them.
+    Timesteps are uniform, as ADM's classifiers have them. Returns `train`'s record.
+
+    Args:
+        start: mini-adm's trained U-Net, for `start_from`.
     """
+    if start is not None:
+        start_from(network, start)
     kept = build_scheduler().alphas_cumprod
     batch = scene_batches(TRAINING_SEED, config.batch_size, scenes=scenes)
 

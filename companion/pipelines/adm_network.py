@@ -65,6 +65,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         down_block_types: as in `UNet2DModel`.
         layers_per_block: residual blocks per level.
         attention_head_dim: width of an attention head, in the pool too.
+        norm_num_groups: of every group norm; where the widths are small, 32 would leave a channel or two to a group.
     """
 
     @register_to_config
@@ -78,6 +79,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         down_block_types: Sequence[str] = ("ResnetDownsampleBlock2D",) * 2 + ("AttnDownBlock2D",) * 3,
         layers_per_block: int = 2,
         attention_head_dim: int = 64,
+        norm_num_groups: int = 32,
     ) -> None:
         super().__init__()
         widths, last = list(block_out_channels), block_out_channels[-1]
@@ -95,7 +97,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
                 add_downsample=level < len(widths) - 1,
                 resnet_eps=1e-5,
                 resnet_act_fn="silu",
-                resnet_groups=32,
+                resnet_groups=norm_num_groups,
                 attention_head_dim=attention_head_dim,
                 resnet_time_scale_shift="scale_shift",
                 downsample_type="resnet",
@@ -110,10 +112,10 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
             resnet_eps=1e-5,
             resnet_time_scale_shift="scale_shift",
             attention_head_dim=attention_head_dim,
-            resnet_groups=32,
-            attn_groups=32,
+            resnet_groups=norm_num_groups,
+            attn_groups=norm_num_groups,
         )
-        self.norm_out = nn.GroupNorm(32, last, eps=1e-5)
+        self.norm_out = nn.GroupNorm(norm_num_groups, last, eps=1e-5)
         self.pool = AttentionPool(last, sample_size // 2 ** (len(widths) - 1), last // attention_head_dim, num_classes)
 
     def forward(

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from companion.minis import guides
-from companion.minis.adm import build_scheduler, render_small
+from companion.minis.adm import NULL_CLASS, build_scheduler, build_unet, render_small
 from companion.minis.scenes import SHAPES, labels, scene
 from companion.minis.training import TrainingConfig
 from companion.pipelines.adm_network import NoisyClassifier
@@ -15,7 +15,7 @@ CONFIG = TrainingConfig(steps=2, batch_size=8, learning_rate=1e-3, warmup=1)
 def test_classifiers_are_small_and_know_their_classes():
     resnet, noisy = guides.build_resnet(), NoisyClassifier(**guides.MINI_NOISY)
     assert sum(p.numel() for p in resnet.parameters()) <= 0.35e6
-    assert sum(p.numel() for p in noisy.parameters()) <= 0.45e6
+    assert sum(p.numel() for p in noisy.parameters()) <= 0.51e6
     assert resnet.config.id2label == dict(enumerate(SHAPES)) and resnet.config.num_labels == 10
     assert any(isinstance(module, nn.ReLU) for module in resnet.modules())
     assert noisy(torch.zeros(2, 3, 32, 32), 3).shape == (2, 10)
@@ -57,3 +57,19 @@ def test_the_noise_aware_one_sees_mini_adms_noise(tmp_path):
         noise = (sample - level.sqrt() * clean) / (1 - level).sqrt()
         assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
     assert len({int(t) for _, times in spy.seen for t in times}) > 100
+
+
+def test_the_noise_aware_one_starts_from_mini_adm_told_the_null_class():
+    torch.manual_seed(0)
+    unet, network = build_unet().eval(), NoisyClassifier(**guides.MINI_NOISY).eval()
+    pool = {name: value.clone() for name, value in network.pool.state_dict().items()}
+    guides.start_from(network, unet)
+    kept = []
+    for net in (unet, network):
+        net.mid_block.register_forward_hook(lambda _, __, out: kept.append(out))
+    pictures, timestep = torch.randn(2, 3, 32, 32), torch.tensor([3, 700])
+    with torch.no_grad():
+        unet(pictures, timestep, class_labels=torch.full((2,), NULL_CLASS))
+        network(pictures, timestep)
+    torch.testing.assert_close(kept[1], kept[0], rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(value, pool[name]) for name, value in network.pool.state_dict().items())
