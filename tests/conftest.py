@@ -1,7 +1,9 @@
 """Settings and fixtures shared by all tests."""
 
+import faulthandler
 import os
 import shutil
+from collections.abc import Generator
 
 import hypothesis
 import pytest
@@ -18,6 +20,28 @@ if "OMP_NUM_THREADS" not in os.environ:
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+# pyproject.toml limits a test until it fails or is over. What it leaves behind, servers and threads, may hang as well.
+PATIENCE = 300  # seconds
+STANDARD_ERROR = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[STANDARD_ERROR] = os.dup(2)  # while a test runs, 2 is where its output is kept
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    faulthandler.dump_traceback_later(PATIENCE, exit=True, file=item.config.stash[STANDARD_ERROR])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    faulthandler.dump_traceback_later(PATIENCE, exit=True, file=config.stash[STANDARD_ERROR])
 
 
 @pytest.fixture(scope="session")
