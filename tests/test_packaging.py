@@ -140,6 +140,12 @@ def test_the_package_imports_without_the_inception_extra() -> None:
         assert not imported(ast.Module(top, [])) & extra, file
 
 
+def run(command: list[str], folder: Path) -> str:
+    """What the command prints."""
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=120)
+    return ended.stdout
+
+
 def test_the_wheel_holds_the_whole_package(tmp_path: Path) -> None:
     """Built from a copy, with one more folder of weights, such as the next model will add."""
     copied = shutil.ignore_patterns("__pycache__")
@@ -152,8 +158,8 @@ def test_the_wheel_holds_the_whole_package(tmp_path: Path) -> None:
         (folder / name).write_text(name)
     there = {str(path.relative_to(tmp_path)) for path in (tmp_path / "companion").rglob("*") if path.is_file()}
     build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
-    answer = subprocess.run([sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, check=True)
-    with zipfile.ZipFile(tmp_path / answer.stdout.splitlines()[-1]) as wheel:
+    answer = run([sys.executable, "-c", build], tmp_path)
+    with zipfile.ZipFile(tmp_path / answer.splitlines()[-1]) as wheel:
         packed = set(wheel.namelist())
     assert there == {name for name in packed if ".dist-info/" not in name}
 
@@ -173,8 +179,7 @@ def test_make_sets_up_before_it_runs(target: str, tmp_path: Path) -> None:
     """In a clean copy: .venv, then torch alone, then the package, all under the pins; then the target itself."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    answer = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True, check=True)
-    commands = answer.stdout.replace("\\\n", " ").splitlines()
+    commands = run(["make", "-n", target], tmp_path).replace("\\\n", " ").splitlines()
     installs = [command for command in commands if " pip " in command and " install " in command]
     assert any("-m venv .venv" in command for command in commands)
     assert all("-c constraints.txt" in command for command in installs)
@@ -182,7 +187,7 @@ def test_make_sets_up_before_it_runs(target: str, tmp_path: Path) -> None:
     assert installs[1].endswith(" -e .")
     assert len(installs) == (3 if target in ("test", "lint") else 2)
     assert not any("install" in command for command in commands[-1:])
-    assert target in subprocess.run(["make", "help"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert target in run(["make", "help"], tmp_path)
 
 
 def test_the_readme_links_to_files_that_exist_and_lists_every_notebook() -> None:

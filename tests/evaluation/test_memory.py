@@ -82,11 +82,11 @@ def test_threads_take_turns():
             work(size)
         readings[size] = reading.bytes
 
-    threads = [threading.Thread(target=measure, args=(size,)) for size in (2, 4, 6)]
+    threads = [threading.Thread(target=measure, args=(size,), daemon=True) for size in (2, 4, 6)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
     assert readings == {size: size * MEBIBYTE for size in (2, 4, 6)}
 
 

@@ -44,7 +44,7 @@ def test_waiting_ends_as_soon_as_the_number_falls_and_keeps_the_order():
             order.append(name)
 
     arrived = [threading.Event() for _ in range(5)]
-    threads = [threading.Thread(target=work, args=(name,)) for name in range(5)]
+    threads = [threading.Thread(target=work, args=(name,), daemon=True) for name in range(5)]
     with turns.place():
         for thread, event in zip(threads, arrived, strict=True):
             thread.start()

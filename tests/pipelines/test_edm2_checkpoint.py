@@ -483,11 +483,11 @@ def server(tmp_path):
     (tmp_path / "served").mkdir()
     handler = functools.partial(Quiet, directory=str(tmp_path / "served"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{running.server_port}", tmp_path / "served"
         running.shutdown()
-        thread.join()
+        thread.join(10)
 
 
 def test_downloading_when_asked(tmp_path, monkeypatch, server):
