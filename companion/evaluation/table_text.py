@@ -215,3 +215,31 @@ def counted(found: Sequence[Mapping[str, Any]], name: str) -> dict[str, dict[str
         own = counts.setdefault(entry["against"], {"better": 0, "undecided": 0, "worse": 0})
         own[verdict(name, entry[name])] += 1
     return counts
+
+
+def provenance_markdown(cells: Sequence[Cell], planned: int) -> str:
+    """How many of a table's cells there are, and what made them.
+
+    Args:
+        cells: of the table.
+        planned: number of cells in its plan.
+    """
+
+    def listed(values: Iterable[Any]) -> str:
+        return ", ".join(str(value) for value in dict.fromkeys(values))
+
+    made = [cell.provenance for cell in cells]
+    versions = [f"{name} {made[-1]['versions'][name]}" for name in ("python", "torch", "diffusers")] if made else []
+    hours = sum(cell.seconds or 0 for cell in cells) / 3600
+    entries = {
+        "cells": f"{len(cells)} of {planned}",
+        "samples a cell": listed(cell.figures["fid"].samples for cell in cells),
+        "seeds": listed(cell.settings["sampling"]["seed"] for cell in cells),
+        "measured in": listed(cell.settings["network"] for cell in cells),
+        "against": listed(dict.fromkeys(str(p["reference"]).strip("{}").replace("'", "") for p in made)),
+        "device": listed(f"{p['device']}, threads: {p['threads']}" for p in made),
+        "sampling, all together": f"{hours:.1f} h",
+        "commits": listed(p["commit"] for p in made),
+        "versions": listed(versions),
+    }
+    return _table(["what", "how"], entries.items())

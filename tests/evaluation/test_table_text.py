@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import given
@@ -17,6 +17,7 @@ from companion.evaluation.table_text import (
     differences,
     differences_markdown,
     method_of,
+    provenance_markdown,
     verdict,
 )
 
@@ -112,3 +113,13 @@ def test_every_row_has_a_method():
     assert names == {"REG, ones", "REG, vjp", "REG, auto"}
     assert method_of(CELLS[1].settings["row"]) == "no guidance"
     assert not re.search("REG", method_of(asdict(Row("m", "vanilla", "constant", "covariance", 2.0, 5))))
+
+
+def test_what_made_the_cells():
+    made = {"device": "cpu: x", "threads": 1, "commit": "abc", "reference": {"scenes": 50},
+            "versions": {"python": "3", "torch": "2", "diffusers": "0"}}  # fmt: skip
+    settings = {"sampling": {"seed": 0}, "network": "colours"}
+    cells = [replace(c, settings={**c.settings, **settings}, provenance=made) for c in CELLS]
+    found = dict(row for row in rows_of(provenance_markdown(cells, 9))[1:])
+    assert found["cells"] == "6 of 9" and found["against"] == "scenes: 50" and found["samples a cell"] == "100"
+    assert found["device"] == "cpu: x, threads: 1" and found["versions"] == "python 3, torch 2, diffusers 0"
