@@ -1,12 +1,14 @@
 # One set-up for everything: `make demo` on a machine with nothing but Python 3.11 makes .venv and opens the demo.
 #   PYTHON=...             the interpreter that .venv is made with
 #   ARGS="--port 7861"     passed on to demo.py (make demo), pytest (make test) or benchmarks (make bench)
+#   JOBS=2                 processes that run the tests (make test)
 #   COMPANION_PROFILE=paper notebooks at the papers' size instead of the quick one
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 SOURCES := companion tests $(wildcard demo.py benchmarks) $(NOTEBOOKS)
+JOBS ?= 2
 export COMPANION_PROFILE ?= small
 
 .PHONY: help demo test notebooks bench lint
@@ -22,9 +24,10 @@ help:
 demo: .venv/ready
 	.venv/bin/python demo.py $(ARGS)
 
+# Files of tests, each whole, on JOBS processes of one thread each; a notebook's cells stay together and in order.
 test: .venv/ready-dev
-	.venv/bin/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 --durations=15 \
-		tests $(NOTEBOOKS) $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) --dist loadfile --nbval-lax --nbval-current-env \
+		--nbval-cell-timeout=600 --durations=15 tests $(NOTEBOOKS) $(ARGS)
 
 notebooks: .venv/ready
 	.venv/bin/python -m jupyter lab notebooks
