@@ -12,7 +12,7 @@ from transformers import ResNetForImageClassification
 
 from companion.evaluation import runs, tables
 from companion.evaluation.recognition import draw_classes, recognised
-from companion.minis import classifier, edm2, recipes, text_conditional
+from companion.minis import classifier, clip, edm2, recipes, text_conditional
 from companion.minis.drawing import draw, object_colours
 from companion.minis.scenes import COLOURS, SHAPES, labels, render, scene
 from companion.minis.shipping import ship
@@ -65,6 +65,10 @@ def _classifier(folder: Path, out: Path) -> Path:
     return ship_classifier(*classifier.train_classifier(folder), out)
 
 
+def _clip(folder: Path, out: Path) -> Path:
+    return ship_clip(*clip.train_clip(folder), out)
+
+
 def _dit(folder: Path, out: Path) -> Path:
     return ship_dit(*recipes.train_dit(folder, _trained_autoencoder(out)), out)
 
@@ -101,6 +105,7 @@ _PARTS = ("autoencoder", "scene-classifier")
 _MODELS: dict[str, tuple[tuple[str, ...], Callable[[Path, Path], Path]]] = {  # what each needs, how it is made
     "autoencoder": ((), _autoencoder),
     "scene-classifier": ((), _classifier),
+    "mini-clip": ((), _clip),
     "mini-dit": (_PARTS, _dit),
     "mini-edm2": (_PARTS, _edm2),
     "mini-sd": (_PARTS, _sd),
@@ -140,6 +145,36 @@ def ship_classifier(network: ResNetForImageClassification, record: dict, out: Pa
         "`companion.minis.classifier.load_classifier()`."
     )
     return ship(network, "scene-classifier", text, record, figures, out)
+
+
+@torch.no_grad()
+def ship_clip(model: clip.SceneTextModel, record: dict, out: Path, *, number: int = 1000) -> Path:
+    """Measure mini-clip on a number of held-out scenes, whole hundreds, and write its folder."""
+    figures = {}
+    for kind, objects in (("one object", 1), ("two objects", 2)):
+        scenes = [scene(HELD_OUT_SEED, i, objects) for i in range(number)]
+        parts = [scenes[first : first + 100] for first in range(0, len(scenes), 100)]
+        share = sum(clip.retrieved(model, part) for part in parts) / len(parts)
+        figures[f"own caption found among those of 100 held-out scenes of {kind}, mean of {len(parts)} hundreds"] = (
+            f"{100 * share:.1f} %"
+        )
+        cosines = clip.matched_and_mismatched(model, scenes)
+        for fit, values in zip(("own", "another scene's"), cosines, strict=True):
+            figures[f"cosine with {fit} caption, {number:,} held-out scenes of {kind}"] = (
+                f"{float(values.mean()):.3f} ± {float(values.std()):.3f} (standard deviation)"
+            )
+        for attribute in clip.attributes_of(scenes[0]):
+            share = clip.told_apart(model, scenes, attribute)
+            figures[f"own caption preferred to it with another {attribute}, {number:,} held-out scenes of {kind}"] = (
+                f"{100 * share:.1f} %"
+            )
+    text = (
+        "Pictures of scenes and their captions in one space of 64 dimensions, for the CLIP score of what the embedded\n"
+        "models draw: a small ResNet, its classes the dimensions (transformers' `ResNetForImageClassification`), and\n"
+        "`CLIPTextModelWithProjection`, each in a folder. `companion.evaluation.clip.SceneClip()`. Which of two\n"
+        "objects is where it cannot tell."
+    )
+    return ship(model, "mini-clip", text, record, figures, out)
 
 
 def ship_dit(pipe: DiTPipeline, record: dict, out: Path) -> Path:

@@ -1,6 +1,7 @@
 """What pictures look like to a network: features and logits, in which FID, Inception score and the others are measured.
 
-The network is exchangeable. For scenes it is the shipped scene classifier; Inception-v3 (Szegedy et al. 2016, the
+The network is exchangeable. For scenes it is the shipped scene classifier, which is to them what Inception-v3 is to
+photographs and answers to the name "mini-inception" as well; Inception-v3 (Szegedy et al. 2016, the
 weights of the original FID) is the `inception` extra.
 """
 
@@ -17,6 +18,7 @@ from companion.minis.classifier import WEIGHTS, load_classifier
 from companion.minis.scenes import SIZE
 
 NETWORKS = ("scenes", "inception")
+_ALIASES = {"mini-inception": "scenes"}
 
 
 class Features(NamedTuple):
@@ -97,14 +99,15 @@ class InceptionFeatures:
 
 
 def feature_network(name: str, device: torch.device | str = "cpu") -> FeatureNetwork:
-    """One of `NETWORKS`.
+    """One of `NETWORKS`; "mini-inception" is another name of "scenes".
 
     Raises:
         ValueError: the name is unknown, or the network is not installed.
     """
-    if name == "scenes":
+    known = _ALIASES.get(name, name)
+    if known == "scenes":
         return SceneFeatures(device)
-    if name == "inception":
+    if known == "inception":
         return InceptionFeatures(device)
     raise ValueError(f"feature network must be one of {', '.join(NETWORKS)}, got {name!r}")
 

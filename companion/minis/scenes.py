@@ -34,8 +34,8 @@ RELATIONS = ("left of", "right of", "above", "below")
 
 _SINGLE_RADIUS = (11.0, 20.0)
 _PAIR_RADIUS = (8.0, 11.5)
-_LARGE = 16.0
-_MARGIN = 1.5
+LARGE = 16.0
+MARGIN = 1.5
 _NUMBERS = 32  # uniform draws that one scene may use; a fixed count keeps every field independent of the others
 
 
@@ -71,7 +71,7 @@ class Scene:
         """The scene in words, e.g. "a large red striped star" or "a blue circle left of a yellow dotted heart"."""
         if self.relation is None:
             [only] = self.objects
-            size = "large" if only.radius >= _LARGE else "small"
+            size = "large" if only.radius >= LARGE else "small"
             return f"a {size} {_name(only)}"
         first, second = self.objects
         return f"a {_name(first)} {self.relation} a {_name(second)}".replace("a orange", "an orange")
@@ -123,7 +123,7 @@ def scene(seed: int, index: int, objects: int | None = None) -> Scene:
         )
 
     def inside(radius: float) -> float:
-        return between(radius + _MARGIN, SIZE - radius - _MARGIN)
+        return between(radius + MARGIN, SIZE - radius - MARGIN)
 
     relation: str | None = choice(RELATIONS)
     placed: tuple[SceneObject, ...]
@@ -135,8 +135,8 @@ def scene(seed: int, index: int, objects: int | None = None) -> Scene:
         radii = [between(*_PAIR_RADIUS) for _ in range(2)]
         # Along the relation's axis each object has its own half of the picture; across it they may lie anywhere.
         along = [
-            between(radii[0] + _MARGIN, SIZE / 2 - radii[0]),
-            between(SIZE / 2 + radii[1], SIZE - radii[1] - _MARGIN),
+            between(radii[0] + MARGIN, SIZE / 2 - radii[0]),
+            between(SIZE / 2 + radii[1], SIZE - radii[1] - MARGIN),
         ]
         across = [inside(radius) for radius in radii]
         if relation in ("right of", "below"):

@@ -31,7 +31,8 @@ def save(folder: Path, pixels: np.ndarray) -> Path:
 
 
 def test_scene_features_are_the_classifiers():
-    pixels, network = scenes(12), SceneFeatures()
+    pixels, network = scenes(12), feature_network("mini-inception")
+    assert isinstance(network, SceneFeatures)
     found = extract(network, iter([pixels[:5], pixels[5:]]))
     scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     judge = load_classifier()

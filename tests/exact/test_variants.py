@@ -109,7 +109,7 @@ def test_surrounded_data_are_the_toy_and_noise_beside_it():
 
 
 def test_with_more_dimensions_the_projection_leaves_more():
-    """APG takes away the part along the prediction, which in many dimensions is mostly of what the class leaves open."""
+    """APG takes away the part along the prediction, which in many dimensions is mostly what the class leaves open."""
     shares = []
     for dimension in (2, 8, 64):
         wide, _ = surrounded(DATA, dimension, 0.5)
