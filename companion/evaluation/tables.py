@@ -23,7 +23,7 @@ from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.utils import broadcast_object_list, parse_flag_from_env  # type: ignore[import-untyped]
 from diffusers import DiffusionPipeline
 
-from companion.evaluation import references
+from companion.evaluation import classifier_table, references
 from companion.evaluation.features import FeatureNetwork, InceptionFeatures, SceneFeatures
 from companion.evaluation.judges import Judge, scene_caption_judge, scene_judge
 from companion.evaluation.references import coco_judge, imagenet_judge
@@ -192,7 +192,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = references.__doc__
     add = parser.add_argument
-    add("name", choices=("imagenet", "coco"), help="which table")
+    add("name", choices=("imagenet", "coco", "imagenet128"), help="which table")
     add("--profile", choices=("mini", "paper"), default="mini", help="embedded models and scenes, or the papers' own")
     add("--data", type=Path, metavar="DIR", help="the paper profile's references, see below")
     add("--out", type=Path, default=None, metavar="DIR", help="folder of the cells; default: runs/table-NAME-PROFILE")
@@ -208,6 +208,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--keep-samples", action="store_true", help="do not remove the pictures once they are measured")
     add("--device", help='"cpu", "cuda", ...; default: what accelerate finds')
     add("--dtype", choices=tuple(DTYPES), default="float32", help="of the weights; default: float32")
+    classifier_table.add_arguments(parser)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -215,6 +216,10 @@ def main(options: argparse.Namespace) -> int:
     on_cpu = options.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=on_cpu or not torch.accelerator.is_available())
     try:
+        if options.name == "imagenet128":
+            where = options.device or state.device
+            print(classifier_table.run(options, where, DTYPES[options.dtype]))
+            return 0
         plan = _plan_of(options)
         if options.list:
             print("\n".join(name for _, _, name in plan.cells()))
@@ -283,8 +288,6 @@ def _judges(options: argparse.Namespace, plan: Plan, device: torch.device | str)
 
     @cache
     def captions_judge() -> Judge:
-        from companion.evaluation.clip import PaperClip, SceneClip
-
         if options.profile == "mini":
             return scene_caption_judge(network(), SceneClip(device), plan.reference_samples, plan.num_samples)
         return coco_judge(network(), PaperClip(device=device), options.data, plan.num_samples)
