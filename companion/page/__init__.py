@@ -30,6 +30,7 @@ _CSS = """
 #head p { margin: .25rem 0 0; color: var(--body-text-color-subdued); max-width: 62rem; line-height: 1.45; }
 #head a { color: var(--link-text-color); white-space: nowrap; }
 .introduction p { margin: .1rem 0 .3rem; color: var(--body-text-color-subdued); max-width: 62rem; line-height: 1.45; }
+.tab-container { flex-wrap: wrap !important; height: auto !important; }
 .title { font-weight: 600; margin: 0 0 .3rem; }
 .title span { font-weight: 400; color: var(--body-text-color-subdued); }
 .pictures .grid-wrap { min-height: 0 !important; max-height: none !important; padding: 0; }

@@ -251,7 +251,7 @@ def _controls(models: Models, pipe: ADMPipeline | None) -> tuple[dict[str, Any],
         made["divergence"] = gr.Dropdown(
             [(name, key) for key, name in DIVERGENCE_NAMES.items()],
             value=NO_DIVERGENCE,
-            label="Divergence from the target",
+            label="Divergence",
             min_width=140,
         )
         made["product"] = gr.Dropdown(
@@ -264,17 +264,19 @@ def _controls(models: Models, pipe: ADMPipeline | None) -> tuple[dict[str, Any],
         made["strength"] = gr.Number(1, label="Strength a", min_width=140)
         made["smoothing"] = gr.Number(0.9, label="Smoothing ε (0–1)", min_width=140)
     with gr.Row():
-        made["joint_temperature"] = gr.Number(1, label="τ1: label", min_width=90)
-        made["marginal_temperature"] = gr.Number(1, label="τ2: all classes", min_width=90)
-        made["tilt"] = gr.Number(0, label="Tilt t", min_width=90)
+        made["joint_temperature"] = gr.Number(1, label="τ1: label", min_width=80)
+        made["marginal_temperature"] = gr.Number(1, label="τ2: all", min_width=80)
+        made["tilt"] = gr.Number(0, label="Tilt t", min_width=80)
     with gr.Row():
         made["classifier_scale"] = gr.Number(4, label="Classifier scale", min_width=140)
         made["gradient_at"] = gr.Dropdown(list(_PLACES), value=AS_TRAINED, label="Gradient at", min_width=140)
     with gr.Row():
-        made["sampler"] = gr.Dropdown([("DDIM", "ddim"), ("DDPM", "ddpm")], value="ddim", label="Sampler", min_width=90)
-        made["steps"] = gr.Number(25, label=f"Steps (1–{MAX_STEPS})", min_width=90)
-        made["pictures"] = gr.Number(8, label=f"Pictures (1–{MAX_PICTURES})", min_width=90)
-        made["seed"] = gr.Number(0, label="Seed", min_width=90)
+        made["sampler"] = gr.Dropdown(
+            [("DDIM", "ddim"), ("DDPM", "ddpm")], value="ddim", label="Sampler", min_width=140
+        )
+        made["steps"] = gr.Number(25, label=f"Steps (1–{MAX_STEPS})", min_width=140)
+        made["pictures"] = gr.Number(8, label=f"Pictures (1–{MAX_PICTURES})", min_width=140)
+        made["seed"] = gr.Number(0, label="Seed", min_width=140)
     made["told"] = gr.Checkbox(
         False,
         label="Tell the network the class, too",
