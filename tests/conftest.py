@@ -41,7 +41,8 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    faulthandler.dump_traceback_later(PATIENCE, exit=True, file=config.stash[STANDARD_ERROR])
+    if not hasattr(config, "workerinput"):  # a worker of pytest-xdist stays until the others have ended, too
+        faulthandler.dump_traceback_later(PATIENCE, exit=True, file=config.stash[STANDARD_ERROR])
 
 
 @pytest.fixture(scope="session")
