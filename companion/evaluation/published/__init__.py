@@ -4,7 +4,14 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-TABLES = ("reg_models", "reg_sd21")
+TABLES = (
+    "reg_models",
+    "reg_sd21",
+    "cal_smooth_ece",
+    "cal_sampling_10k",
+    "cal_imagenet128_50k",
+    "ecd_imagenet128",
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,8 @@ class Published:
 
 
 def published(name: str) -> Published:
-    """One of `TABLES`: `reg_models`, the models of REG's tables; `reg_sd21`, its figures for Stable Diffusion 2.1.
+    """One of `TABLES`: `reg_models`, the models of REG's tables; `reg_sd21`, its figures for Stable Diffusion 2.1;
+    `cal_...` and `ecd_...`, figures of classifier guidance on ImageNet 128x128, empty where the source gives none.
 
     Raises:
         ValueError: the name is unknown.
