@@ -111,7 +111,10 @@ def run_table(
                 sampling = settings.identity(pipe_of(model))
                 described = {"row": asdict(row), "sampling": sampling, **judge(model).described}
                 if name in made and not same_settings(made[name].settings, described):
-                    raise ValueError(f"cell {name} of {out} was made with other settings; give another folder")
+                    where = out if collected is None else f"{out} or {collected}"
+                    raise ValueError(
+                        f"cell {name} in {where} was made with other settings; give other paths, or remove it"
+                    )
                 settings_of[name] = settings, described
     if state.is_main_process:
         for model in dict.fromkeys(row.model for row, _, name in chosen if name not in made):

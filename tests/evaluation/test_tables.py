@@ -118,6 +118,8 @@ def test_no_cell_is_begun_too_late_and_one_file_holds_all(make, tmp_path):
     assert [cell.name for cell in later] == [name for _, _, name in PLAN.cells()] and first[0] in later
     assert len(list((tmp_path / "b" / "cells").iterdir())) == 3
     assert read_cells(collected) == later
+    with pytest.raises(ValueError, match=r"in .*e or .*cells\.json was made with other settings"):
+        make("e", plan=replace(PLAN, num_samples=11), resume=True, collected=collected)
     with pytest.raises(ValueError, match="holds 4 finished cells; resume it"):
         make("c", collected=collected)
     collected.write_text("{}")
