@@ -4,18 +4,23 @@ import argparse
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, DiTPipeline, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, DiTPipeline, StableDiffusionPipeline, UNet2DModel
 from transformers import ResNetForImageClassification
 
+from companion.calibration import scene_classifiers
 from companion.evaluation import runs, tables
 from companion.evaluation.recognition import draw_classes, recognised
-from companion.minis import classifier, clip, edm2, recipes, text_conditional
+from companion.minis import adm, classifier, clip, edm2, guides, recipes, text_conditional
 from companion.minis.drawing import draw, object_colours
 from companion.minis.scenes import COLOURS, SHAPES, labels, render, scene
 from companion.minis.shipping import ship
+from companion.pipelines.adm import ADMPipeline
+from companion.pipelines.adm_network import NoisyClassifier
 from companion.pipelines.edm2 import EDM2Pipeline
 from companion.pipelines.edm2_network import EDM2UNet
 
@@ -69,6 +74,39 @@ def _clip(folder: Path, out: Path) -> Path:
     return ship_clip(*clip.train_clip(folder), out)
 
 
+def _adm(folder: Path, out: Path) -> Path:
+    return ship_adm(*adm.train_adm(folder), out)
+
+
+def _adm_resnet(folder: Path, out: Path) -> Path:
+    network, record = guides.train_resnet(folder)
+    return ship_guide("mini-adm-resnet", network, record, {}, out)
+
+
+def _adm_noisy(folder: Path, out: Path) -> Path:
+    torch.manual_seed(guides.NOISY_TRAINING.seed)
+    network = NoisyClassifier(**guides.MINI_NOISY)
+    start = UNet2DModel.from_pretrained(out / "mini-adm" / "unet", dtype=torch.float32)
+    return ship_guide("mini-adm-noisy", network, guides.train_noisy(folder, network, start=start), {}, out)
+
+
+def _calibrated(name: str, folder: Path, out: Path) -> Path:
+    """One of mini-adm's classifiers, fine-tuned in each form; the one by bins is kept."""
+    kind = NoisyClassifier if name == "mini-adm-noisy" else ResNetForImageClassification
+    figures = {}
+    for form in scene_classifiers.FORMS:
+        network = kind.from_pretrained(out / name, dtype=torch.float32)
+        found = scene_classifiers.fine_tune_form(
+            network,
+            form,
+            scene_classifiers.form_folder(folder.parent, name, form),
+            noise_aware=kind is NoisyClassifier,
+        )
+        figures.update(_calibration(network, f"fine-tuned, {form}: "))
+    record = {**found.record, "steps": found.step, "started from": name, "loss": form}
+    return ship_guide(f"{name}-calibrated", network, record, figures, out)
+
+
 def _dit(folder: Path, out: Path) -> Path:
     return ship_dit(*recipes.train_dit(folder, _trained_autoencoder(out)), out)
 
@@ -106,6 +144,11 @@ _MODELS: dict[str, tuple[tuple[str, ...], Callable[[Path, Path], Path]]] = {  # 
     "autoencoder": ((), _autoencoder),
     "scene-classifier": ((), _classifier),
     "mini-clip": ((), _clip),
+    "mini-adm-resnet": ((), _adm_resnet),
+    "mini-adm": (("scene-classifier", "mini-adm-resnet"), _adm),
+    "mini-adm-noisy": (("mini-adm",), _adm_noisy),
+    "mini-adm-resnet-calibrated": (("mini-adm-resnet",), partial(_calibrated, "mini-adm-resnet")),
+    "mini-adm-noisy-calibrated": (("mini-adm-noisy",), partial(_calibrated, "mini-adm-noisy")),
     "mini-dit": (_PARTS, _dit),
     "mini-edm2": (_PARTS, _edm2),
     "mini-sd": (_PARTS, _sd),
@@ -175,6 +218,65 @@ def ship_clip(model: clip.SceneTextModel, record: dict, out: Path, *, number: in
         "objects is where it cannot tell."
     )
     return ship(model, "mini-clip", text, record, figures, out)
+
+
+def ship_adm(unet: UNet2DModel, record: dict, out: Path) -> Path:
+    """Measure mini-adm without guidance, under classifier guidance and classifier-free, and write its folder."""
+    guide = ResNetForImageClassification.from_pretrained(out / "mini-adm-resnet", dtype=torch.float32).eval()
+    pipe = ADMPipeline(unet, guide, adm.build_scheduler(), null_class=adm.NULL_CLASS)
+    pipe.set_progress_bar_config(disable=True)
+    judge = classifier.load_classifier(folder=out / "scene-classifier")
+    asked = torch.arange(500) % len(SHAPES)
+    figures = {}
+    for guidance, call in ADM_SETTINGS.items():
+        drawn = draw(
+            pipe, asked.tolist(), **{"guidance_scale": 1.0, "num_inference_steps": 25, "sampler": "ddpm", **call}
+        )
+        share = recognised(adm.enlarged(drawn), asked, judge)
+        figures[f"{_ASKED} of 32x32, enlarged, 25 DDPM steps, {guidance}"] = f"{100 * share:.1f} %"
+    scenes = [scene(HELD_OUT_SEED, i, 1) for i in range(1000)]
+    share = recognised(adm.enlarged(adm.render_small(scenes)), labels(scenes), judge)
+    figures["the same judge on 1,000 held-out scenes of 32x32, enlarged"] = f"{100 * share:.1f} %"
+    text = (
+        "ADM in small: a class-conditional U-Net of pixels that learns its variance, on 32x32 single-object scenes;\n"
+        f"`ADMPipeline`. Classes 0 to 9: {', '.join(SHAPES)}; {adm.NULL_CLASS} is no class. Its classifier is\n"
+        "mini-adm-resnet.\n\n"
+        '```python\npipe = companion.load("mini-adm")\n'
+        "images = pipe([3, 7], num_inference_steps=25, unconditional=True, gamma=0.3).images  # classifier guidance\n"
+        "images = pipe([3, 7], num_inference_steps=25, classifier_scale=0.0, guidance_scale=4.0).images  # without\n```"
+    )
+    return ship(pipe, "mini-adm", text, record, figures, out)
+
+
+ADM_SETTINGS: dict[str, dict[str, Any]] = {
+    "no class, no guidance": {"unconditional": True, "classifier_scale": 0.0},
+    "no class, classifier guidance at x̂_0, classifier_scale 1, gamma 0.3": {"unconditional": True, "gamma": 0.3},
+    "conditional, no guidance": {"classifier_scale": 0.0},
+    "conditional, classifier-free guidance, guidance_scale 4": {"classifier_scale": 0.0, "guidance_scale": 4.0},
+}
+
+_GUIDES = {
+    "mini-adm-resnet": "A classifier of clean 32x32 scenes, of the kind that is used off the shelf",
+    "mini-adm-noisy": "ADM's noise-aware classifier in small, of noisy 32x32 scenes and their timestep",
+}
+
+
+def ship_guide(name: str, network: Any, record: dict, figures: dict, out: Path) -> Path:
+    """Measure one of mini-adm's classifiers on held-out scenes and write its folder."""
+    figures = {**figures, **_calibration(network)}
+    text = (
+        f"{_GUIDES[name.removesuffix('-calibrated')]}\n"
+        f"({', '.join(SHAPES)}); a guide for mini-adm.\n\n"
+        f'```python\npipe = companion.load_adm("mini-adm", classifier="{name}")\n```'
+    )
+    return ship(network.eval(), name, text, record, figures, out)
+
+
+def _calibration(network: Any, prefix: str = "") -> dict[str, str]:
+    aware = isinstance(network, NoisyClassifier)
+    found = scene_classifiers.scene_calibration(network, noise_aware=aware, seed=HELD_OUT_SEED)
+    where = "5,000 held-out scenes" + (" at uniform timesteps" if aware else "")
+    return {f"{prefix}{what}, {where}": value for what, value in scene_classifiers.described(found).items()}
 
 
 def ship_dit(pipe: DiTPipeline, record: dict, out: Path) -> Path:

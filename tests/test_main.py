@@ -25,3 +25,17 @@ def test_unknown_models_are_listed(capsys):
         main(["train", "mini-dot"])
     assert stopped.value.code == 2
     assert "choose from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [
+        ("mini-adm", "scene-classifier"),
+        ("mini-adm-noisy", "mini-adm"),
+        ("mini-adm-resnet-calibrated", "mini-adm-resnet"),
+        ("mini-adm-noisy-calibrated", "mini-adm-noisy"),
+    ],
+)
+def test_mini_adm_and_its_classifiers_need_one_another(tmp_path, capsys, name, needed):
+    assert main(["train", name, "--runs", str(tmp_path)]) == 2
+    assert f"run python -m companion train {needed} first" in capsys.readouterr().err

@@ -29,6 +29,11 @@ FORMS: Mapping[str, FineTuning] = MappingProxyType(
 """Cross-entropy alone; plus the printed calibration loss, a term for every sample; plus the loss of bins' means."""
 
 
+def form_folder(runs: Path, name: str, form: str) -> Path:
+    """Where `python -m companion train NAME-calibrated` keeps a form's run."""
+    return runs / f"{name}-calibrated" / form.replace(", ", "-").replace(" ", "-")
+
+
 def fine_tune_form(
     model: nn.Module,
     form: str,

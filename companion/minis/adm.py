@@ -45,6 +45,11 @@ def render_small(scenes: Sequence[Scene]) -> Float[Tensor, "batch 3 32 32"]:
     return F.avg_pool2d(render(scenes), 2)
 
 
+def enlarged(pictures: Float[Tensor, "batch 3 32 32"]) -> Float[Tensor, "batch 3 64 64"]:
+    """Pictures at the size of all other scenes, bilinearly: what judges of those can look at."""
+    return F.interpolate(pictures, scale_factor=2, mode="bilinear")
+
+
 def build_scheduler() -> DDPMScheduler:
     """The noise of ADM's networks of 128x128 and more: 1,000 linear steps; the variance of a step is learned."""
     return DDPMScheduler(

@@ -1,6 +1,7 @@
 """Pictures of captions or classes, and which colour the object in a picture has."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -20,8 +21,13 @@ def draw(
     num_inference_steps: int = 50,
     seed: int = 0,
     batch_size: int = 50,
+    **call: Any,
 ) -> Float[Tensor, "samples 3 height width"]:
-    """Pictures in [-1, 1] of the captions or classes; sample i draws from the generator (seed, i)."""
+    """Pictures in [-1, 1] of the captions or classes; sample i draws from the generator (seed, i).
+
+    Args:
+        call: further arguments of the pipeline.
+    """
     pictures = []
     for first in range(0, len(conditions), batch_size):
         batch = list(conditions[first : first + batch_size])
@@ -31,6 +37,7 @@ def draw(
             num_inference_steps=num_inference_steps,
             generator=sample_generators(seed, range(first, first + len(batch))),
             output_type="pt",
+            **call,
         ).images
         pictures.append(torch.as_tensor(images) * 2 - 1)
     return torch.cat(pictures)

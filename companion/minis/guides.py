@@ -26,7 +26,9 @@ TRAINING_SEED = 3  # other scenes than mini-adm's and its judge's
 SCENES = 6000
 
 RESNET_TRAINING = TrainingConfig(steps=1500, batch_size=64, learning_rate=2e-3, weight_decay=1e-2, ema_decay=0.99)
-NOISY_TRAINING = TrainingConfig(steps=600, batch_size=64, learning_rate=1e-3, weight_decay=1e-2, ema_decay=0.99)
+NOISY_TRAINING = TrainingConfig(
+    steps=1200, batch_size=64, learning_rate=2e-3, weight_decay=1e-2, ema_decay=0.99, optimiser="muon"
+)
 
 MINI_NOISY: Mapping[str, Any] = {"sample_size": SIDE, "num_classes": len(SHAPES), "model_channels": 16, **DESCENT}
 """Arguments of the noise-aware classifier, ADM's `NoisyClassifier`: mini-adm's descending half and a pool."""

@@ -1,0 +1,48 @@
+"""Which temperature a loss asks for.
+
+softmax(f/T) is the one-parameter family in which losses of calibration can be told apart: T moves confidences and leaves
+every decision as it is (Guo et al. 2017).
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Loss = Callable[[Float[Tensor, "samples classes"], Int[Tensor, " samples"]], Float[Tensor, ""]]
+
+
+@torch.no_grad()
+def losses_over_temperature(
+    logits: Float[Tensor, "samples classes"],
+    labels: Int[Tensor, " samples"],
+    loss: Loss,
+    temperatures: Float[Tensor, " temperatures"],
+) -> Float[Tensor, " temperatures"]:
+    """The loss of `logits / T`, in float64, at every T.
+
+    Raises:
+        ValueError: a temperature that is not positive.
+    """
+    if not (temperatures > 0).all():
+        raise ValueError(f"temperatures must be positive, got {float(temperatures.min())}")
+    wide = logits.double()
+    return torch.stack([loss(wide / temperature, labels) for temperature in temperatures.tolist()])
+
+
+def preferred_temperature(
+    logits: Float[Tensor, "samples classes"],
+    labels: Int[Tensor, " samples"],
+    loss: Loss,
+    *,
+    low: float = 0.1,
+    high: float = 10.0,
+    count: int = 201,
+) -> float:
+    """The T between `low` and `high`, on a logarithmic grid, with the smallest loss; an end means: beyond it.
+
+    A grid, as a loss of bins' means jumps where a sample changes its bin.
+    """
+    grid = torch.logspace(torch.tensor(low).log10(), torch.tensor(high).log10(), count, dtype=torch.float64)
+    return float(grid[losses_over_temperature(logits, labels, loss, grid).argmin()])
