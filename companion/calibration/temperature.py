@@ -1,7 +1,7 @@
 """Which temperature a loss asks for.
 
-softmax(f/T) is the one-parameter family in which losses of calibration can be told apart: T moves confidences and leaves
-every decision as it is (Guo et al. 2017).
+softmax(f/T) is the one-parameter family in which losses of calibration can be told apart: T moves confidences and
+leaves every decision as it is (Guo et al. 2017).
 """
 
 from collections.abc import Callable

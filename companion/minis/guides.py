@@ -1,7 +1,7 @@
 """The classifiers that guide mini-adm: one of clean pictures, off the shelf in style, and one that knows the noise.
 
-Both learn the way real ones do: for many epochs from a set that ends, with plain cross-entropy. They know it by heart,
-and are then surer of other pictures than they are right.
+Both learn from a set that ends, with plain cross-entropy, as real ones do. The first goes through it many times, knows
+it by heart, and is then surer of other pictures than it is right; the second sees every picture in new noise.
 """
 
 from collections.abc import Callable, Mapping
