@@ -161,9 +161,10 @@ def mini_rows() -> tuple[Row, ...]:
         {"guidance_scale": MINI_FREE_SCALE},
         published="cal_imagenet128_50k:classifier-free",
     )
+    budgets: dict[Budget, str] = {"everyday": "off the shelf", "rectified": "it rectified"}
     equal = [
         replace(free, method=f"classifier-free, the arithmetic of {name}", budget=budget, published=None)
-        for name, budget in (("off the shelf", "everyday"), ("it rectified", "rectified"))
+        for budget, name in budgets.items()
     ]
 
     def rectified(everyday: Row) -> Row:
@@ -221,7 +222,8 @@ def paper_plan(**known: float) -> Plan:
         call = dict(given.call)
         steps = call.pop("num_inference_steps")
         missing = tuple(each for each in given.missing if each not in known)
-        score = replace(given.score, **{each: known[each] for each in given.missing if each in known})
+        told: dict[str, Any] = {each: known[each] for each in given.missing if each in known}
+        score = replace(given.score, **told)
         row = Row(name, given.classifier, "none", steps, call, score, None, _PUBLISHED_LINES[name], missing)
         rows += [row, replace(row, product=RECTIFIED, published=None)]
     return Plan(PAPER, tuple(rows), num_samples=50_000, batch_size=16)

@@ -171,9 +171,13 @@ def draw(pipe: ADMPipeline, row: Row, seed: int, samples: range) -> tuple[Pixels
     classes -= pipe.config.null_class is not None
     labels = torch.tensor([i % classes for i in samples])
     with rectified_guidance(pipe, RectifiedGuidanceConfig(product=row.product)):
-        images = pipe(
-            labels.tolist(), generator=sample_generators(seed, samples), output_type="np", **row.arguments()
-        ).images
+        [images] = pipe(
+            labels.tolist(),
+            generator=sample_generators(seed, samples),
+            output_type="np",
+            return_dict=False,
+            **row.arguments(),
+        )
     pixels = np.asarray(images)
     if not np.isfinite(pixels).all():
         raise ValueError(f"row {row.method!r} diverged: its pictures are not finite; take a smaller classifier scale")
@@ -351,18 +355,18 @@ def as_markdown(cells: Sequence[Cell]) -> str:
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for cell in cells:
         row = cell.settings["row"]
-        figures = [
-            Figure(*(factor * v for v in (found.value, found.low, found.high)), found.method, found.samples).text(
-                digits
-            )
-            if (found := cell.figures.get(name)) is not None
-            else "–"
-            for name, (_, digits, factor) in METRICS.items()
-        ]
+        figures = [_text(cell.figures.get(name), digits, factor) for name, (_, digits, factor) in METRICS.items()]
         first = [row["method"], row["guide"] or "–", row["product"], str(row["steps"]), f"{cell.nfe:.1f}"]
         time_taken = "?" if cell.seconds is None else f"{cell.seconds:.0f}"
         lines.append(f"| {' | '.join([*first, *figures, time_taken, published_figures(row['published'])])} |")
     return "\n".join(lines)
+
+
+def _text(found: Figure | None, digits: int, factor: float) -> str:
+    if found is None:
+        return "–"
+    low, value, high = factor * found.low, factor * found.value, factor * found.high
+    return Figure(value, low, high, found.method, found.samples).text(digits)
 
 
 def published_figures(place: str | None) -> str:
