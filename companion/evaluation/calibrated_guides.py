@@ -6,7 +6,7 @@ python -m companion.evaluation.calibrated_guides --out calibrated_guides.json
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -65,7 +65,7 @@ def generated(name: str, network: nn.Module, samples: int, reference: Tensor, fe
     pipe.set_progress_bar_config(disable=True)
     asked = torch.arange(samples) % len(SHAPES)
     settings = {"guidance_scale": 1.0, "num_inference_steps": STEPS, "unconditional": True, **GUIDED[name]}
-    drawn = draw(pipe, asked.tolist(), **settings)  # type: ignore[arg-type]
+    drawn = draw(pipe, asked.tolist(), **settings)
     parts = [features(shown(part)) for part in drawn.split(100)]
     found = torch.cat([part.features for part in parts])
     seen = torch.cat([part.logits for part in parts]).argmax(dim=1)
@@ -79,10 +79,11 @@ def generated(name: str, network: nn.Module, samples: int, reference: Tensor, fe
     return {key: asdict(value) for key, value in figures.items()}
 
 
-def measure(runs: Path, samples: int, scenes: int = 5000) -> list[dict[str, Any]]:
+def measure(runs: Path, names: Sequence[str], samples: int, scenes: int = 5000) -> list[dict[str, Any]]:
     """One row per classifier and form: calibration on held-out scenes, and figures of what it guides to.
 
     Args:
+        names: of the classifiers, out of `GUIDED`.
         samples: pictures a row.
         scenes: held out, for calibration, and as the reference of FID, precision and recall.
     """
@@ -90,7 +91,7 @@ def measure(runs: Path, samples: int, scenes: int = 5000) -> list[dict[str, Any]
     held = [render_small([scene(REFERENCE_SEED, i, 1) for i in range(n, n + 100)]) for n in range(0, scenes, 100)]
     reference = torch.cat([features(shown(part)).features for part in held])
     rows = []
-    for name in GUIDED:
+    for name in names:
         for form in (AS_TRAINED, *FORMS):
             network = classifier_in_form(name, form, runs)
             found = scene_calibration(network, noise_aware=is_noise_aware(network), seed=HELD_OUT_SEED, count=scenes)
@@ -105,9 +106,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the fine-tuning was run")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--classifiers", nargs="+", choices=tuple(GUIDED), default=tuple(GUIDED))
     options = parser.parse_args(arguments)
     command = ["python", "-m", "companion.evaluation.calibrated_guides", "--samples", str(options.samples)]
-    rows = measure(options.runs, options.samples)
+    command += ["--classifiers", *options.classifiers]
+    rows = measure(options.runs, options.classifiers, options.samples)
     settings = {"steps": STEPS, "sampler": "ddpm", "samples": options.samples, "reference_scenes": 5000}
     made = provenance(torch.device("cpu"), [*command, "--out", options.out.name])
     options.out.write_text(json.dumps({"settings": settings, "provenance": made, "rows": rows}, indent=1) + "\n")

@@ -7,6 +7,7 @@ K = α ∂x̂_0/∂x_t, at x_t.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -45,7 +46,7 @@ class Gradients:
 
 
 def visited_states(
-    pipe: ADMPipeline, labels: Int[Tensor, " samples"], *, steps: int, seed: int = 0, every: int = 1, **call: object
+    pipe: ADMPipeline, labels: Int[Tensor, " samples"], *, steps: int, seed: int = 0, every: int = 1, **call: Any
 ) -> list[GuidanceStep]:
     """Every `every`-th state of one everyday run, as `rectified_guidance` reports it; picture i's noise is (seed, i).
 
@@ -85,7 +86,7 @@ def gradients_along(
             place = x.detach() if aware else clean.detach().clamp(-1, 1)
             kept: list[Tensor] = []
             slope = classifier_gradient(
-                _remembering(network, state.timestep if aware else None, kept), place, labels, score
+                _remembering(network, int(state.timestep) if aware else None, kept), place, labels, score
             ).gradient
             [pulled] = torch.autograd.grad(clean, x, slope, retain_graph=True)
             rows[name].append(_row(slope, (level.alpha if aware else 1.0) * pulled, kept[0], labels))
