@@ -6,7 +6,8 @@ classes are alike, as an image holds what its class says nothing about.
 """
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -15,7 +16,10 @@ from torch import Tensor
 from companion.exact.chain import NoiseSchedule
 from companion.exact.coordinates import level
 from companion.exact.covariance import covariance_direction
+from companion.exact.densities import normalise, sample_density
+from companion.exact.grids import Grid, evaluate
 from companion.exact.mixtures import GaussianMixture
+from companion.exact.rewards import classifier_free_reward
 from companion.exact.toys import Toy
 from companion.exact.ways import INTERVAL
 from companion.guidance.variants import (
@@ -191,3 +195,64 @@ def weaker(mixture: GaussianMixture, std: float) -> GaussianMixture:
     """What a smaller network has learned of the data, for autoguidance: the data blurred by N(0, std² I)."""
     identity = torch.eye(mixture.dimension, dtype=torch.float64)
     return GaussianMixture(mixture.weights, mixture.means, mixture.covariances + std**2 * identity)
+
+
+@dataclass(frozen=True)
+class GuidedProblem:
+    """Class 0 of a toy, guided, and what guidance should generate.
+
+    Attributes:
+        conditional, reference: the data of the two branches, in all dimensions.
+        basis: samples times it lie in the plane.
+        grid, density: the target there.
+        target: samples of it.
+        start: x at the first level of every chain.
+    """
+
+    conditional: GaussianMixture
+    reference: GaussianMixture
+    basis: Float[Tensor, "dimension own"]
+    grid: Grid
+    density: Float[Tensor, "*grid"]
+    target: Float[Tensor, "many own"]
+    start: Float[Tensor, "count dimension"]
+
+    def samples(self, ratios: Sequence[float], **options: Any) -> Float[Tensor, "count own"]:
+        """What `variant_samples` draws, in the plane; `options` are its variant, weight and rectification."""
+        return variant_samples(self.conditional, self.reference, ratios, self.start, **options) @ self.basis
+
+
+def guided_problem(
+    data: Toy,
+    weight: float,
+    count: int,
+    *,
+    dimension: int | None = None,
+    blur: float | None = None,
+    points: int = 200,
+    std: float = 0.5,
+    seed: int = 0,
+) -> GuidedProblem:
+    """A toy's class 0 with the target `p(x|y) [p(x|y)/p_reference(x)]^w`.
+
+    Args:
+        weight: the target's w.
+        count: samples of every chain; of the target there are four times as many.
+        dimension: of a space that surrounds the toy's; None is the toy's own.
+        blur: None guides against all classes; a standard deviation against the class blurred by it, autoguidance.
+        points: of the target's grid, along each axis.
+        std: of what surrounds the toy.
+        seed: of the noise, the target's samples and the rotation.
+    """
+    own = data.classes[0], data.unconditional if blur is None else weaker(data.classes[0], blur)
+    basis = torch.eye(own[0].dimension, dtype=torch.float64)
+    branches = own
+    if dimension is not None:
+        wide, basis = surrounded(Toy(data.name, own[:1], own[1]), dimension, std, seed=seed)
+        branches = wide.classes[0], wide.unconditional
+    grid, reward = data.grid(points), classifier_free_reward(*own, weight)
+    density = normalise(grid, evaluate(grid, lambda x: own[0].log_prob(x) + reward(x)))
+    generator = torch.Generator().manual_seed(seed)
+    target = sample_density(grid, density, 4 * count, generator)
+    start = torch.randn(count, len(basis), dtype=torch.float64, generator=generator)
+    return GuidedProblem(*branches, basis, grid, density, target, start)

@@ -14,6 +14,7 @@ from companion.exact.variants import (
     VARIANTS,
     ddim_ratios,
     guided_noise,
+    guided_problem,
     surrounded,
     variant_samples,
     weaker,
@@ -139,3 +140,21 @@ def test_what_is_wrong_is_said():
         ddim_ratios(SCHEDULE, 0)
     with pytest.raises(ValueError, match="dimension must be at least the toy's 2, got 1"):
         surrounded(Toy("x", (CONDITIONAL,), REFERENCE), 1, 0.5)
+
+
+@pytest.mark.parametrize("blur", [None, 0.3])
+def test_a_problems_target_is_the_tilted_class(blur):
+    """For two Gaussians of one covariance the target is a third: precisions and their means extrapolate."""
+    first, second = (GaussianMixture.isotropic([1.0], [mean], 0.4) for mean in ([0.5, 0.2], [-0.3, 0.1]))
+    data, weight = Toy("pair", (first,), second), 1.0
+    problem = guided_problem(data, weight, 3000, blur=blur)
+    mean = torch.tensor([1.3, 0.3]) if blur is None else torch.tensor([0.5, 0.2])
+    variance = 0.16 if blur is None else 1 / (2 / 0.16 - 1 / 0.25)
+    assert torch.allclose(problem.target.mean(dim=0), mean.double(), atol=0.03)
+    assert torch.allclose(problem.target.var(dim=0), torch.full((2,), variance, dtype=torch.float64), rtol=0.06)
+    wide = guided_problem(data, weight, 50, blur=blur, dimension=5)
+    assert wide.start.shape == (50, 5) and wide.samples([3.0, 1.0], weight=1.0).shape == (50, 2)
+    again = guided_problem(data, weight, 50, blur=blur)
+    alone = variant_samples(wide.conditional, wide.reference, [3.0, 1.0], wide.start, weight=1.0) @ wide.basis
+    assert torch.equal(wide.samples([3.0, 1.0], weight=1.0), alone)
+    assert torch.equal(again.target, guided_problem(data, weight, 50, blur=blur).target)
