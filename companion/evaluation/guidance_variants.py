@@ -47,7 +47,6 @@ _GUIDERS: dict[str, Callable[[float], BaseGuidance]] = {
     # Zeroing the first prediction is meant for velocities; of ε it would be a step without denoising.
     "CFG-Zero*": lambda s: guiders.ClassifierFreeZeroStarGuidance(guidance_scale=s, zero_init_steps=0),
     "rescaled": lambda s: guiders.ClassifierFreeGuidance(guidance_scale=s, guidance_rescale=0.7),
-    "tangential": lambda s: guiders.TangentialClassifierFreeGuidance(guidance_scale=s),
 }
 _WEIGHTED = ("CFG", "interval", "CFG++")
 VARIANTS = (*_WEIGHTED, *_GUIDERS)
@@ -89,7 +88,7 @@ ROWS = (
     Row("CFG", guidance_scale=1.0),
     *(Row(v, p) for v in ("APG", "CFG-Zero*", "CFG++", "interval") for p in PRODUCTS),
     *(Row("CFG", p) for p in ("ones", "covariance")),
-    *(Row(v, p) for v in ("rescaled", "tangential") for p in PRODUCTS),
+    *(Row("rescaled", p) for p in PRODUCTS),
 )
 """Everyday guidance with half as many steps again evaluates the network as often as rectified guidance."""
 

@@ -254,5 +254,7 @@ def guided_problem(
     density = normalise(grid, evaluate(grid, lambda x: own[0].log_prob(x) + reward(x)))
     generator = torch.Generator().manual_seed(seed)
     target = sample_density(grid, density, 4 * count, generator)
-    start = torch.randn(count, len(basis), dtype=torch.float64, generator=generator)
+    start = torch.randn(count, basis.shape[1], dtype=torch.float64, generator=generator) @ basis.T
+    beside = torch.randn(count, len(basis), dtype=torch.float64, generator=generator)
+    start = start + beside - beside @ basis @ basis.T  # in the plane it is the same with and without surroundings
     return GuidedProblem(*branches, basis, grid, density, target, start)

@@ -29,9 +29,9 @@ def test_everyday_guidance_is_the_pipelines(pipe):
 
 
 def test_rectified_guidance_is_the_hooks(pipe):
-    guider = companion.RectifiedGradientGuidance(guidance_scale=4.0, scheduler=pipe.scheduler)
+    guider = companion.RectifiedGradientGuidance(guidance_scale=4.0, product="ones", scheduler=pipe.scheduler)
     found = draw_with_guider(pipe, guider, CAPTIONS, num_inference_steps=4)
-    with companion.rectified_guidance(pipe, companion.RectifiedGuidanceConfig()):
+    with companion.rectified_guidance(pipe, companion.RectifiedGuidanceConfig(product="ones")):
         own = draw(pipe, CAPTIONS, guidance_scale=4.0, num_inference_steps=4)
     assert torch.allclose(found, own, atol=1e-3)
     everyday = draw(pipe, CAPTIONS, guidance_scale=4.0, num_inference_steps=4)

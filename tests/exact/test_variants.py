@@ -157,4 +157,5 @@ def test_a_problems_target_is_the_tilted_class(blur):
     again = guided_problem(data, weight, 50, blur=blur)
     alone = variant_samples(wide.conditional, wide.reference, [3.0, 1.0], wide.start, weight=1.0) @ wide.basis
     assert torch.equal(wide.samples([3.0, 1.0], weight=1.0), alone)
+    assert torch.allclose(again.samples([3.0, 1.0], weight=1.0), alone)  # one noise in the plane, whatever surrounds it
     assert torch.equal(again.target, guided_problem(data, weight, 50, blur=blur).target)
