@@ -194,7 +194,7 @@ def _keep_scores(file: Path, name: str, scores: Mapping[str, Float[Tensor, " sam
     kept[name] = {key: values.double() for key, values in scores.items()}
     part = file.with_suffix(".part")
     with part.open("w", newline="") as stored:
-        writer = csv.writer(stored)
+        writer = csv.writer(stored, lineterminator="\n")
         writer.writerow(("row", "picture", *_SCORES))
         for row, found in kept.items():
             columns = zip(*(found[key].tolist() for key in _SCORES), strict=True)
