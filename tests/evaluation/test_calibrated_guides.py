@@ -33,12 +33,12 @@ def test_one_row_is_written_with_its_command(tmp_path, monkeypatch):
     monkeypatch.setattr(guides, "FORMS", {})
     monkeypatch.setattr(guides, "STEPS", 2)
     whole = guides.measure
-    monkeypatch.setattr(guides, "measure", lambda runs, names, samples: whole(runs, names, samples, scenes=100))
+    monkeypatch.setattr(guides, "measure", lambda runs, names, samples: whole(runs, names, samples, scenes=200))
     out = tmp_path / "figures.json"
-    guides.main(["--out", str(out), "--samples", "10", "--classifiers", EMBEDDED_RESNET])
+    guides.main(["--out", str(out), "--samples", "140", "--classifiers", EMBEDDED_RESNET])
     found = json.loads(out.read_text())
-    assert found["provenance"]["command"][-1] == "figures.json" and found["settings"]["samples"] == 10
+    assert found["provenance"]["command"][-1] == "figures.json" and found["settings"]["samples"] == 140
     [row] = found["rows"]
     assert row["form"] == "as trained" and 0.8 < row["calibration"]["accuracy"] <= 1
     assert set(row["generated"]) == {"fid", "precision", "recall", "agreement"}
-    assert row["generated"]["agreement"]["samples"] == 10
+    assert row["generated"]["agreement"]["samples"] == 140

@@ -9,11 +9,14 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 import companion
+from companion.calibration.scene_classifiers import scene_calibration
 from companion.evaluation.recognition import draw_classes, recognised
+from companion.minis.adm import enlarged
 from companion.minis.classifier import load_classifier
 from companion.minis.drawing import draw, object_colours
 from companion.minis.scenes import COLOURS, SHAPES, labels, render, scene
 from companion.minis.shipping import WEIGHTS, ship
+from companion.pipelines.adm_classifier import EMBEDDED_CLASSIFIERS, is_noise_aware, off_the_shelf_classifier
 
 # At least this share of asked-for shapes: a little less than the cards say of many.
 TEXT_CONDITIONAL = {"mini-sd": 0.8, "mini-sd-v": 0.8, "mini-flow": 0.35}
@@ -129,3 +132,32 @@ def test_shipped_settings_name_no_place():
     """Diffusers writes where a model was loaded from into its settings; shipping takes that out."""
     named = [str(file) for file in WEIGHTS.rglob("*.json") if "_name_or_path" in file.read_text()]
     assert named == []
+
+
+def test_mini_adm_draws_what_is_asked_with_and_without_a_classifier():
+    pipe = companion.load("mini-adm")
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe).__name__ == "ADMPipeline" and pipe.config.null_class == 10
+    assert type(pipe.classifier).__name__ == "ResNetForImageClassification"
+    assert [pipe.classifier.config.id2label[i] for i in range(10)] == list(SHAPES)
+    asked, judge = torch.arange(20) % 10, load_classifier()
+    settings = {"guidance_scale": 1.0, "num_inference_steps": 15, "seed": SEED}
+    free = draw(pipe, asked.tolist(), **{**settings, "guidance_scale": 4.0}, classifier_scale=0.0)
+    assert recognised(enlarged(free), asked, judge) >= 0.6  # 0.8 of many; this is 20
+    guided = draw(pipe, asked.tolist(), **settings, unconditional=True, gamma=0.3)
+    plain = draw(pipe, asked.tolist(), **settings, unconditional=True, classifier_scale=0.0)
+    shares = [recognised(enlarged(drawn), asked, judge) for drawn in (guided, plain)]
+    assert shares[0] >= 0.2 and shares[0] > shares[1]
+
+
+@pytest.mark.parametrize("name", EMBEDDED_CLASSIFIERS)
+def test_classifiers_of_mini_adm(name):
+    network = off_the_shelf_classifier(name)
+    aware = is_noise_aware(network)
+    assert aware == ("noisy" in name)
+    found = scene_calibration(network, noise_aware=aware, seed=SEED, count=500)
+    assert found.accuracy > (0.28 if aware else 0.87)
+    pipe = companion.load_adm("mini-adm", classifier=name)
+    assert type(pipe.classifier) is type(network)
+    drawn = pipe([3], num_inference_steps=2, unconditional=True, output_type="pt").images
+    assert tuple(drawn.shape) == (1, 3, 32, 32)
