@@ -227,7 +227,7 @@ def test_nothing_sticks_out_on_a_phone_or_a_laptop(page, width, height):
 
 
 def test_classifier_guidance(page):
-    """The second tab: two ways to compare, what comes with a divergence, bad input, a stop, small screens."""
+    """The second tab: two ways to compare, what comes with a divergence, bad input, small screens."""
     page.get_by_role("tab", name="Classifier guidance").click()
     said = page.locator("#classifier-status .status")
     begin = page.locator("#classifier-generate")
@@ -252,7 +252,7 @@ def test_classifier_guidance(page):
     set_number(page, "Smoothing ε (0–1)", "2")
     before = page.locator("#classifier-gallery-with_reg .grid-container img").first.get_attribute("src")
     begin.click()
-    expect(said).to_have_text("smoothing ε must be a number from 0 to 1, got 2")
+    expect(said).to_have_text("smoothing ε must be a number from 0 to 1, got 2", timeout=SECONDS)
     assert page.locator("#classifier-gallery-with_reg .grid-container img").first.get_attribute("src") == before
     page.locator(".toast-close").last.click()
     set_number(page, "Smoothing ε (0–1)", "0.9")
@@ -260,11 +260,6 @@ def test_classifier_guidance(page):
     expect(page.locator("#classifier-bar-with_reg")).to_contain_text("Jensen-Shannon, a = 1, ε = 0.9", timeout=SECONDS)
     expect(said).to_contain_text("Done", timeout=SECONDS)
 
-    steps.fill("1000")
-    begin.click()
-    expect(said).to_contain_text("Sampling with the plain score")
-    page.locator("#classifier-cancel").click()
-    expect(said).to_contain_text(re.compile(r"Cancelled( at step \d+ of 1000 with the plain score|.)"))
     for width in (400, 1280):
         page.set_viewport_size({"width": width, "height": 844})
         assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -268,11 +268,11 @@ def _controls(models: Models, pipe: ADMPipeline | None) -> tuple[dict[str, Any],
         made["marginal_temperature"] = gr.Number(1, label="τ2: all", min_width=80)
         made["tilt"] = gr.Number(0, label="Tilt t", min_width=80)
     with gr.Row():
-        made["classifier_scale"] = gr.Number(4, label="Classifier scale", min_width=140)
+        made["classifier_scale"] = gr.Number(2, label="Classifier scale", min_width=140)
         made["gradient_at"] = gr.Dropdown(list(_PLACES), value=AS_TRAINED, label="Gradient at", min_width=140)
     with gr.Row():
         made["sampler"] = gr.Dropdown(
-            [("DDIM", "ddim"), ("DDPM", "ddpm")], value="ddim", label="Sampler", min_width=140
+            [("DDPM", "ddpm"), ("DDIM", "ddim")], value="ddpm", label="Sampler", min_width=140
         )
         made["steps"] = gr.Number(25, label=f"Steps (1–{MAX_STEPS})", min_width=140)
         made["pictures"] = gr.Number(8, label=f"Pictures (1–{MAX_PICTURES})", min_width=140)
