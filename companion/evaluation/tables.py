@@ -24,6 +24,7 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env  # type:
 from diffusers import DiffusionPipeline
 
 from companion.evaluation import classifier_table, references
+from companion.evaluation.clip import PaperClip, SceneClip
 from companion.evaluation.features import FeatureNetwork, InceptionFeatures, SceneFeatures
 from companion.evaluation.judges import Judge, scene_caption_judge, scene_judge
 from companion.evaluation.references import coco_judge, imagenet_judge

@@ -131,3 +131,12 @@ def test_the_mini_plan_is_listed_in_the_order_of_its_making(capsys):
     names = [name for _, _, name in mini_imagenet().cells()]
     assert command_line(["table", "imagenet", "--list", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.splitlines() == names
+
+
+@pytest.mark.parametrize("table", ["imagenet", "coco", "imagenet128"])
+def test_too_few_samples_are_said_before_any_is_drawn(tmp_path, capsys, table):
+    given = ["table", table, "--num-samples", "3", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert command_line(given) == 2
+    refused = capsys.readouterr().err
+    assert "need at least 129 samples, got 3" in refused and "Traceback" not in refused
+    assert not list(tmp_path.rglob("*.npz"))
