@@ -26,8 +26,8 @@ demo: .venv/ready
 
 # Files of tests, each whole, on JOBS processes of one thread each; a notebook's cells stay together and in order.
 test: .venv/ready-dev
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) --dist loadfile --nbval-lax --nbval-current-env \
-		--nbval-cell-timeout=600 --durations=15 tests $(NOTEBOOKS) $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart=0 \
+		--nbval-lax --nbval-current-env --nbval-cell-timeout=600 --durations=15 tests $(NOTEBOOKS) $(ARGS)
 
 notebooks: .venv/ready
 	.venv/bin/python -m jupyter lab notebooks
