@@ -34,9 +34,9 @@ from companion.evaluation.published import published
 from companion.evaluation.results import (
     Cell,
     Figure,
+    finished_cells,
+    in_order,
     provenance,
-    read_cell,
-    read_cells,
     same_settings,
     write_cell,
     write_cells,
@@ -247,7 +247,7 @@ def run_rows(
         ValueError: there are cells but no `resume`, a cell has other settings, no cell is called `only`, or too few
             samples.
     """
-    began, made, against = time.monotonic(), _made(out, collected), None
+    began, made, against = time.monotonic(), finished_cells(out, collected), None
     if plan.num_samples <= network.dimensions:
         raise ValueError(f"the figures need at least {network.dimensions + 1} samples, got {plan.num_samples}")
     rows = planned(plan, cache(load))
@@ -284,11 +284,7 @@ def run_rows(
         made[name] = _cell(name, pipe, row, settings, network, against, command, progress)
         write_cell(out / "cells", made[name])
         if collected is not None:
-            order = [each for _, _, each in chosen]
-            known = _made(out, collected)
-            write_cells(
-                collected, sorted(known.values(), key=lambda c: order.index(c.name) if c.name in order else 999)
-            )
+            write_cells(collected, in_order([each for _, _, each in chosen], finished_cells(out, collected)))
     return [made[name] for _, _, name in chosen if name in made]
 
 
@@ -340,12 +336,6 @@ def measured(
     if names_classes:
         figures["agreement"] = class_agreement(found.logits, asked)
     return figures
-
-
-def _made(out: Path, collected: Path | None) -> dict[str, Cell]:
-    cells = [] if collected is None or not collected.exists() else read_cells(collected)
-    cells += [read_cell(path) for path in sorted((out / "cells").glob("*.json"))]
-    return {cell.name: cell for cell in cells}
 
 
 def as_markdown(cells: Sequence[Cell]) -> str:

@@ -175,6 +175,19 @@ def read_cells(path: Path) -> list[Cell]:
     return [_cell_from(path, cell) for cell in found]
 
 
+def finished_cells(out: Path, collected: Path | None) -> dict[str, Cell]:
+    """The cells that are in the folder or in the collected file; where both have one, the folder's."""
+    cells = [] if collected is None or not collected.exists() else read_cells(collected)
+    cells += [read_cell(path) for path in sorted((out / "cells").glob("*.json"))]
+    return {cell.name: cell for cell in cells}
+
+
+def in_order(names: Sequence[str], made: Mapping[str, Cell]) -> list[Cell]:
+    """The named cells first; others, such as those of more seeds, behind them."""
+    named = [made[name] for name in names if name in made]
+    return named + [cell for cell in made.values() if cell not in named]
+
+
 def _cell_from(path: Path, found: Any) -> Cell:
     try:
         if found["version"] != _VERSION:

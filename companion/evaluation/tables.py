@@ -30,9 +30,10 @@ from companion.evaluation.judges import Judge, scene_caption_judge, scene_judge
 from companion.evaluation.references import coco_judge, imagenet_judge
 from companion.evaluation.results import (
     Cell,
+    finished_cells,
+    in_order,
     provenance,
     read_cell,
-    read_cells,
     same_settings,
     write_cell,
     write_cells,
@@ -96,7 +97,7 @@ def run_table(
             raise ValueError(
                 f"the figures of {model} need at least {judge(model).least} samples, got {plan.num_samples}"
             )
-    made = _made(out, collected)
+    made = finished_cells(out, collected)
     there = [name for _, _, name in chosen if name in made]
     if there and not resume:
         raise ValueError(f"{out} holds {len(there)} finished cells; resume it, or give another folder")
@@ -132,7 +133,7 @@ def run_table(
             made_by = None if command is None else command(name)
             write_cell(out / "cells", _cell(name, described, folder, judge(settings.model), made_by))
             if collected is not None:
-                write_cells(collected, _in_order(plan, _made(out, collected)))
+                write_cells(collected, in_order([name for _, _, name in plan.cells()], finished_cells(out, collected)))
         state.wait_for_everyone()
         if state.is_main_process and not keep_samples:
             shutil.rmtree(folder, ignore_errors=True)
@@ -146,19 +147,6 @@ def _main_says(state: PartialState, value: bool) -> bool:
         return value
     [decided] = broadcast_object_list([value])
     return bool(decided)
-
-
-def _made(out: Path, collected: Path | None) -> dict[str, Cell]:
-    """The cells that are in the folder or in the collected file; where both have one, the folder's."""
-    cells = [] if collected is None or not collected.exists() else read_cells(collected)
-    cells += [read_cell(path) for path in sorted((out / "cells").glob("*.json"))]
-    return {cell.name: cell for cell in cells}
-
-
-def _in_order(plan: Plan, made: Mapping[str, Cell]) -> list[Cell]:
-    """The plan's cells first; others, such as those of more seeds, behind them."""
-    planned = [made[name] for _, _, name in plan.cells() if name in made]
-    return planned + [cell for name, cell in made.items() if cell not in planned]
 
 
 def _settings(plan: Plan, row: Row, seed: int, conditions: tuple[int, ...] | tuple[str, ...]) -> SamplingSettings:
