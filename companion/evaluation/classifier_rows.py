@@ -2,7 +2,7 @@
 
 Every score comes everyday and rectified. Rows come in the order of what they are worth: a table that is stopped early
 has the published baseline, rectification, calibration and divergence jointly, and classifier-free guidance of the same
-network first; then each of them alone, classifier-free guidance with as much arithmetic, and the other scores.
+network first; then each of them alone, classifier-free guidance with as much arithmetic, other scales, other scores.
 """
 
 from collections.abc import Mapping
@@ -10,12 +10,14 @@ from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
+from companion.evaluation.sampling_settings import SamplingSettings
 from companion.guidance.classifier import DIVERGENCES, PLAIN, ClassifierScore
 from companion.pipelines.adm_classifier import EMBEDDED_NOISY, EMBEDDED_RESNET
 from companion.pipelines.adm_presets import PUBLISHED_GUIDANCE, published_guidance
 from companion.pipelines.hook import SamplingProduct
 
 MINI, PAPER = "mini-adm", "adm-imagenet-128"
+NO_GUIDE = "no-classifier"
 Budget = Literal["everyday", "rectified"]
 
 MINI_STEPS = 20
@@ -56,13 +58,13 @@ class Row:
         """Name of the row's cell of one seed."""
         letters = "".join(letter if letter.isalnum() else "-" for letter in self.method.lower())
         words = "-".join(word for word in letters.split("-") if word)
-        guide = (self.guide or "no-classifier").replace("/", "-")
+        guide = self.model.replace("/", "-")
         return f"{words},{guide},{self.product},seed={seed}"
 
-    def arguments(self) -> dict[str, Any]:
-        """Of the pipeline's call, but for labels and noise."""
-        guided = {"classifier_scale": 0.0} if self.guide is None else {"score": self.score}
-        return {"num_inference_steps": self.steps, "sampler": "ddpm", **self.call, **guided}
+    @property
+    def model(self) -> str:
+        """Of the table's model, by the classifier beside it, if any: what both are loaded by."""
+        return NO_GUIDE if self.guide is None else self.guide
 
     def described(self) -> dict[str, Any]:
         """Plain JSON; for a cell's settings."""
@@ -78,6 +80,7 @@ class Plan:
         rows: in the order in which they are made.
         num_samples, batch_size: of a cell.
         reference_samples: scenes of the reference; a reference from a file has its own number.
+        seeds: of every row.
     """
 
     model: str
@@ -85,6 +88,29 @@ class Plan:
     num_samples: int
     batch_size: int
     reference_samples: int = 5000
+    seeds: tuple[int, ...] = (0,)
+
+    def cells(self) -> list[tuple[Row, int, str]]:
+        """(row, seed, name) of every cell whose settings are known: all rows of a seed first."""
+        return [(row, seed, row.cell(seed)) for seed in self.seeds for row in self.rows if not row.missing]
+
+    def settings(self, row: Row, seed: int, conditions: tuple[int, ...] | tuple[str, ...]) -> SamplingSettings:
+        """What is drawn for a cell."""
+        call = {"sampler": "ddpm", **row.call}
+        scale = call.pop("guidance_scale", 1.0)
+        call |= {"classifier_scale": 0.0} if row.guide is None else {"score": asdict(row.score)}
+        return SamplingSettings(
+            model=self.model,
+            num_samples=self.num_samples,
+            conditions=conditions,
+            batch_size=self.batch_size,
+            steps=row.steps,
+            seed=seed,
+            guidance_scale=scale,
+            product=row.product,
+            call=call,
+            image_format="npz",
+        )
 
 
 _TEMPERED = ClassifierScore(joint_temperature=1.0, marginal_temperature=0.5)
@@ -170,6 +196,12 @@ def mini_rows() -> tuple[Row, ...]:
     def rectified(everyday: Row) -> Row:
         return replace(everyday, product=RECTIFIED, published=None)
 
+    def at_scale(given: Row, scale: float) -> Row:
+        name = "guidance_scale" if given.guide is None else "classifier_scale"
+        method = f"{given.method}, scale {scale:g}"
+        return replace(given, method=method, call={**given.call, name: scale}, published=None)
+
+    scaled = [at_scale(each, scale) for scale in (2.0, 4.0) for each in (ecd, rectified(ecd))] + [at_scale(free, 4.0)]
     js, rkl = joint["jensen_shannon"], joint["reverse_kl"]
     ecd_js = divergences["jensen_shannon"]
     first = [
@@ -188,12 +220,12 @@ def mini_rows() -> tuple[Row, ...]:
     new = [rectified(ecd_calibrated), rkl, rectified(rkl), rectified(divergences["reverse_kl"]), rectified(noisy)]
     rest = [tilted, entropy, equal[0], divergences["squared_hellinger"]]
     rest += [rectified(each) for each in (divergences["forward_kl"], divergences["squared_hellinger"], tilted, entropy)]
-    return tuple(first + published + new + rest)
+    return tuple(first + scaled + published + new + rest)
 
 
 def mini_plan() -> Plan:
     """mini-adm on scenes."""
-    return Plan(MINI, mini_rows(), num_samples=1000, batch_size=50)
+    return Plan(MINI, mini_rows(), num_samples=2000, batch_size=50)
 
 
 _PUBLISHED_LINES = {

@@ -6,6 +6,10 @@
     DIR/img64.pkl, DIR/img512.pkl         EDM2's (github.com/NVlabs/edm2, "dataset-refs"), for 64x64 and 512x512
     DIR/imagenet64, ...256, ...512        a folder of pictures of that size
 
+`python -m companion table imagenet128 --profile paper --data DIR` looks for VIRTUAL_imagenet128_labeled.npz, or a
+folder imagenet128. Precision and recall are measured against the 10,000 pictures that ADM's files hold; a folder has
+too many for it, EDM2's files none.
+
 `python -m companion table coco --profile paper --data DIR` takes COCO-2017 as it is unpacked:
 
     DIR/val2017/*.jpg                     5,000 pictures
@@ -17,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from companion.evaluation.features import FeatureNetwork, extract
 from companion.evaluation.features_images import ImageSet, captioned_files, open_images
@@ -29,13 +34,14 @@ COCO_SIZE = 512  # side of the square that a picture of COCO is cut and scaled t
 _BATCH = 50
 _STATISTICS = {
     64: ("img64.pkl", "img64.npz", "VIRTUAL_imagenet64_labeled.npz"),
+    128: ("VIRTUAL_imagenet128_labeled.npz",),
     256: ("VIRTUAL_imagenet256_labeled.npz",),
     512: ("img512.pkl", "img512.npz", "VIRTUAL_imagenet512.npz"),
 }
 
 
 def imagenet_judge(network: FeatureNetwork, data: Path, size: int) -> ClassJudge:
-    """FID and Inception score against ImageNet's statistics, or pictures, in a folder.
+    """FID and Inception score against ImageNet's statistics, or pictures, in a folder; precision and recall, see above.
 
     Raises:
         ValueError: the folder has neither; a picture cannot be read or has another size.
@@ -47,7 +53,7 @@ def imagenet_judge(network: FeatureNetwork, data: Path, size: int) -> ClassJudge
         statistics, name = read_statistics(file), file.name
 
         def from_file() -> Reference:
-            return Reference(statistics, None, {"statistics": name})
+            return Reference(statistics, _features_of_pictures_in(file, network), {"statistics": name})
 
         return ClassJudge(network, from_file, {"reference": name}, names_classes=False)
     folder = data / f"imagenet{size}"
@@ -64,6 +70,17 @@ def imagenet_judge(network: FeatureNetwork, data: Path, size: int) -> ClassJudge
         return Reference(statistics_of(extract(network, pictures.batches()).features), None, _counted(pictures))
 
     return ClassJudge(network, from_pictures, {"reference": _counted(pictures)}, names_classes=False)
+
+
+def _features_of_pictures_in(file: Path, network: FeatureNetwork) -> Tensor | None:
+    """Features of the pictures that ADM's files hold next to their statistics; None where there are none."""
+    if file.suffix != ".npz":
+        return None
+    with np.load(file, allow_pickle=False) as arrays:
+        if "arr_0" not in arrays.files:
+            return None
+        pictures = arrays["arr_0"]
+    return extract(network, (pictures[first : first + _BATCH] for first in range(0, len(pictures), _BATCH))).features
 
 
 def _counted(pictures: ImageSet) -> dict[str, object]:

@@ -116,6 +116,19 @@ def _commit() -> str | None:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What one sample takes.
+
+    Args:
+        evaluations: of the network; of a guide of another size, too, in units of one evaluation of the network.
+        described: what it is made of, for a cell's provenance.
+    """
+
+    evaluations: float
+    described: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Cell:
     """One cell of a table: what was measured of one run.
 
@@ -123,7 +136,7 @@ class Cell:
         name: of the cell, and of its file; letters, digits and -_.,= only.
         settings: all that decides the figures: the run's, and what it was measured against.
         figures: by metric.
-        nfe: network evaluations per sample.
+        nfe: network evaluations per sample; `Cost.evaluations` where that was counted.
         seconds: of sampling, all sessions together; None where a session was killed and its time is lost.
         provenance: see `provenance`.
     """

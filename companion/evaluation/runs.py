@@ -308,7 +308,7 @@ def draw(pipe: DiffusionPipeline, settings: SamplingSettings, samples: range) ->
             num_inference_steps=settings.steps,
             generator=sample_generators(settings.seed, samples),
             output_type="np",
-            **{guidance_argument(pipe): settings.guidance_scale, **settings.call},
+            **{guidance_argument(pipe): settings.guidance_scale, **settings.arguments},
         ).images
     pixels = np.asarray(images)
     finite = np.isfinite(pixels).reshape(len(pixels), -1).all(axis=1)

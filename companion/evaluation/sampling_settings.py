@@ -21,6 +21,7 @@ from companion.evaluation.side_by_side import (
     scheduler_options,
     takes_prompts,
 )
+from companion.guidance.classifier import ClassifierScore
 from companion.guidance.weights import (
     ConstantWeight,
     GuidanceWeight,
@@ -28,6 +29,7 @@ from companion.guidance.weights import (
     LinearWeight,
     PowerCosineWeight,
 )
+from companion.pipelines.adm import ADMPipeline
 from companion.pipelines.hook import RectifiedGuidanceConfig, RectifiesItself, SamplingProduct, check_sampling_product
 from companion.pipelines.paper_models import PAPER_MODELS
 from companion.seeding import sample_seed
@@ -92,7 +94,8 @@ class SamplingSettings:
         weight: weight over time, in `parse_weight`'s form.
         product: of K with the direction; `none` is everyday guidance.
         scheduler: diffusers' class name; None is the pipeline's own.
-        call: further arguments of the pipeline's call, such as height and width.
+        call: further arguments of the pipeline's call, such as height and width: plain JSON; a classifier's `score`
+            is a mapping of the fields of `ClassifierScore`.
         image_format: one PNG per sample, or one npz file per batch with `images` (uint8) and `conditions`.
 
     Raises:
@@ -133,6 +136,13 @@ class SamplingSettings:
         """How the pipeline is rectified. A constant weight of 1 is left out: the pipeline's own arithmetic stays."""
         weight = parse_weight(self.weight)
         return RectifiedGuidanceConfig(product=self.product, weight=None if weight == ConstantWeight() else weight)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """`call` as the pipeline takes it."""
+        if "score" not in self.call:
+            return dict(self.call)
+        return {**self.call, "score": ClassifierScore(**self.call["score"])}
 
     def batches(self) -> range:
         """First sample of every batch."""
@@ -220,11 +230,11 @@ def check_sampling(pipe: DiffusionPipeline, settings: SamplingSettings) -> None:
     )
 
 
-def _check_classes(pipe: Any, conditions: Sequence[int | str]) -> None:
-    classes = pipe.unet.config.num_classes
-    wrong = next((c for c in conditions if not isinstance(c, int) or not 0 <= c < classes), None)
+def _check_classes(pipe: DiffusionPipeline, conditions: Sequence[int | str]) -> None:
+    known = class_names(pipe)
+    wrong = next((c for c in conditions if not isinstance(c, int) or c not in known), None)
     if wrong is not None:
-        raise ValueError(f"unknown class {wrong!r}: {type(pipe).__name__} takes numbers from 0 to {classes - 1}")
+        raise ValueError(f"unknown class {wrong!r}: {type(pipe).__name__} takes numbers from 0 to {len(known) - 1}")
 
 
 def _check_reference(pipe: Any, reference: str | None) -> None:
@@ -264,6 +274,8 @@ def model_defaults(model: str, pipe: DiffusionPipeline) -> dict[str, Any]:
     """`steps`, `guidance_scale` and `call` where none are given: the paper's for its models, else the pipeline's."""
     call = dict(PAPER_MODELS[model].call) if model in PAPER_MODELS else {}
     scale, parameters = guidance_argument(pipe), inspect.signature(type(pipe).__call__).parameters
+    if isinstance(pipe, ADMPipeline) and pipe.classifier is None:
+        call["classifier_scale"] = 0.0
     return {
         "steps": call.pop("num_inference_steps", parameters["num_inference_steps"].default),
         "guidance_scale": float(call.pop(scale, parameters[scale].default)),
@@ -291,15 +303,6 @@ def conditions_for(
         return read_prompts(prompts)
     if prompts is not None:
         raise ValueError(f"prompts must be left out: {type(pipe).__name__} is told in classes, not in words")
-    if isinstance(pipe, RectifiesItself):
-        known = range(pipe.unet.config.num_classes)  # type: ignore[attr-defined]
-        if classes is None:
-            return tuple(known)
-        named = [name.strip() for name in classes.split(",")]
-        chosen = tuple(int(name) if name.isdecimal() else -1 for name in named)
-        if wrong := [name for name, number in zip(named, chosen, strict=True) if number not in known]:
-            raise ValueError(f"unknown class {wrong[0]!r}: the model has numbers from 0 to {len(known) - 1}")
-        return chosen
     if classes is None:
         return tuple(class_names(pipe))
     return tuple(class_number(pipe, name.strip()) for name in classes.split(","))

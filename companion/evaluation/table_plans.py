@@ -8,14 +8,14 @@ CFG, CFG at REG's number of evaluations and REG, before any has another scale or
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
 import diffusers
 
 from companion.evaluation.evaluations import heun_levels, scheduler_levels, steps_at_equal_evaluations
-from companion.evaluation.sampling_settings import parse_weight
+from companion.evaluation.sampling_settings import SamplingSettings, parse_weight
 from companion.pipelines.edm2 import Reference
 from companion.pipelines.hook import SAMPLING_PRODUCTS, RectifiedGuidanceConfig, SamplingProduct
 from companion.pipelines.paper_models import PAPER_MODELS, PaperModel
@@ -53,6 +53,10 @@ class Row:
         """Name of the row's cell of one seed."""
         return f"{self.model},{self.guidance},{self.product},s={self.guidance_scale:g},steps={self.steps},seed={seed}"
 
+    def described(self) -> dict[str, Any]:
+        """Plain JSON; for a cell's settings."""
+        return asdict(self)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -80,6 +84,23 @@ class Plan:
     def cells(self) -> list[tuple[Row, int, str]]:
         """(row, seed, name) of every cell, in the order in which they are made: all rows of a seed first."""
         return [(row, seed, row.cell(seed)) for seed in self.seeds for row in self.rows]
+
+    def settings(self, row: Row, seed: int, conditions: tuple[int, ...] | tuple[str, ...]) -> SamplingSettings:
+        """What is drawn for a cell."""
+        reference = {} if row.reference is None else {"guidance_reference": row.reference}
+        return SamplingSettings(
+            model=row.model,
+            num_samples=self.num_samples,
+            conditions=conditions,
+            batch_size=self.batch_size,
+            steps=row.steps,
+            seed=seed,
+            guidance_scale=row.guidance_scale,
+            weight=row.weight,
+            product=row.product,
+            call={**self.call.get(row.model, {}), **reference},
+            image_format="npz",
+        )
 
 
 @dataclass(frozen=True)

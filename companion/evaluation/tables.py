@@ -13,10 +13,10 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
@@ -24,12 +24,14 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env  # type:
 from diffusers import DiffusionPipeline
 
 from companion.evaluation import classifier_table, references
+from companion.evaluation.classifier_rows import Plan as ClassifierPlan
 from companion.evaluation.clip import PaperClip, SceneClip
 from companion.evaluation.features import FeatureNetwork, InceptionFeatures, SceneFeatures
 from companion.evaluation.judges import Judge, scene_caption_judge, scene_judge
 from companion.evaluation.references import coco_judge, imagenet_judge
 from companion.evaluation.results import (
     Cell,
+    Cost,
     finished_cells,
     in_order,
     provenance,
@@ -41,21 +43,52 @@ from companion.evaluation.results import (
 from companion.evaluation.runs import DTYPES, sample
 from companion.evaluation.sampling_folder import PROVENANCE, Unwritable, read_json, read_manifest
 from companion.evaluation.sampling_settings import SamplingSettings, check_sampling
-from companion.evaluation.table_plans import PLANS, Plan, Row
+from companion.evaluation.table_plans import PLANS, Plan
 from companion.evaluation.table_text import as_markdown
 from companion.pipelines.edm2 import load_edm2
 from companion.pipelines.edm2_presets import EDM2_PRESETS
 from companion.pipelines.registry import load
 
+
+class TableRow(Protocol):
+    """A line of a table; rows with one `model` share what is loaded and what measures it."""
+
+    @property
+    def model(self) -> str: ...
+
+    def described(self) -> dict[str, Any]:
+        """Plain JSON; for a cell's settings."""
+        ...
+
+
+RowT = TypeVar("RowT", bound=TableRow)
+
+
+class TablePlan(Protocol[RowT]):
+    """A table: its cells in the order in which they are made, and what is drawn for each."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    def cells(self) -> list[tuple[RowT, int, str]]:
+        """(row, seed, name) of every cell."""
+        ...
+
+    def settings(self, row: RowT, seed: int, conditions: tuple[int, ...] | tuple[str, ...]) -> SamplingSettings:
+        """What is drawn for a cell."""
+        ...
+
+
 _KEPT = ("started", "sampling_seconds", "samples", "processes")  # of a session of sampling, in a cell's provenance
 
 
 def run_table(
-    plan: Plan,
+    plan: TablePlan,
     out: Path,
     *,
     judge: Callable[[str], Judge],
     load_model: Callable[[str], DiffusionPipeline] = load,
+    cost: Callable[[Any, SamplingSettings], Cost] | None = None,
     resume: bool = False,
     only: str | None = None,
     collected: Path | None = None,
@@ -71,6 +104,7 @@ def run_table(
         out: receives `cells/NAME.json`, and `samples/NAME` while a cell is made.
         judge: what measures a model's runs; it has looked through its reference.
         load_model: finds a row's model.
+        cost: of one sample, where a run's own count of evaluations does not do: for guides of another size.
         resume: whether cells that are there already are kept; without it, they are an error.
         only: the name of the one cell to make.
         collected: one file of all cells, written anew whenever a cell is finished; with `resume`, the cells it has
@@ -108,10 +142,10 @@ def run_table(
     for model in models:
         for row, seed, name in chosen:
             if row.model == model:
-                settings = _settings(plan, row, seed, judge(model).conditions(pipe_of(model)))
+                settings = plan.settings(row, seed, judge(model).conditions(pipe_of(model)))
                 check_sampling(pipe_of(model), settings)
                 sampling = settings.identity(pipe_of(model))
-                described = {"row": asdict(row), "sampling": sampling, **judge(model).described}
+                described = {"row": row.described(), "sampling": sampling, **judge(model).described}
                 if name in made and not same_settings(made[name].settings, described):
                     where = out if collected is None else f"{out} or {collected}"
                     raise ValueError(
@@ -122,16 +156,18 @@ def run_table(
         for model in dict.fromkeys(row.model for row, _, name in chosen if name not in made):
             judge(model).check()
 
-    for _, _, name in chosen:
+    for row, _, name in chosen:
         late = minutes is not None and time.monotonic() - began > 60 * minutes
         if name in made or _main_says(state, late):
             continue
         settings, described = settings_of[name]
         folder = out / "samples" / name
-        sample(pipe_of(settings.model), settings, folder, progress=progress)
+        pipe = pipe_of(row.model)
+        sample(pipe, settings, folder, progress=progress)
         if state.is_main_process:
             made_by = None if command is None else command(name)
-            write_cell(out / "cells", _cell(name, described, folder, judge(settings.model), made_by))
+            taken = None if cost is None else cost(pipe, settings)
+            write_cell(out / "cells", _cell(name, described, folder, judge(row.model), made_by, taken))
             if collected is not None:
                 write_cells(collected, in_order([name for _, _, name in plan.cells()], finished_cells(out, collected)))
         state.wait_for_everyone()
@@ -149,24 +185,14 @@ def _main_says(state: PartialState, value: bool) -> bool:
     return bool(decided)
 
 
-def _settings(plan: Plan, row: Row, seed: int, conditions: tuple[int, ...] | tuple[str, ...]) -> SamplingSettings:
-    reference = {} if row.reference is None else {"guidance_reference": row.reference}
-    return SamplingSettings(
-        model=row.model,
-        num_samples=plan.num_samples,
-        conditions=conditions,
-        batch_size=plan.batch_size,
-        steps=row.steps,
-        seed=seed,
-        guidance_scale=row.guidance_scale,
-        weight=row.weight,
-        product=row.product,
-        call={**plan.call.get(row.model, {}), **reference},
-        image_format="npz",
-    )
-
-
-def _cell(name: str, described: Mapping[str, Any], folder: Path, judge: Judge, command: Sequence[str] | None) -> Cell:
+def _cell(
+    name: str,
+    described: Mapping[str, Any],
+    folder: Path,
+    judge: Judge,
+    command: Sequence[str] | None,
+    cost: Cost | None,
+) -> Cell:
     figures = judge.measure(folder)
     sessions = read_json(folder / PROVENANCE)["sessions"]
     times = [session.get("sampling_seconds") for session in sessions]
@@ -176,7 +202,9 @@ def _cell(name: str, described: Mapping[str, Any], folder: Path, judge: Judge, c
         "sampled": [{key: session[key] for key in _KEPT if key in session} for session in sessions],
         "reference": dict(judge.reference()),
     }
-    return Cell(name, described, figures, read_manifest(folder)["nfe"], seconds, made)
+    if cost is None:
+        return Cell(name, described, figures, read_manifest(folder)["nfe"], seconds, made)
+    return Cell(name, described, figures, cost.evaluations, seconds, {**made, "per_sample": dict(cost.described)})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -208,26 +236,23 @@ def main(options: argparse.Namespace) -> int:
     on_cpu = options.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=on_cpu or not torch.accelerator.is_available())
     try:
-        if options.name == "imagenet128":
-            where = options.device or state.device
-            print(classifier_table.run(options, where, DTYPES[options.dtype]))
-            return 0
         plan = _plan_of(options)
+        left_out = classifier_table.left_out(plan) if isinstance(plan, ClassifierPlan) else []
         if options.list:
-            print("\n".join(name for _, _, name in plan.cells()))
+            print("\n".join([*(name for _, _, name in plan.cells()), *left_out]))
             return 0
+        if left_out and state.is_main_process:
+            print("\n".join(left_out), file=sys.stderr)
         device = options.device if options.device and state.num_processes == 1 else state.device
         cells = run_table(
-            plan,
-            options.out or Path("runs") / f"table-{options.name}-{options.profile}",
-            judge=_judges(options, plan, device),
-            load_model=partial(_load, device=device, dtype=DTYPES[options.dtype]),
+            out=options.out or Path("runs") / f"table-{options.name}-{options.profile}",
             resume=options.resume,
             only=options.only,
             collected=options.collect,
             minutes=options.limit_minutes,
             keep_samples=options.keep_samples,
             command=partial(_command, options),
+            **_parts(options, plan, device),
         )
     except (Unwritable, ValueError) as error:
         if state.is_main_process or isinstance(error, Unwritable):
@@ -238,23 +263,49 @@ def main(options: argparse.Namespace) -> int:
             print("stopped; the same command with --resume goes on where it was", file=sys.stderr)
         return 130
     if state.is_main_process:
-        print(as_markdown(cells))
+        print(classifier_table.as_markdown(cells) if isinstance(plan, ClassifierPlan) else as_markdown(cells))
     return 0
 
 
-def _plan_of(options: argparse.Namespace) -> Plan:
+def _parts(options: argparse.Namespace, plan: Plan | ClassifierPlan, device: torch.device | str) -> dict[str, Any]:
+    """What `run_table` is told of a table: its plan, its models, what measures them and what they cost.
+
+    Raises:
+        ValueError: a folder of references is missing, or given where none is read.
+    """
+    if (options.data is not None) != (options.profile == "paper"):
+        wrong = "needs a folder of references, give one with --data" if options.data is None else "reads no --data"
+        raise ValueError(f"profile {options.profile} {wrong}")
+    dtype = DTYPES[options.dtype]
+    if not isinstance(plan, ClassifierPlan):
+        load_model = partial(_load, device=device, dtype=dtype)
+        return {"plan": plan, "judge": _judges(options, plan, device), "load_model": load_model}
+    judge = classifier_table.judge_of(plan, options.data, device)
+    load_guided = classifier_table.loader(plan, options.source, device, dtype)
+    plan = classifier_table.planned(plan, load_guided)
+    return {"plan": plan, "judge": lambda _: judge, "load_model": load_guided, "cost": classifier_table.cost_of}
+
+
+def _plan_of(options: argparse.Namespace) -> Plan | ClassifierPlan:
     """The command line's plan.
 
     Raises:
         ValueError: a model that the table does not have, or a number out of its range.
     """
+    for name in ("num_samples", "batch_size", "seeds"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if options.name == "imagenet128":
+        return classifier_table.plan_of(options)
+    for name in classifier_table.OPTIONS:
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} is an option of imagenet128 alone; leave it out for {options.name}")
     plan = PLANS[options.name, options.profile]()
     changes: dict[str, Any] = {"seeds": tuple(range(options.seeds))}
     for name in ("num_samples", "batch_size"):
         if getattr(options, name) is not None:
             changes[name] = getattr(options, name)
-    if options.seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {options.seeds}")
     if options.models is not None:
         known = dict.fromkeys(row.model for row in plan.rows)
         chosen = [name.strip() for name in options.models.split(",")]
@@ -265,14 +316,7 @@ def _plan_of(options: argparse.Namespace) -> Plan:
 
 
 def _judges(options: argparse.Namespace, plan: Plan, device: torch.device | str) -> Callable[[str], Judge]:
-    """What measures each model, made when it is first asked for.
-
-    Raises:
-        ValueError: a folder of references is missing, or given where none is read.
-    """
-    if (options.data is not None) != (options.profile == "paper"):
-        wrong = "needs a folder of references, give one with --data" if options.data is None else "reads no --data"
-        raise ValueError(f"profile {options.profile} {wrong}")
+    """What measures each model, made when it is first asked for."""
 
     @cache
     def network() -> FeatureNetwork:
@@ -309,7 +353,7 @@ def _load(name: str, *, device: torch.device | str, dtype: torch.dtype) -> Diffu
 def _command(options: argparse.Namespace, cell: str) -> list[str]:
     """What makes one cell anew; without the folder, where the reader will not want another's."""
     given = ["--profile", options.profile]
-    for name in ("num_samples", "batch_size", "data"):
+    for name in ("num_samples", "batch_size", "data", *classifier_table.OPTIONS):
         if getattr(options, name) is not None:
             given += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     if options.seeds != 1:

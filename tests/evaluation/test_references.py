@@ -13,9 +13,10 @@ from torch import Tensor
 
 from companion.evaluation import references
 from companion.evaluation.features import Features, extract
-from companion.evaluation.metrics import clip_score
+from companion.evaluation.metrics import clip_score, precision_recall
 from companion.evaluation.metrics_reference import statistics_of
 from companion.evaluation.references import central_square, coco_judge, imagenet_judge
+from companion.evaluation.sampling_folder import read_batches
 from companion.evaluation.table_plans import Plan, Row
 from companion.evaluation.tables import run_table
 from tests.evaluation.scene_pipelines import captioned_sd, scene_dit
@@ -140,6 +141,23 @@ def pictures(folder: Path, count: int, side: int = 64) -> Path:
     for i in range(count):
         Image.fromarray(noise.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     return folder
+
+
+def test_precision_and_recall_against_the_pictures_beside_adms_statistics(tmp_path):
+    taken = np.random.default_rng(2).integers(0, 256, (120, 8, 8, 3), dtype=np.uint8)
+    expected = extract(Colours(), [taken]).features
+    statistics = statistics_of(expected)
+    file = tmp_path / "VIRTUAL_imagenet128_labeled.npz"
+    np.savez(file, arr_0=taken, mu=statistics.mean.numpy(), sigma=statistics.covariance.numpy())
+    pipe, plan = scene_dit(), Plan((Row("dit", "vanilla", "constant", "none", 2.0, 2),), num_samples=6, batch_size=3)
+    judge = imagenet_judge(Colours(), tmp_path, 128)
+    run = {"judge": lambda model: judge, "load_model": lambda name: pipe, "progress": False, "keep_samples": True}
+    [cell] = run_table(plan, tmp_path / "out", **run)
+    assert set(cell.figures) == {"fid", "inception_score", "precision", "recall"}
+    folder = tmp_path / "out" / "samples" / cell.name
+    drawn = extract(Colours(), [images for images, _ in read_batches(folder)]).features
+    found = [cell.figures[name].value for name in ("precision", "recall")]
+    assert found == [figure.value for figure in precision_recall(expected, drawn, neighbours=3)]
 
 
 def test_imagenet_in_pictures_and_in_statistics(tmp_path):

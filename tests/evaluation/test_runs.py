@@ -29,11 +29,12 @@ from companion.evaluation.sampling_settings import (
     SamplingSettings,
     check_sampling,
     conditions_for,
+    model_defaults,
     parse_weight,
     read_prompts,
     weights_fingerprint,
 )
-from tests.evaluation.scene_pipelines import captioned_sd, save_scene_dit
+from tests.evaluation.scene_pipelines import captioned_sd, save_scene_dit, scene_adm
 from tests.evaluation.separate_processes import (
     ROOT,
     SETTINGS,
@@ -313,6 +314,23 @@ def test_settings_are_checked():
         check_sampling(tiny_dit(), replace(SETTINGS, conditions=(1, 1000)))
     with pytest.raises(ValueError, match="scheduler must be one of"):
         check_sampling(tiny_dit(), replace(SETTINGS, scheduler="HappyScheduler"))
+
+
+def test_classes_of_a_pipeline_of_pixels():
+    pipe = scene_adm()
+    assert conditions_for(pipe) == tuple(range(10)) and conditions_for(pipe, classes="star, 0") == (3, 0)
+    with pytest.raises(ValueError, match="unknown class 'cat': the model draws circle"):
+        conditions_for(pipe, classes="cat")
+    with pytest.raises(ValueError, match="unknown class 10: ADMPipeline takes numbers from 0 to 9"):
+        check_sampling(pipe, replace(SETTINGS, conditions=(1, 10)))
+    assert "classifier_scale" not in model_defaults("adm", pipe)["call"]
+    pipe.register_modules(classifier=None)
+    own = model_defaults("adm", pipe)
+    assert own["call"] == {"classifier_scale": 0.0} and own["steps"] == 250 and own["guidance_scale"] == 1
+    pixels, nfe = draw(
+        pipe, SamplingSettings("adm", 2, (1, 2), steps=2, guidance_scale=2.0, call=own["call"]), range(2)
+    )
+    assert pixels.shape == (2, 32, 32, 3) and nfe == 6
 
 
 def test_prompts_and_classes(tmp_path):
