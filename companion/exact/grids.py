@@ -229,6 +229,9 @@ def log_blur(
         ceiling: a bound of `log_values` off the grid, if one is known.
         kinks: check every placement of the nodes against the grid's own points, for values that fall by tens within a
             spacing, where slope and curvature mislead; up to twice the cost.
+
+    Returns:
+        The blurred values; all nan where they are not finite along one axis.
     """
     if std == 0:
         return log_values
@@ -238,6 +241,8 @@ def log_blur(
         chunk = max(1, CHUNK // (flat.shape[1] * nodes))
         flat = torch.cat([_blur_lines(some, std / spacing, nodes, ceiling, kinks) for some in flat.split(chunk)])
         log_values = flat.reshape(lines.shape).movedim(-1, axis)
+        if not log_values.isfinite().all():  # the next axis would place its nodes by these
+            return torch.full_like(log_values, math.nan)
     return log_values
 
 
@@ -260,6 +265,8 @@ def _blur_lines(
         centre, width = _at_the_mode(lines, std, centre, width, ceiling)
     steps = centre[..., None] + width[..., None] * abscissae
     positions = torch.arange(points, dtype=lines.dtype)[:, None] + steps
+    if not positions.isfinite().all():
+        return torch.full_like(lines, math.nan)
     values = _interpolate_lines(lines, positions.reshape(len(lines), -1), ceiling).reshape(positions.shape)
     log_masses = (masses).log() + abscissae**2 / 2
     change = log_masses - steps**2 / (2 * std**2) + (width / std).log()[..., None]

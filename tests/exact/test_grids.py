@@ -89,6 +89,12 @@ def test_blur_2d_is_rotation_invariant():
     torch.testing.assert_close(log_blur(grid, turned, 0.2).flatten(), expected, atol=1e-9, rtol=1e-11)
 
 
+def test_a_blur_that_overflows_is_nan_and_no_error_of_its_own():
+    grid = Grid.square(-1, 1, 16)
+    cliff = evaluate(grid, lambda z: -1e308 * (z[:, 0] < 0).double())
+    assert log_blur(grid, cliff, 0.3).isnan().all()
+
+
 def test_errors():
     with pytest.raises(ValueError, match="low < high"):
         Grid.line(1, 1, 10)
