@@ -1,5 +1,8 @@
 """Tables: cells are kept as they finish, a stopped grid goes on, a cell made anew is the same; Pareto fronts."""
 
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from companion.evaluation.results import read_cell, read_cells
 from companion.evaluation.table_plans import Plan, Row, mini_imagenet
 from companion.evaluation.tables import run_table
 from tests.evaluation.scene_pipelines import save_scene_dit
+from tests.evaluation.separate_processes import ROOT
 
 ROWS = (
     Row("tiny", "vanilla", "constant", "none", 3.0, 2),
@@ -131,6 +135,12 @@ def test_the_mini_plan_is_listed_in_the_order_of_its_making(capsys):
     names = [name for _, _, name in mini_imagenet().cells()]
     assert command_line(["table", "imagenet", "--list", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.splitlines() == names
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    command = f"{shlex.quote(sys.executable)} -m companion table imagenet --list | head -1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.startswith("mini-edm2,unguided") and "BrokenPipe" not in done.stderr
 
 
 @pytest.mark.parametrize("table", ["imagenet", "coco", "imagenet128"])
