@@ -8,7 +8,7 @@ import statistics
 import time
 
 import companion
-from companion.evaluation.memory import peak_memory
+from companion.evaluation.sampling.memory import peak_memory
 from companion.pipelines.hook import RectifiedGuidanceConfig, rectified_guidance
 
 SIDES = ("none", "finite_difference", "auto", "covariance", "ones", "vjp", "jvp", "diagonal")

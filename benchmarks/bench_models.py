@@ -34,12 +34,12 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from companion.evaluation.memory import peak_memory
-from companion.evaluation.results import provenance
-from companion.evaluation.sampling_folder import write_json
-from companion.pipelines.edm2 import EDM2Pipeline
-from companion.pipelines.edm2_network import EDM2UNet
+from companion.evaluation.sampling.folder import write_json
+from companion.evaluation.sampling.memory import peak_memory
+from companion.networks.edm2 import EDM2UNet
+from companion.pipelines.edm2.pipeline import EDM2Pipeline
 from companion.pipelines.hook import RectifiedGuidanceConfig, rectified_guidance
+from companion.provenance import provenance
 
 RESULTS = Path(__file__).parent.parent / "notebooks" / "results" / "runtime.json"
 WAYS = ("none", "published", "finite_difference", "auto", "ones", "vjp", "jvp")

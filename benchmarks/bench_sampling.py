@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import companion
-from companion.evaluation.runs import sample
-from companion.evaluation.sampling_settings import SamplingSettings
+from companion.evaluation.sampling.runs import sample
+from companion.evaluation.sampling.settings import SamplingSettings
 from companion.pipelines.hook import rectified_guidance
 
 SAMPLES, BATCH, STEPS, ROUNDS = 32, 16, 10, 3

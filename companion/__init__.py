@@ -5,7 +5,8 @@ with companion.rectified_guidance(pipe):
     images = pipe([3, 7], guidance_scale=4.0).images
 """
 
-from companion.guidance.classifier import (
+from companion.guidance.classifier.rectified import rectified_classifier_gradient
+from companion.guidance.classifier.scores import (
     DIVERGENCES,
     ClassifierScore,
     classifier_gradient,
@@ -22,14 +23,13 @@ from companion.guidance.parametrization import (
     rectification_coefficients,
 )
 from companion.guidance.rectification import PRODUCTS, Rectified, rectify
-from companion.guidance.rectified_classifier import rectified_classifier_gradient
 from companion.guidance.weights import ConstantWeight, GuidanceWeight, IntervalWeight, LinearWeight, PowerCosineWeight
-from companion.pipelines.adm import ADMPipeline, load_adm
-from companion.pipelines.adm_presets import ADM_PRESETS, PUBLISHED_GUIDANCE, published_guidance
-from companion.pipelines.edm2 import EDM2Pipeline, load_edm2
-from companion.pipelines.edm2_network import EDM2UNet
-from companion.pipelines.edm2_presets import EDM2_PRESETS
-from companion.pipelines.guider import RECTIFIABLE_GUIDERS, RectifiedGradientGuidance
+from companion.networks.edm2 import EDM2UNet
+from companion.pipelines.adm.pipeline import ADMPipeline, load_adm
+from companion.pipelines.adm.presets import ADM_PRESETS, PUBLISHED_GUIDANCE, published_guidance
+from companion.pipelines.edm2.pipeline import EDM2Pipeline, load_edm2
+from companion.pipelines.edm2.presets import EDM2_PRESETS
+from companion.pipelines.guider.guider import RECTIFIABLE_GUIDERS, RectifiedGradientGuidance
 from companion.pipelines.hook import (
     SAMPLING_PRODUCTS,
     GuidanceStep,

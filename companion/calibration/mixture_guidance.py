@@ -16,8 +16,8 @@ from companion.exact.grids import Grid
 from companion.exact.mixtures import GaussianMixture, mixture_of
 from companion.exact.sampling import Interval, seed_interval
 from companion.exact.toys import Toy
-from companion.guidance.classifier import PLAIN, Classifier, ClassifierScore, classifier_gradient, tilted_weights
-from companion.guidance.rectified_classifier import rectified_classifier_gradient
+from companion.guidance.classifier.rectified import rectified_classifier_gradient
+from companion.guidance.classifier.scores import PLAIN, Classifier, ClassifierScore, classifier_gradient, tilted_weights
 from companion.seeding import sample_generators, sample_seed
 
 Judge = Literal["noisy", "clean", "rectified"]

@@ -18,10 +18,10 @@ from companion.exact.coordinates import level
 from companion.exact.covariance import covariance_direction
 from companion.exact.densities import normalise, sample_density
 from companion.exact.grids import Grid, evaluate
+from companion.exact.methods import INTERVAL
 from companion.exact.mixtures import GaussianMixture
 from companion.exact.rewards import classifier_free_reward
 from companion.exact.toys import Toy
-from companion.exact.ways import INTERVAL
 from companion.guidance.variants import (
     magnitude_factor,
     renoising_scale,

@@ -1,6 +1,6 @@
 """How the networks of mini-edm2 are trained: EDM's loss on latents of single-object scenes, weights on EDM2's sphere.
 
-The networks themselves come from `companion.pipelines.edm2_network`; this file knows only how they are called.
+The networks themselves come from `companion.networks.edm2`; this file knows only how they are called.
 """
 
 from collections.abc import Mapping

@@ -1,17 +1,17 @@
 """The demo's page, in Gradio: what is asked, what is shown while it is made, and what is said when something is wrong.
 
 The page samples nothing itself: a tab reads its controls into settings and shows what
-`companion.evaluation.side_by_side` yields.
+`companion.evaluation.comparison.side_by_side` yields.
 """
 
 from typing import Any
 
 import gradio as gr
 
-from companion.evaluation.turns import Turns
 from companion.page.classifier_tab import classifier_tab
 from companion.page.guidance_tab import guidance_tab, read
 from companion.page.models import CLASSIFIER_TAB, Models
+from companion.page.queue import Turns
 
 __all__ = ["Models", "build_page", "read", "serve"]
 

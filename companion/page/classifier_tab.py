@@ -6,18 +6,18 @@ from typing import Any
 
 import gradio as gr
 
-from companion.evaluation.classifier_side_by_side import COMPARED, ClassifierSettings
-from companion.evaluation.script import classifier_as_python
-from companion.evaluation.side_by_side import MAX_STEPS, class_names
-from companion.evaluation.turns import Turns
-from companion.guidance.classifier import ClassifierScore
+from companion.evaluation.comparison.classifier_side_by_side import COMPARED, ClassifierSettings
+from companion.evaluation.comparison.script import classifier_as_python
+from companion.evaluation.comparison.side_by_side import MAX_STEPS, class_names
+from companion.guidance.classifier.scores import ClassifierScore
 from companion.page.models import OWN, Models
+from companion.page.queue import Turns
 from companion.page.reading import MAX_PICTURES, asked_classes, choice, class_options, counts, in_turn, number
 from companion.page.running import HIDDEN, Runs, buttons
 from companion.page.showing import Run, SideText, results, sentence, status
-from companion.pipelines.adm import ADMPipeline
-from companion.pipelines.adm_guidance import GRADIENT_AT
-from companion.pipelines.adm_sampler import SAMPLERS
+from companion.pipelines.adm.guidance import GRADIENT_AT
+from companion.pipelines.adm.pipeline import ADMPipeline
+from companion.pipelines.adm.sampler import SAMPLERS
 
 NO_DIVERGENCE, AS_TRAINED = "none", "as trained"
 DIVERGENCE_NAMES = {

@@ -7,8 +7,8 @@ from typing import Any
 import gradio as gr
 from diffusers import DiffusionPipeline
 
-from companion.evaluation.script import as_python
-from companion.evaluation.side_by_side import (
+from companion.evaluation.comparison.script import as_python
+from companion.evaluation.comparison.side_by_side import (
     MAX_STEPS,
     Settings,
     check_settings,
@@ -16,9 +16,9 @@ from companion.evaluation.side_by_side import (
     scheduler_names,
     takes_prompts,
 )
-from companion.evaluation.turns import Turns
 from companion.guidance.weights import GuidanceWeight, IntervalWeight, LinearWeight, PowerCosineWeight
 from companion.page.models import Models
+from companion.page.queue import Turns
 from companion.page.reading import MAX_PICTURES, asked_classes, choice, class_options, counts, in_turn, number
 from companion.page.running import HIDDEN, Runs, buttons
 from companion.page.showing import Run, SideText, results, sentence, status

@@ -6,11 +6,11 @@ import threading
 import torch
 from diffusers import DiffusionPipeline
 
-from companion.evaluation.classifier_side_by_side import classifier_guided, with_classifier
-from companion.evaluation.side_by_side import Judge
+from companion.evaluation.comparison.classifier_side_by_side import classifier_guided, with_classifier
+from companion.evaluation.comparison.side_by_side import Judge
 from companion.minis import classifier
-from companion.pipelines.adm import ADMPipeline
-from companion.pipelines.adm_classifier import EMBEDDED_CLASSIFIERS, off_the_shelf_classifier
+from companion.pipelines.adm.classifier import EMBEDDED_CLASSIFIERS, off_the_shelf_classifier
+from companion.pipelines.adm.pipeline import ADMPipeline
 from companion.pipelines.hook import check_pipeline
 from companion.pipelines.registry import WEIGHTS, load, model_names
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from companion.evaluation.side_by_side import Judge
-from companion.evaluation.turns import Turns
+from companion.evaluation.comparison.side_by_side import Judge
+from companion.page.queue import Turns
 from companion.page.showing import SIDES, Run, existing, pair, sentence, show, status
 
 _log = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ import gradio as gr
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from companion.evaluation.colour_difference import difference_picture
-from companion.evaluation.side_by_side import Cancelled, Comparison, Judge, Side, SideBySide, View, stream
-from companion.evaluation.turns import Turns
+from companion.evaluation.comparison.colour_difference import difference_picture
+from companion.evaluation.comparison.side_by_side import Cancelled, Comparison, Judge, Side, SideBySide, View, stream
+from companion.page.queue import Turns
 
 SIDES = ("without", "with_reg")
 

@@ -5,7 +5,7 @@ A pipeline evaluates its denoiser on a stacked batch [reference, conditional], o
 `c - r` in the place of u, with `r = product(K, c - u) · w(t)`, so that the pipeline's unchanged arithmetic gives
 `c + (s - 1) r`: rectified guidance at whatever scale, rescaling and scheduler the pipeline was called with. Taking the
 hook off leaves no trace. Which branch is which, and in what the network's output differs from what the scheduler is
-given, is read from the pipeline's source (`companion.pipelines.anatomy`).
+given, is read from the pipeline's source (`companion.pipelines.layout`).
 """
 
 import sys
@@ -27,7 +27,7 @@ from companion.guidance.covariance import covariance_direction
 from companion.guidance.rectification import PRODUCTS, Denoiser, Product, Rectified, rectify
 from companion.guidance.reuse import RectificationReuse
 from companion.guidance.weights import ConstantWeight, GuidanceWeight
-from companion.pipelines.anatomy import SAMPLE_NAMES, Anatomy, Refusal, anatomy_of, call_code, evaluate
+from companion.pipelines.layout import SAMPLE_NAMES, Anatomy, Refusal, anatomy_of, call_code, evaluate
 from companion.pipelines.levels import NoiseLevel, check_scheduler, noise_level
 from companion.seeding import sample_generators, sample_seed
 

@@ -19,7 +19,7 @@ class PaperModel:
 
     Args:
         name: in this package.
-        source: hub name, or `edm2:` and the name of a preset of `companion.pipelines.edm2`.
+        source: hub name, or `edm2:` and the name of a preset of `companion.pipelines.edm2.pipeline`.
         scheduler: diffusers' class of the paper's sampler; None where the pipeline has a sampler of its own.
         call: arguments of the pipeline's call.
         interval: the paper's guidance interval, a weight for `RectifiedGuidanceConfig`; None where it has none.

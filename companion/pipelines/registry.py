@@ -67,11 +67,11 @@ def _pipeline_class(folder: Path) -> type[DiffusionPipeline]:
     """This package's own pipelines, which diffusers cannot find by name; for all others it knows best."""
     name = _index(folder).get("_class_name")
     if name == "EDM2Pipeline":
-        from companion.pipelines.edm2 import EDM2Pipeline
+        from companion.pipelines.edm2.pipeline import EDM2Pipeline
 
         return EDM2Pipeline
     if name == "ADMPipeline":
-        from companion.pipelines.adm import ADMPipeline
+        from companion.pipelines.adm.pipeline import ADMPipeline
 
         return ADMPipeline
     return DiffusionPipeline
@@ -89,7 +89,7 @@ def _shared_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
 
 def _paper_model(model: PaperModel, device: torch.device, dtype: torch.dtype | None) -> DiffusionPipeline:
     if model.scheduler is None:
-        from companion.pipelines.edm2 import load_edm2
+        from companion.pipelines.edm2.pipeline import load_edm2
 
         return load_edm2(model.source.removeprefix("edm2:"), device=device, dtype=dtype)
     pipe = load(model.source, device=device, dtype=dtype)

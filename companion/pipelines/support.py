@@ -8,7 +8,7 @@ from typing import Literal
 
 import diffusers
 
-from companion.pipelines.anatomy import Anatomy, Refusal, read_call
+from companion.pipelines.layout import Anatomy, Refusal, read_call
 
 Status = Literal["supported", "refused", "unguided"]
 

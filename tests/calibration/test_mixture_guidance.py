@@ -24,7 +24,7 @@ from companion.calibration.mixture_guidance import (
 from companion.exact.chain import linear_schedule
 from companion.exact.grids import Grid
 from companion.exact.mixtures import GaussianMixture
-from companion.guidance.classifier import ClassifierScore, classifier_gradient, score_logits
+from companion.guidance.classifier.scores import ClassifierScore, classifier_gradient, score_logits
 
 DATA = ring_of_classes()
 SCHEDULE = linear_schedule(20, 1e-2, 0.4)

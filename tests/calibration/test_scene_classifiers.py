@@ -9,7 +9,7 @@ from companion.calibration.finetuning import FineTuning
 from companion.calibration.scene_classifiers import FORMS, described, fine_tune_form, scene_calibration
 from companion.minis import guides
 from companion.minis.training import TrainingConfig
-from companion.pipelines.adm_network import NoisyClassifier
+from companion.networks.adm import NoisyClassifier
 
 SHORT = TrainingConfig(steps=2, batch_size=8, learning_rate=1e-3, warmup=1, ema_decay=0.0)
 

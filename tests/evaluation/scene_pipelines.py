@@ -16,7 +16,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ResNetConfig, ResNetForImageClassification
 
 from companion.minis.scenes import SHAPES
-from companion.pipelines.adm import ADMPipeline
+from companion.pipelines.adm.pipeline import ADMPipeline
 from tests.pipelines.tiny import tiny_sd
 
 

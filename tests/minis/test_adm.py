@@ -9,8 +9,8 @@ from diffusers import UNet2DModel
 from companion.minis import adm
 from companion.minis.scenes import labels, render, scene
 from companion.minis.training import TrainingConfig
-from companion.pipelines.adm_checkpoint import ADMArchitecture
-from companion.pipelines.adm_sampler import log_variance, sampling_chain
+from companion.pipelines.adm.checkpoint import ADMArchitecture
+from companion.pipelines.adm.sampler import log_variance, sampling_chain
 
 
 def test_small_pictures_are_means_of_two_by_two():

@@ -5,7 +5,7 @@ import torch
 
 from companion.minis import edm2, recipes
 from companion.minis.training import TrainingConfig
-from companion.pipelines.edm2_network import EDM2UNet
+from companion.networks.edm2 import EDM2UNet
 
 CONFIG = TrainingConfig(steps=3, batch_size=8, learning_rate=1e-3, warmup=1, optimiser="muon")
 

@@ -7,7 +7,7 @@ from companion.minis import guides
 from companion.minis.adm import NULL_CLASS, build_scheduler, build_unet, render_small
 from companion.minis.scenes import SHAPES, labels, scene
 from companion.minis.training import TrainingConfig
-from companion.pipelines.adm_network import NoisyClassifier
+from companion.networks.adm import NoisyClassifier
 
 CONFIG = TrainingConfig(steps=2, batch_size=8, learning_rate=1e-3, warmup=1)
 

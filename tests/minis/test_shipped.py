@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 
 import companion
 from companion.calibration.scene_classifiers import scene_calibration
-from companion.evaluation.recognition import draw_classes, recognised
+from companion.evaluation.metrics.recognition import draw_classes, recognised
 from companion.minis.adm import enlarged
 from companion.minis.classifier import load_classifier
 from companion.minis.drawing import draw, object_colours
 from companion.minis.scenes import COLOURS, SHAPES, labels, render, scene
 from companion.minis.shipping import WEIGHTS, ship
-from companion.pipelines.adm_classifier import EMBEDDED_CLASSIFIERS, is_noise_aware, off_the_shelf_classifier
+from companion.pipelines.adm.classifier import EMBEDDED_CLASSIFIERS, is_noise_aware, off_the_shelf_classifier
 
 # At least this share of asked-for shapes: a little less than the cards say of many.
 TEXT_CONDITIONAL = {"mini-sd": 0.8, "mini-sd-v": 0.8, "mini-flow": 0.35}

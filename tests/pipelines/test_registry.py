@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 
 import companion
 from companion.pipelines import registry
-from companion.pipelines.edm2 import EDM2Pipeline
+from companion.pipelines.edm2.pipeline import EDM2Pipeline
 from tests.pipelines.tiny import tiny_dit
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import diffusers
 import pytest
 
-from companion.pipelines.anatomy import Refusal, anatomy_of
+from companion.pipelines.layout import Refusal, anatomy_of
 from companion.pipelines.support import describe, support_table
 from tests.pipelines.tiny_zoo import TESTED
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from companion import RectifiedGuidanceConfig, rectified_guidance
-from companion.pipelines.anatomy import SAMPLE_NAMES
+from companion.pipelines.layout import SAMPLE_NAMES
 from tests.pipelines.tiny_zoo import RESIDENTS, Tiny
 
 STEPS = 3

@@ -1,0 +1,568 @@
+"""The same pictures without and with rectified guidance, from the same noise: for the demo, the quickstart and scripts.
+
+Both sides make the same calls of the same pipeline, with the same generators, schedule and weight over time; only the
+product differs (`none` is everyday guidance). Watching does not change the pictures: previews draw no random numbers,
+and are taken only so often that they cost a small share of the time.
+
+What is compared is exchangeable: `Settings` compares the products of classifier-free guidance, and
+`companion.evaluation.comparison.classifier_side_by_side` those and the scores of classifier guidance.
+"""
+
+import inspect
+import math
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from companion.evaluation.sampling.memory import peak_memory
+from companion.guidance.weights import GuidanceWeight
+from companion.minis.scenes import SHAPES, SIZE
+from companion.pipelines.adm.classifier import class_count
+from companion.pipelines.adm.pipeline import ADMPipeline
+from companion.pipelines.edm2.pipeline import EDM2Pipeline
+from companion.pipelines.hook import (
+    GuidanceStep,
+    RectifiedGuidanceConfig,
+    RectifiesItself,
+    SamplingProduct,
+    check_pipeline,
+    check_sampling_product,
+    rectified_guidance,
+)
+from companion.seeding import sample_generators
+
+SideName = Literal["without", "with_reg"]
+Judge = Callable[[Float[Tensor, "batch 3 height width"]], Float[Tensor, "batch shapes"]]
+"""Pictures in [-1, 1] -> logits over `SHAPES`."""
+
+MAX_STEPS = 1000
+PREVIEW_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one side is drawn.
+
+    Args:
+        config: of the rectification.
+        call: arguments of the pipeline's call, but for conditions, steps and noise.
+        clean_scale: what `GuidanceStep.clean` needs for the guided estimate.
+        kind: what decides the peak memory of a step beside the product and the number of pictures.
+    """
+
+    config: RectifiedGuidanceConfig
+    call: Mapping[str, Any]
+    clean_scale: float
+    kind: tuple = ()
+
+
+class Comparison(Protocol):
+    """What is compared: everything that decides how the two sides look."""
+
+    @property
+    def conditions(self) -> Sequence[int] | Sequence[str]:
+        """One per picture."""
+        ...
+
+    @property
+    def scheduler(self) -> str | None:
+        """diffusers' class name; None is the pipeline's own."""
+        ...
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def seed(self) -> int:
+        """Picture i's noise follows from it and i, on both sides."""
+        ...
+
+    def check(self, pipe: DiffusionPipeline) -> None:
+        """Raises `ValueError` for what this pipeline cannot do, before any time is spent on it."""
+        ...
+
+    def ways(self) -> Mapping[SideName, Way]:
+        """Of both sides."""
+        ...
+
+
+# DiTPipeline never scales its first noise by `init_noise_sigma`: its scheduler must keep a variance-preserving state.
+_PRESERVING = {
+    "DDIMScheduler": "DDIM",
+    "DPMSolverMultistepScheduler": "DPM-Solver++",
+    "UniPCMultistepScheduler": "UniPC",
+    "DEISMultistepScheduler": "DEIS",
+    "PNDMScheduler": "PNDM",
+}
+_EXPLODING = {"EulerDiscreteScheduler": "Euler", "HeunDiscreteScheduler": "Heun"}
+# Flow pipelines hand their own levels to `set_timesteps`, which other schedulers of flows do not take.
+_FLOW = {"FlowMatchEulerDiscreteScheduler": "Euler, along the flow"}
+
+
+def takes_prompts(pipe: DiffusionPipeline) -> bool:
+    """Whether the pipeline is told what to draw in words; otherwise by class numbers."""
+    return "prompt" in inspect.signature(type(pipe).__call__).parameters
+
+
+def scheduler_names(pipe: DiffusionPipeline) -> dict[str, str]:
+    """The schedulers that make sense for the pipeline, its own one first: diffusers' name -> people's name.
+
+    None for a pipeline with a sampler of its own.
+    """
+    if isinstance(pipe, RectifiesItself):
+        return {}
+    own = type(pipe.scheduler).__name__
+    if own in _FLOW:
+        return dict(_FLOW)
+    known = _PRESERVING | _EXPLODING if takes_prompts(pipe) else _PRESERVING
+    return {own: known.get(own, own)} | known
+
+
+def class_names(pipe: DiffusionPipeline) -> dict[int, str]:
+    """Class number -> name (the number again where there is none); empty for a pipeline that takes prompts."""
+    if takes_prompts(pipe):
+        return {}
+    if isinstance(pipe, ADMPipeline):
+        return _adm_class_names(pipe)
+    names: dict[int, str] = {}
+    for name, number in pipe.labels.items():
+        names.setdefault(number, name)
+    if names:
+        return dict(sorted(names.items()))
+    if isinstance(pipe, RectifiesItself):
+        return {i: str(i) for i in range(pipe.unet.config.num_classes)}  # type: ignore[attr-defined]
+    return {i: str(i) for i in range(pipe.transformer.config.num_embeds_ada_norm)}
+
+
+def _adm_class_names(pipe: ADMPipeline) -> dict[int, str]:
+    """By the classifier, which is trained to tell them apart; `labels`, where it has been given another one."""
+    if labels := getattr(pipe, "labels", None):
+        return {number: name for name, number in labels.items()}
+    config = getattr(pipe.classifier, "config", None)
+    known = {int(i): str(name) for i, name in (getattr(config, "id2label", None) or {}).items()}
+    embedded = pipe.unet.config.num_class_embeds
+    count = embedded - (pipe.config.null_class is not None) if embedded else class_count(pipe.classifier) or 0
+    named = len(known) == count and not any(name.startswith("LABEL_") for name in known.values())
+    return {i: known[i] if named else str(i) for i in range(count)}
+
+
+def class_number(pipe: DiffusionPipeline, name: str | int) -> int:
+    """The class of a name or number.
+
+    Raises:
+        ValueError: the pipeline has no such class; the message lists some that it has.
+    """
+    names = class_names(pipe)
+    number = next((number for number, known in names.items() if known == name), getattr(pipe, "labels", {}).get(name))
+    if number is None and str(name).strip().isdecimal():
+        number = int(name)
+    if number is None or number not in names:
+        some = ", ".join(list(names.values())[:10]) + (", …" if len(names) > 10 else "")
+        raise ValueError(f"unknown class {str(name)!r}: the model draws {some}")
+    return number
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides how the two sides look.
+
+    Args:
+        conditions: one per picture: class numbers, or prompts for a pipeline that takes them.
+        guidance_scale: diffusers' scale s = 1 + w, at least 1 (1 is no guidance).
+        weight: weight over time in units of s - 1, on both sides; None is constant.
+        product: of the side with REG.
+        scheduler: diffusers' class name, one of `scheduler_names(pipe)`; None is the pipeline's own.
+        steps: 1 to 1000.
+        seed: a non-negative integer; picture i's noise follows from it and i.
+
+    Raises:
+        ValueError: a value is not of its kind or out of its range.
+    """
+
+    conditions: Sequence[int] | Sequence[str]
+    guidance_scale: float = 4.0
+    weight: GuidanceWeight | None = None
+    product: SamplingProduct = "finite_difference"
+    scheduler: str | None = None
+    steps: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "conditions", tuple(self.conditions))
+        if len(self.conditions) == 0:
+            raise ValueError("conditions must hold at least one class or prompt, one for each picture")
+        scale = self.guidance_scale
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 1 <= scale < math.inf:
+            raise ValueError(f"guidance_scale must be a number of at least 1, got {scale!r}")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or not 1 <= self.steps <= MAX_STEPS:
+            raise ValueError(f"steps must be an integer from 1 to {MAX_STEPS}, got {self.steps!r}")
+        check_sampling_product(self.product)
+        sample_generators(self.seed, [0])
+
+    def check(self, pipe: DiffusionPipeline) -> None:
+        """See `check_settings`."""
+        check_settings(pipe, self)
+
+    def ways(self) -> Mapping[SideName, Way]:
+        """Everyday guidance, and the product."""
+        products: dict[SideName, SamplingProduct] = {"without": "none", "with_reg": self.product}
+        scale = self.guidance_scale
+        return {
+            name: Way(
+                RectifiedGuidanceConfig(product=product, weight=self.weight),
+                {"guidance_scale": scale},
+                scale,
+                (scale > 1,),
+            )
+            for name, product in products.items()
+        }
+
+
+def check_settings(pipe: DiffusionPipeline, settings: Settings) -> None:
+    """Refuse what this pipeline cannot do, before any time is spent on it.
+
+    Raises:
+        ValueError: unsupported pipeline, classes or prompts that it does not take, a scheduler or a number of steps
+            that does not work with it.
+    """
+    check_pipeline(pipe)
+    for condition in settings.conditions:
+        if takes_prompts(pipe):
+            if not isinstance(condition, str):
+                raise ValueError(f"conditions must be prompts for {type(pipe).__name__}, got {condition!r}")
+        else:
+            class_number(pipe, condition)
+    names = scheduler_names(pipe)
+    if not names:
+        if settings.scheduler is not None:
+            raise ValueError(
+                f"scheduler must be left out: {type(pipe).__name__} has a sampler of its own, got {settings.scheduler}"
+            )
+        return
+    if settings.scheduler is not None and settings.scheduler not in names:
+        raise ValueError(f"scheduler must be one of {', '.join(names)}, got {settings.scheduler!r}")
+    scheduler = _scheduler(pipe, settings.scheduler or type(pipe.scheduler).__name__, fresh=True)
+    try:
+        shifted = {"mu": 0.0} if scheduler.config.get("use_dynamic_shifting") else {}
+        scheduler.set_timesteps(settings.steps, **shifted)
+        # Solvers divide by differences of levels; rounded timesteps repeat when there are nearly as many as levels.
+        distinct = "solver_order" not in scheduler.config or bool((scheduler.sigmas.diff() != 0).all())
+    except Exception as error:
+        raise ValueError(f"{names[type(scheduler).__name__]} cannot take {settings.steps} steps: {error}") from error
+    if not distinct:
+        name = names[type(scheduler).__name__]
+        raise ValueError(
+            f"{name} cannot take {settings.steps} steps: it would meet a noise level twice; take fewer, or DDIM"
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the classifier sees in one picture, how sure it is (0 to 1), and whether that was asked for."""
+
+    shape: str
+    confidence: float
+    right: bool
+
+
+@dataclass(frozen=True)
+class Side:
+    """One finished side.
+
+    Args:
+        images: the pictures.
+        seconds: time of the pipeline's call, decoding included, previews not.
+        preview_seconds: what the previews cost on top.
+        peak_bytes: peak memory of its tensors above the model's own, exact (see `evaluation.sampling.memory`).
+        verdicts: one per picture; None where no classifier was given or the model does not draw scenes.
+    """
+
+    images: tuple[Image.Image, ...]
+    seconds: float
+    preview_seconds: float
+    peak_bytes: int
+    verdicts: tuple[Verdict, ...] | None
+
+    @property
+    def recognised(self) -> int | None:
+        """In how many pictures the classifier sees what was asked for."""
+        return None if self.verdicts is None else sum(verdict.right for verdict in self.verdicts)
+
+
+@dataclass(frozen=True)
+class View:
+    """One side as it can be seen while it is made: steps done and to do, latest pictures, the side once finished."""
+
+    step: int = 0
+    total: int = 0
+    images: tuple[Image.Image, ...] = ()
+    side: Side | None = None
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Both sides: `Side`s when finished, each in a `View` while they are made.
+
+    `with_reg` is the side with what is compared, which in classifier guidance may be a score.
+    """
+
+    without: View = field(default_factory=View)
+    with_reg: View = field(default_factory=View)
+
+    @property
+    def finished(self) -> bool:
+        return self.without.side is not None and self.with_reg.side is not None
+
+
+OnProgress = Callable[[SideBySide], None]
+
+
+_peaks: "weakref.WeakKeyDictionary[DiffusionPipeline, dict[tuple, int]]" = weakref.WeakKeyDictionary()
+
+
+class Cancelled(Exception):
+    """The sampling was ended on request."""
+
+
+def compare(
+    pipe: DiffusionPipeline, settings: Comparison, *, judge: Judge | None = None, on_progress: OnProgress | None = None
+) -> SideBySide:
+    """Sample both sides, first without and then with REG (or whatever the settings compare).
+
+    Args:
+        pipe: a pipeline of a supported family; it is left as it was, whatever happens.
+        settings: what to sample.
+        judge: a classifier of `SHAPES` in 64x64 pictures; asked only about a model that draws scenes of known shapes,
+            at that size or half of it.
+        on_progress: called after every denoiser call and every finished side, on the calling thread; with it, previews
+            are made. An exception in it ends the sampling and is passed on.
+
+    Raises:
+        ValueError: see `check_settings`.
+    """
+    settings.check(pipe)
+    state = SideBySide()
+    own_scheduler, own_bar = getattr(pipe, "scheduler", None), getattr(pipe, "_progress_bar_config", None)
+    if own_scheduler is not None:
+        pipe.scheduler = _scheduler(pipe, settings.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        ways = settings.ways()
+        peaks = {name: _peak_bytes(pipe, settings, way) for name, way in ways.items()}
+        for name, way in ways.items():
+            watch = None
+            if on_progress is not None:
+
+                def watch(view: View, name: SideName = name) -> None:
+                    nonlocal state
+                    state = replace(state, **{name: view})
+                    on_progress(state)
+
+            state = replace(state, **{name: _sample(pipe, settings, way, peaks[name], judge, watch)})
+            if on_progress is not None:
+                on_progress(state)
+    finally:
+        if own_scheduler is not None:
+            pipe.scheduler = own_scheduler
+        if own_bar is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = own_bar
+    return state
+
+
+def stream(
+    pipe: DiffusionPipeline,
+    settings: Comparison,
+    *,
+    judge: Judge | None = None,
+    cancelled: threading.Event | None = None,
+    every: float = 0.15,
+) -> Iterator[SideBySide]:
+    """`compare` on a thread of its own, as an iterator over what there is to see; the last item is finished.
+
+    Args:
+        pipe, settings, judge: as for `compare`.
+        cancelled: ends the sampling at its next denoiser call once it is set. Closing the iterator does the same.
+        every: seconds between items at the least; a slow reader misses items, never delays the sampling.
+
+    Raises:
+        Cancelled: `cancelled` was set.
+        ValueError: see `check_settings`; like any exception of the sampling, at the next item.
+    """
+    cancelled = cancelled or threading.Event()
+    latest: queue.Queue[SideBySide | BaseException] = queue.Queue(maxsize=1)
+
+    def put(item: SideBySide | BaseException) -> None:
+        with suppress(queue.Empty):
+            latest.get_nowait()
+        latest.put_nowait(item)
+
+    def report(state: SideBySide) -> None:
+        if cancelled.is_set():
+            raise Cancelled
+        if not state.finished:  # a finished state goes last, and as the result
+            put(state)
+
+    def work() -> None:
+        try:
+            put(compare(pipe, settings, judge=judge, on_progress=report))
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=work, name="side-by-side", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = latest.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+            if item.finished:
+                return
+            cancelled.wait(every)
+    finally:
+        cancelled.set()
+        thread.join()
+
+
+def scheduler_options(name: str) -> dict[str, Any]:
+    """What a scheduler is configured with on top of the pipeline's own scheduler's configuration."""
+    # Without its Runge-Kutta start, as Stable Diffusion uses it: PNDM then takes any number of steps.
+    return {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
+
+
+def _scheduler(pipe: DiffusionPipeline, name: str | None, *, fresh: bool = False) -> Any:
+    own = type(pipe.scheduler)
+    if name is None or name == own.__name__:
+        return own.from_config(pipe.scheduler.config) if fresh else pipe.scheduler
+    return getattr(diffusers, name).from_config(pipe.scheduler.config, **scheduler_options(name))
+
+
+def _sample(
+    pipe: DiffusionPipeline,
+    settings: Comparison,
+    way: Way,
+    peak_bytes: int,
+    judge: Judge | None,
+    watch: Callable[[View], None] | None,
+) -> View:
+    """One side. Time spent in `watch` and on previews is measured and taken off."""
+    device = pipe._execution_device
+    view, aside, shown_at, preview_cost = View(), 0.0, 0.0, 0.0
+
+    def on_step(step: GuidanceStep) -> None:
+        nonlocal view, aside, shown_at, preview_cost
+        if not step.prediction.isfinite().all() or (step.direction is not None and not step.direction.isfinite().all()):
+            raise ValueError(
+                f"the sampling diverged at step {step.index + 1} of {step.total}: "
+                "lower the guidance scale or its weight, or take another scheduler or number of steps"
+            )
+        if watch is None:
+            return
+        began = _now(device)
+        view = replace(view, step=step.index + 1, total=step.total)
+        # The first preview waits until there is something to see; each later one until its cost is a small share.
+        due = began - shown_at >= preview_cost / PREVIEW_SHARE and step.index >= step.total // 10
+        if due and view.step < view.total and step.sample.ndim == 4:  # tokens and videos have no quick preview
+            view = replace(view, images=_preview(pipe, step.clean(way.clean_scale)))
+            shown_at = _now(device)
+            preview_cost = shown_at - began
+        watch(view)
+        aside += _now(device) - began
+
+    with rectified_guidance(pipe, way.config, on_step=on_step):
+        began = _now(device)
+        images = _call(pipe, settings, way, settings.steps)
+        seconds = _now(device) - began - aside
+    side = Side(tuple(images), seconds, aside, peak_bytes, _judge(pipe, judge, settings, images))
+    return replace(view, images=side.images, side=side)
+
+
+def _call(pipe: DiffusionPipeline, settings: Comparison, way: Way, steps: int) -> list[Image.Image]:
+    return pipe(
+        list(settings.conditions),
+        **way.call,
+        num_inference_steps=steps,
+        generator=sample_generators(settings.seed, range(len(settings.conditions))),
+    ).images
+
+
+def _peak_bytes(pipe: DiffusionPipeline, settings: Comparison, way: Way) -> int:
+    """Peak of one guided step, which the others repeat, and the decoding; measured once for a way and batch size.
+
+    It also pages the weights in and sets the kernels up, which belongs to the time of neither side.
+    """
+    known = _peaks.setdefault(pipe, {})
+    key = (way.config.product, len(settings.conditions), *way.kind)
+    if key not in known:
+        everywhere = replace(way.config, weight=None)
+        with rectified_guidance(pipe, everywhere), peak_memory(pipe.device) as peak:
+            _call(pipe, settings, way, steps=1)
+        known[key] = peak.bytes
+    return known[key]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _preview(pipe: DiffusionPipeline, latents: Float[Tensor, "batch channels h w"]) -> tuple[Image.Image, ...]:
+    """Latents as pictures, the way pipelines decode their last ones."""
+    if isinstance(pipe, ADMPipeline):
+        decoded = latents / 2 + 0.5
+    elif isinstance(pipe, EDM2Pipeline):
+        decoded = pipe.decode(latents)
+    else:
+        centre = pipe.vae.config.get("shift_factor") or 0.0
+        decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor + centre).sample / 2 + 0.5
+    pixels = decoded.float().nan_to_num().clamp(0, 1).mul(255).round().byte()
+    return tuple(Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def _judge(
+    pipe: DiffusionPipeline, judge: Judge | None, settings: Comparison, images: Sequence[Image.Image]
+) -> tuple[Verdict, ...] | None:
+    asked = asked_shapes(pipe, settings.conditions)
+    if judge is None or asked is None or images[0].size not in ((SIZE, SIZE), (SIZE // 2, SIZE // 2)):
+        return None
+    pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+    scaled = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        chances = judge(F.interpolate(scaled, (SIZE, SIZE), mode="bilinear")).softmax(dim=1)
+    confidence, seen = chances.max(dim=1)
+    return tuple(
+        Verdict(SHAPES[i], float(p), i == wanted) for i, p, wanted in zip(seen.tolist(), confidence, asked, strict=True)
+    )
+
+
+def asked_shapes(pipe: DiffusionPipeline, conditions: Sequence[int] | Sequence[str]) -> tuple[int, ...] | None:
+    """The shape each condition asks for, as an index in `SHAPES`; None where the conditions are not about scenes.
+
+    In a prompt the shape named first counts: captions name the picture's subject first.
+    """
+    if not takes_prompts(pipe):
+        return tuple(int(c) for c in conditions) if tuple(class_names(pipe).values()) == SHAPES else None
+    asked = []
+    for prompt in conditions:
+        named = [word for word in str(prompt).lower().replace(",", " ").replace(".", " ").split() if word in SHAPES]
+        if not named:
+            return None
+        asked.append(SHAPES.index(named[0]))
+    return tuple(asked)

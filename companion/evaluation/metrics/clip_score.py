@@ -1,0 +1,113 @@
+"""Pictures and captions in one space, for the CLIP score: mini-clip for scenes, OpenAI's CLIP for the paper's."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from transformers import CLIPModel, CLIPProcessor
+
+from companion.evaluation.metrics.metrics import ClipNetwork
+from companion.minis import clip
+from companion.minis.scenes import SIZE
+
+PAPER_CLIP = "openai/clip-vit-base-patch16"
+CLIP_NETWORKS = ("mini-clip", PAPER_CLIP)
+"""What `clip_network` is asked for: the shipped one, and one of the hub's; any other CLIP of the hub or in a folder."""
+
+_HUB_SECONDS = 3.0
+
+
+class SceneClip:
+    """mini-clip: 64x64 pictures of scenes and their captions, 64 dimensions.
+
+    Args:
+        device: where it runs.
+        folder: of its weights.
+    """
+
+    name = "mini-clip"
+
+    def __init__(self, device: torch.device | str = "cpu", folder: Path = clip.WEIGHTS) -> None:
+        self._model, self._device = clip.load_clip(device, folder), torch.device(device)
+
+    @torch.no_grad()
+    def embed_images(self, images: UInt8[Tensor, "batch 3 64 64"]) -> Float[Tensor, "batch dimensions"]:
+        """Embeddings, on the CPU, not of length 1.
+
+        Raises:
+            ValueError: pictures of another size.
+        """
+        if images.shape[1:] != (3, SIZE, SIZE):
+            raise ValueError(f"images must be 3x{SIZE}x{SIZE} for {self.name}, got {tuple(images.shape[1:])}")
+        return self._model.embed_images(images.to(self._device).float() / 127.5 - 1).cpu()
+
+    @torch.no_grad()
+    def embed_captions(self, captions: Sequence[str]) -> Float[Tensor, "batch dimensions"]:
+        """Embeddings, on the CPU, not of length 1; of more than 14 words the first count."""
+        return self._model.embed_captions(captions).cpu()
+
+
+class PaperClip:
+    """A CLIP of transformers', with its own image processor; pictures of any size, captions of up to 77 tokens.
+
+    Args:
+        source: folder or hub name.
+        device: where it runs.
+
+    Raises:
+        ValueError: it cannot be had, which without a connection is found out within seconds.
+    """
+
+    def __init__(self, source: str | Path = PAPER_CLIP, device: torch.device | str = "cpu") -> None:
+        self.name = str(source)
+        model, self._processor = _loaded(self.name)
+        self._model = model.eval().requires_grad_(False).to(device)
+
+    @torch.no_grad()
+    def embed_images(self, images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dimensions"]:
+        """Embeddings, on the CPU, not of length 1."""
+        pictures = list(images.permute(0, 2, 3, 1).cpu().numpy())
+        pixels = self._processor.image_processor(pictures, return_tensors="pt").pixel_values
+        return self._model.get_image_features(pixels.to(self._model.device)).pooler_output.float().cpu()
+
+    @torch.no_grad()
+    def embed_captions(self, captions: Sequence[str]) -> Float[Tensor, "batch dimensions"]:
+        """Embeddings, on the CPU, not of length 1; what is too long is cut off."""
+        longest = self._model.config.text_config.max_position_embeddings
+        padding = {"padding": True, "truncation": True, "max_length": longest}
+        tokens = self._processor.tokenizer(list(captions), **padding, return_tensors="pt").to(self._model.device)
+        return self._model.get_text_features(**tokens).pooler_output.float().cpu()
+
+
+def clip_network(name: str, device: torch.device | str = "cpu") -> ClipNetwork:
+    """`mini-clip`, or a CLIP of the hub (its name or a local folder).
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    return SceneClip(device) if name == SceneClip.name else PaperClip(name, device)
+
+
+def _loaded(source: str) -> tuple[CLIPModel, CLIPProcessor]:
+    try:
+        return _from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        failure: Exception = error
+    if not Path(source).exists():
+        try:
+            HfApi().model_info(source, timeout=_HUB_SECONDS)
+            return _from_pretrained(source, local_files_only=False)
+        except Exception as error:  # whatever the network or the hub may raise, the answer is the same sentence
+            failure = error
+    raise ValueError(
+        f"CLIP {source!r} cannot be had ({type(failure).__name__}): give {SceneClip.name} for scenes, the folder of a "
+        f"saved CLIPModel with its processor, or a hub name such as {PAPER_CLIP} where there is a connection"
+    ) from failure
+
+
+def _from_pretrained(source: str, *, local_files_only: bool) -> tuple[CLIPModel, CLIPProcessor]:
+    model = CLIPModel.from_pretrained(source, local_files_only=local_files_only)
+    return model, CLIPProcessor.from_pretrained(source, local_files_only=local_files_only)

@@ -1,0 +1,127 @@
+"""What pictures look like to a network: features and logits, in which FID, Inception score and the others are measured.
+
+The network is exchangeable. For scenes it is the shipped scene classifier, which is to them what Inception-v3 is to
+photographs and answers to the name "mini-inception" as well; Inception-v3 (Szegedy et al. 2016, the
+weights of the original FID) is the `inception` extra.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from companion.evaluation.sampling.folder import Pixels
+from companion.minis.classifier import WEIGHTS, load_classifier
+from companion.minis.scenes import SIZE
+
+NETWORKS = ("scenes", "inception")
+_ALIASES = {"mini-inception": "scenes"}
+
+
+class Features(NamedTuple):
+    """Of a batch: features (after the last pooling) and logits, float32."""
+
+    features: Float[Tensor, "batch dimensions"]
+    logits: Float[Tensor, "batch classes"]
+
+
+class FeatureNetwork(Protocol):
+    """Pictures with values 0 to 255 to features and logits.
+
+    `name` goes into every table's provenance; `dimensions` is the number of features.
+    """
+
+    name: str
+    dimensions: int
+
+    def __call__(self, images: UInt8[Tensor, "batch 3 height width"]) -> Features: ...
+
+
+class SceneFeatures:
+    """The scene classifier's pooled features, 128 of them, and its logits of the ten shapes; 64x64 pictures.
+
+    Args:
+        device: where it runs.
+        folder: of the classifier's weights.
+    """
+
+    name = "scene-classifier"
+
+    def __init__(self, device: torch.device | str = "cpu", folder: Path = WEIGHTS) -> None:
+        self._network = load_classifier(device, folder).network
+        self._device = torch.device(device)
+        self.dimensions = int(self._network.config.hidden_sizes[-1])
+
+    @torch.no_grad()
+    def __call__(self, images: UInt8[Tensor, "batch 3 64 64"]) -> Features:
+        if images.shape[1:] != (3, SIZE, SIZE):
+            raise ValueError(f"images must be 3x{SIZE}x{SIZE} for {self.name}, got {tuple(images.shape[1:])}")
+        scaled = images.to(self._device).float() / 127.5 - 1
+        pooled = self._network.resnet(scaled).pooler_output
+        return Features(pooled.flatten(1), self._network.classifier(pooled))
+
+
+class InceptionFeatures:
+    """Inception-v3 as FID was defined with: 2048 pooled features, logits without bias; pictures of any size.
+
+    Args:
+        device: where it runs.
+
+    Raises:
+        ValueError: the extra is not installed, or its weights cannot be had.
+    """
+
+    name, dimensions = "inception-v3", 2048
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import (  # type: ignore[import-not-found, unused-ignore]
+                FeatureExtractorInceptionV3,
+            )
+        except (ImportError, RuntimeError) as error:  # torchvision of another build than torch's fails with the latter
+            raise ValueError(
+                'Inception features need the extra: pip install -e ".[inception]", with a torchvision that matches '
+                f"torch {torch.__version__} ({error})"
+            ) from error
+        try:
+            network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
+        except OSError as error:
+            raise ValueError(f"the Inception weights can be neither found nor downloaded: {error}") from error
+        self._network, self._device = network.eval().to(device), torch.device(device)
+
+    @torch.no_grad()
+    def __call__(self, images: UInt8[Tensor, "batch 3 height width"]) -> Features:
+        features, logits = self._network(images.to(self._device))
+        return Features(features.float(), logits.float())
+
+
+def feature_network(name: str, device: torch.device | str = "cpu") -> FeatureNetwork:
+    """One of `NETWORKS`; "mini-inception" is another name of "scenes".
+
+    Raises:
+        ValueError: the name is unknown, or the network is not installed.
+    """
+    known = _ALIASES.get(name, name)
+    if known == "scenes":
+        return SceneFeatures(device)
+    if known == "inception":
+        return InceptionFeatures(device)
+    raise ValueError(f"feature network must be one of {', '.join(NETWORKS)}, got {name!r}")
+
+
+def extract(network: FeatureNetwork, batches: Iterable[Pixels]) -> Features:
+    """Features and logits of all pictures, on the CPU.
+
+    Raises:
+        ValueError: there are no pictures, or the network does not take their size.
+    """
+    parts = []
+    for pixels in batches:
+        found = network(torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2))
+        parts.append(Features(found.features.float().cpu(), found.logits.float().cpu()))
+    if not parts:
+        raise ValueError("there are no pictures to measure")
+    return Features(torch.cat([part.features for part in parts]), torch.cat([part.logits for part in parts]))

@@ -1,0 +1,321 @@
+"""Sampling runs: many pictures of one model in one folder, by any number of processes, in as many sessions as it takes.
+
+    python -m companion sample --model mini-dit --num-samples 2000 --out runs/mini-dit
+    accelerate launch --multi_gpu --num_processes 4 -m companion sample --model mini-dit --num-samples 2000 --out ...
+
+Batches are cut at fixed places and every sample has a generator of its own, so the pictures are the same, bit for bit,
+for any number of processes with the same device and number of threads. With another batch size they differ by what
+floating point makes of another order of sums.
+"""
+
+import argparse
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
+from accelerate.utils import broadcast_object_list, parse_flag_from_env  # type: ignore[import-untyped]
+from diffusers import DiffusionPipeline
+from tqdm.auto import tqdm
+
+from companion.evaluation.sampling.evaluations import EvaluationCount
+from companion.evaluation.sampling.folder import (
+    PROVENANCE,
+    Begun,
+    Lock,
+    Pixels,
+    Unwritable,
+    batches_drawn,
+    begin,
+    finish,
+    read_json,
+    write_batch,
+    write_json,
+)
+from companion.evaluation.sampling.settings import (
+    WEIGHT_SYNTAX,
+    Format,
+    SamplingSettings,
+    check_sampling,
+    conditions_for,
+    guidance_argument,
+    model_defaults,
+    with_scheduler,
+)
+from companion.pipelines.edm2.pipeline import Reference
+from companion.pipelines.hook import SAMPLING_PRODUCTS, GuidanceStep, rectified_guidance
+from companion.pipelines.registry import load
+from companion.provenance import provenance
+from companion.seeding import sample_generators
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Diverged(ValueError):
+    """A picture is not finite; the message says which and what to do."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m companion sample`."""
+    add = parser.add_argument
+    add("--model", required=True, help="an embedded model, one of the paper's, a local folder, or owner/model")
+    add("--num-samples", type=int, required=True, metavar="N")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the run; a stopped one is continued")
+    add("--batch-size", type=int, default=50, metavar="B", help="samples a batch; default: 50")
+    add("--steps", type=int, metavar="S", help="sampler steps; default: the paper's, else the pipeline's")
+    add("--seed", type=int, default=0, metavar="K", help="default: 0; sample i draws from the generator (K, i)")
+    add("--guidance-scale", type=float, metavar="G", help="1 + w; default: the paper's, else the pipeline's")
+    add("--weight", default="constant", metavar="SCHEDULE", help=f"weight over time: {WEIGHT_SYNTAX}")
+    add("--product", choices=SAMPLING_PRODUCTS, default="finite_difference", help="none is CFG; this is the default")
+    add("--reference", choices=get_args(Reference), help="of EDM2's guidance; default: its guide network if it has one")
+    add("--scheduler", metavar="CLASS", help="diffusers' class name; default: the model's own")
+    add("--classes", metavar="A,B,...", help="names or numbers, drawn in turn; default: all")
+    add("--prompts", type=Path, metavar="FILE", help="one prompt a line, drawn in turn; or COCO's caption file (.json)")
+    add("--format", choices=get_args(Format), default="png", help="PNGs, or one npz file a batch; default: png")
+    add("--device", help='"cpu", "cuda", ...; default: what accelerate finds')
+    add("--dtype", choices=tuple(DTYPES), default="float32", help="of the weights; default: float32")
+
+
+def main(options: argparse.Namespace) -> int:
+    """`python -m companion sample`; the exit status. Errors are one line on the standard error."""
+    on_cpu = options.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=on_cpu or not torch.accelerator.is_available())
+    try:
+        device = options.device if options.device and state.num_processes == 1 else state.device
+        pipe = load(options.model, device=device, dtype=DTYPES[options.dtype])
+        settings = settings_from(options, pipe)
+        out = sample(with_scheduler(pipe, settings.scheduler), settings, options.out)
+    except (Unwritable, Diverged) as error:  # may happen to one process alone
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ValueError as error:  # the same in every process
+        if state.is_main_process:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if state.is_main_process:
+            print("stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
+    finally:
+        if state.use_distributed and sys.exc_info()[0] is None:
+            state.destroy_process_group()
+    if state.is_main_process:
+        print(f"written: {out}")
+    return 0
+
+
+def settings_from(options: argparse.Namespace, pipe: DiffusionPipeline) -> SamplingSettings:
+    """The command line's settings, with the model's own where none are given.
+
+    Raises:
+        ValueError: see `SamplingSettings` and `conditions_for`.
+    """
+    own = model_defaults(options.model, pipe)
+    return SamplingSettings(
+        model=options.model,
+        num_samples=options.num_samples,
+        conditions=conditions_for(pipe, classes=options.classes, prompts=options.prompts),
+        batch_size=options.batch_size,
+        steps=own["steps"] if options.steps is None else options.steps,
+        seed=options.seed,
+        guidance_scale=own["guidance_scale"] if options.guidance_scale is None else options.guidance_scale,
+        weight=options.weight,
+        product=options.product,
+        scheduler=options.scheduler,
+        call=own["call"] if options.reference is None else own["call"] | {"guidance_reference": options.reference},
+        image_format=options.format,
+    )
+
+
+def sample(
+    pipe: DiffusionPipeline,
+    settings: SamplingSettings,
+    out: Path,
+    *,
+    progress: bool = True,
+    command: Sequence[str] | None = None,
+) -> Path:
+    """Draw a run, or what is left of it, together with all other processes of `accelerate launch`.
+
+    Args:
+        pipe: on this process's device, with the settings' scheduler.
+        settings: the same in every process.
+        out: the run's folder, made if it is not there; see `companion.evaluation.sampling.folder`.
+        progress: a bar with rate and time left.
+        command: for the provenance; None is this process's.
+
+    Raises:
+        ValueError: the pipeline cannot draw this; the folder holds something else, a run with other settings, or one
+            that another process is drawing.
+        Diverged: a picture is not finite.
+        Unwritable: a file cannot be written, for example because the disk is full.
+    """
+    state = PartialState()
+    check_sampling(pipe, settings)
+    _align_weights(pipe)
+    lock, begun = _begin_together(state, pipe, settings, out)
+    try:
+        session = _Session(out, state, pipe, command) if state.is_main_process else None
+        pipe.set_progress_bar_config(disable=True)
+        with state.split_between_processes(list(begun.missing)) as own:
+            seconds = _draw_batches(pipe, settings, out, own, show=progress and state.is_main_process)
+        state.wait_for_everyone()
+        if session is not None:
+            if not begun.finished:
+                finish(out, settings.batches())
+            session.end(seconds, sum(len(settings.samples(first)) for first in begun.missing))
+        state.wait_for_everyone()
+    finally:
+        lock.release()
+    return out
+
+
+def _align_weights(pipe: DiffusionPipeline) -> None:
+    """Put weights in memory where torch puts tensors of its own, at multiples of 64 bytes.
+
+    Weights mapped from a file lie where the file has them, unless something copied them: for `accelerate launch` the
+    device "cpu:0" is another than "cpu". Sums over numbers at other addresses are taken in another order.
+    """
+    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    for tensor in (tensor for module in modules for tensor in (*module.parameters(), *module.buffers())):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+
+
+def _begin_together(
+    state: PartialState, pipe: DiffusionPipeline, settings: SamplingSettings, out: Path
+) -> tuple[Lock, Begun]:
+    """The main process looks at the folder alone; the others hear what is to be done, or what is wrong."""
+    message: list[Any] = [None]
+    lock: Lock | None = None
+    if state.is_main_process:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock = Lock(out)
+            lock.alone()
+            begun = begin(out, settings.identity(pipe), settings.samples, settings.batches())
+            for remark in begun.remarks:
+                print(remark, file=sys.stderr)
+            lock.share()
+            message = [begun]
+        except OSError as error:
+            message = [f"folder {out} cannot be used: {error.strerror}"]
+        except ValueError as error:
+            message = [str(error)]
+    message = broadcast_object_list(message)
+    [begun_or_error] = message
+    if isinstance(begun_or_error, str):
+        if lock is not None:
+            lock.release()
+        raise ValueError(begun_or_error)
+    if lock is None:
+        lock = Lock(out)
+        lock.share()
+    return lock, begun_or_error
+
+
+class _Session:
+    """This session's entry in provenance.json, from its beginning: it also says who holds the lock."""
+
+    def __init__(self, out: Path, state: PartialState, pipe: DiffusionPipeline, command: Sequence[str] | None) -> None:
+        self._path, self._began = out / PROVENANCE, time.perf_counter()
+        self._before: list[dict] = []
+        with suppress(ValueError, KeyError, TypeError):
+            self._before = list(read_json(self._path)["sessions"])
+        self._entry: dict[str, Any] = {
+            **provenance(pipe.device, command),
+            "processes": state.num_processes,
+            "process": os.getpid(),
+            "host": socket.gethostname(),
+            "seconds": None,
+        }
+        self._write()
+
+    def end(self, sampling_seconds: float, samples: int) -> None:
+        self._entry |= {
+            "seconds": round(time.perf_counter() - self._began, 3),
+            "sampling_seconds": round(sampling_seconds, 3),
+            "samples": samples,
+        }
+        self._write()
+
+    def _write(self) -> None:
+        write_json(self._path, {"sessions": [*self._before, self._entry]})
+
+
+def _draw_batches(
+    pipe: DiffusionPipeline, settings: SamplingSettings, out: Path, firsts: Sequence[int], *, show: bool
+) -> float:
+    """Draw batches and write each while the next is drawn; returns the seconds it took."""
+    began = time.perf_counter()
+    bar = tqdm(total=settings.num_samples, unit="image", desc=settings.model, disable=not show, dynamic_ncols=True)
+    written: Future | None = None
+    with bar, ThreadPoolExecutor(max_workers=1) as writer:
+
+        def report() -> None:
+            if show:  # other processes' batches count, too
+                bar.update(min(batches_drawn(out) * settings.batch_size, settings.num_samples) - bar.n)
+
+        report()
+        bar.unpause()  # what earlier sessions drew is no part of this one's rate
+        bar.initial = bar.n
+        for first in firsts:
+            images, nfe = draw(pipe, settings, settings.samples(first))
+            if written is not None:
+                written.result()  # one batch at most waits to be written
+            conditions = [settings.condition(i) for i in settings.samples(first)]
+            written = writer.submit(
+                write_batch,
+                out,
+                first,
+                images,
+                conditions,
+                settings.image_format,
+                nfe,
+            )
+            report()
+        if written is not None:
+            written.result()
+        report()
+    return time.perf_counter() - began
+
+
+def draw(pipe: DiffusionPipeline, settings: SamplingSettings, samples: range) -> tuple[Pixels, float]:
+    """One batch: its pictures, and the network evaluations per sample.
+
+    An evaluation is a forward pass on one sample; a backward and a forward-mode pass count as one each.
+
+    Raises:
+        Diverged: a picture is not finite.
+    """
+    config = settings.guidance
+    count = EvaluationCount(config)
+
+    def on_step(step: GuidanceStep) -> None:
+        count.add(step.index, step.total, step.timestep, None if step.direction is None else step.direction[0].numel())
+
+    with rectified_guidance(pipe, config, on_step=on_step):
+        images = pipe(
+            [settings.condition(i) for i in samples],
+            num_inference_steps=settings.steps,
+            generator=sample_generators(settings.seed, samples),
+            output_type="np",
+            **{guidance_argument(pipe): settings.guidance_scale, **settings.arguments},
+        ).images
+    pixels = np.asarray(images)
+    finite = np.isfinite(pixels).reshape(len(pixels), -1).all(axis=1)
+    if not finite.all():
+        wrong = samples[int(np.flatnonzero(~finite)[0])]
+        raise Diverged(
+            f"sample {wrong} diverged (its picture is not finite): lower the guidance scale or its weight, "
+            "or take another scheduler, number of steps or dtype"
+        )
+    return (pixels.clip(0, 1) * 255).round().astype(np.uint8), float(count.total)

@@ -1,0 +1,360 @@
+"""What a sampling run draws: its settings, the small syntax of weights over time, classes and prompts."""
+
+import hashlib
+import inspect
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+
+from companion.evaluation.comparison.side_by_side import (
+    Settings,
+    check_settings,
+    class_names,
+    class_number,
+    scheduler_options,
+    takes_prompts,
+)
+from companion.guidance.classifier.scores import ClassifierScore
+from companion.guidance.weights import (
+    ConstantWeight,
+    GuidanceWeight,
+    IntervalWeight,
+    LinearWeight,
+    PowerCosineWeight,
+)
+from companion.pipelines.adm.pipeline import ADMPipeline
+from companion.pipelines.hook import RectifiedGuidanceConfig, RectifiesItself, SamplingProduct, check_sampling_product
+from companion.pipelines.paper_models import PAPER_MODELS
+from companion.seeding import sample_seed
+
+Format = Literal["png", "npz"]
+
+WEIGHT_SYNTAX = (
+    "constant[:W], linear[:FIRST,LAST], power-cosine[:POWER[,PEAK]], interval:LOW,HIGH[:SCHEDULE]; "
+    "in units of guidance scale - 1"
+)
+_SCHEDULES = {"constant": (ConstantWeight, (0, 1)), "linear": (LinearWeight, (0, 2)), "power-cosine": (None, (0, 1, 2))}
+
+
+def parse_weight(text: str) -> GuidanceWeight:
+    """A weight over time from its short form, e.g. "linear:1,0", "power-cosine:4" or "interval:205,502:linear:0,2".
+
+    Raises:
+        ValueError: the text is not of that form (`WEIGHT_SYNTAX`), or a number is out of its range.
+    """
+    name, _, rest = text.strip().partition(":")
+    if name == "interval":
+        ends, _, inner = rest.partition(":")
+        low_high = _numbers(text, ends)
+        if len(low_high) != 2:
+            raise ValueError(f"weight {text!r} needs two noise levels, e.g. interval:0.28,2.9")
+        low, high = low_high
+        return IntervalWeight(low, high, parse_weight(inner) if inner else ConstantWeight())
+    if name not in _SCHEDULES:
+        raise ValueError(f"weight {text!r} is not a schedule; write {WEIGHT_SYNTAX}")
+    numbers = _numbers(text, rest) if rest else []
+    allowed = _SCHEDULES[name][1]
+    if len(numbers) not in allowed or text.strip().endswith(":"):
+        wanted = " or ".join(str(count) for count in allowed)
+        raise ValueError(f"weight {text!r} has {len(numbers)} numbers where {name} takes {wanted}")
+    if name == "constant":
+        return ConstantWeight(*numbers)
+    return LinearWeight(*numbers) if name == "linear" else PowerCosineWeight(*numbers)
+
+
+def _numbers(text: str, listed: str) -> list[float]:
+    try:
+        return [float(number) for number in listed.split(",")]
+    except ValueError:
+        raise ValueError(f"weight {text!r} has no numbers in {listed!r}; write {WEIGHT_SYNTAX}") from None
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Everything that decides what a run draws.
+
+    Sample i shows condition i modulo the number of conditions and draws its noise from the generator (seed, i); batch k
+    holds the samples from k · batch_size on. So neither the number of processes nor an interruption matters.
+
+    Args:
+        model: the name the pipeline was loaded under.
+        num_samples: at least 1.
+        conditions: class numbers or prompts, repeated in this order for as long as there are samples.
+        batch_size: at least 1.
+        steps: 1 to 1000.
+        seed: a non-negative integer.
+        guidance_scale: diffusers' s = 1 + w.
+        weight: weight over time, in `parse_weight`'s form.
+        product: of K with the direction; `none` is everyday guidance.
+        scheduler: diffusers' class name; None is the pipeline's own.
+        call: further arguments of the pipeline's call, such as height and width: plain JSON; a classifier's `score`
+            is a mapping of the fields of `ClassifierScore`.
+        image_format: one PNG per sample, or one npz file per batch with `images` (uint8) and `conditions`.
+
+    Raises:
+        ValueError: a number is out of its range, an unknown product, weight or format.
+    """
+
+    model: str
+    num_samples: int
+    conditions: tuple[int, ...] | tuple[str, ...]
+    batch_size: int = 50
+    steps: int = 50
+    seed: int = 0
+    guidance_scale: float = 4.0
+    weight: str = "constant"
+    product: SamplingProduct = "finite_difference"
+    scheduler: str | None = None
+    call: Mapping[str, Any] = field(default_factory=dict)
+    image_format: Format = "png"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "conditions", tuple(self.conditions))
+        if not self.conditions:
+            raise ValueError("conditions must hold at least one class or prompt")
+        for name in ("num_samples", "batch_size", "steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, got {self.guidance_scale!r}")
+        if self.image_format not in get_args(Format):
+            raise ValueError(f"image_format must be one of {', '.join(get_args(Format))}, got {self.image_format!r}")
+        parse_weight(self.weight)
+        check_sampling_product(self.product)
+        sample_seed(self.seed, 0)
+
+    @property
+    def guidance(self) -> RectifiedGuidanceConfig:
+        """How the pipeline is rectified. A constant weight of 1 is left out: the pipeline's own arithmetic stays."""
+        weight = parse_weight(self.weight)
+        return RectifiedGuidanceConfig(product=self.product, weight=None if weight == ConstantWeight() else weight)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """`call` as the pipeline takes it."""
+        if "score" not in self.call:
+            return dict(self.call)
+        return {**self.call, "score": ClassifierScore(**self.call["score"])}
+
+    def batches(self) -> range:
+        """First sample of every batch."""
+        return range(0, self.num_samples, self.batch_size)
+
+    def samples(self, first: int) -> range:
+        """The samples of the batch that starts with `first`."""
+        return range(first, min(first + self.batch_size, self.num_samples))
+
+    def condition(self, sample: int) -> int | str:
+        return self.conditions[sample % len(self.conditions)]
+
+    def identity(self, pipe: DiffusionPipeline) -> dict[str, Any]:
+        """All that two runs must share to draw the same pictures, for a manifest: plain JSON, not long."""
+        scheduler = getattr(pipe, "scheduler", None)
+        return {
+            "model": self.model,
+            "num_samples": self.num_samples,
+            "batch_size": self.batch_size,
+            "steps": self.steps,
+            "seed": self.seed,
+            "guidance_scale": float(self.guidance_scale),
+            "weight": self.weight,
+            "product": self.product,
+            "scheduler": None if scheduler is None else type(scheduler).__name__,
+            "call": dict(self.call),
+            "image_format": self.image_format,
+            "conditions": {"number": len(self.conditions), "sha256": _digest(list(self.conditions))},
+            "pipeline": type(pipe).__name__,
+            "scheduler_settings": None if scheduler is None else _digest(_own_settings(scheduler)),
+            "weights": weights_fingerprint(pipe),
+            "dtype": str(pipe.dtype).removeprefix("torch."),
+            "device": torch.device(pipe.device).type,
+        }
+
+
+def _own_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """Without diffusers' notes, such as which settings were defaults: a set, whose order differs between processes."""
+    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def weights_fingerprint(pipe: DiffusionPipeline) -> str:
+    """Tells retrained weights from the ones a run began with: names, shapes and both ends of every tensor, hashed."""
+    digest = hashlib.sha256()
+    for part, module in sorted(pipe.components.items()):
+        if not isinstance(module, torch.nn.Module):
+            continue
+        for name, tensor in sorted(module.state_dict().items()):
+            flat = tensor.detach().flatten()
+            ends = torch.cat([flat[:16], flat[-16:]]).double().cpu().numpy().tobytes()
+            digest.update(f"{part}.{name} {tuple(tensor.shape)} ".encode() + ends)
+    return digest.hexdigest()
+
+
+def check_sampling(pipe: DiffusionPipeline, settings: SamplingSettings) -> None:
+    """Refuse what this pipeline cannot draw, before anything is drawn.
+
+    Raises:
+        ValueError: unsupported pipeline, classes or prompts that it does not take, a scheduler or a number of steps
+            that does not work with it.
+    """
+    _check_reference(pipe, settings.call.get("guidance_reference"))
+    if isinstance(pipe, RectifiesItself):
+        _check_classes(pipe, settings.conditions)
+        if settings.scheduler is not None:
+            raise ValueError(
+                f"scheduler must be left out: {type(pipe).__name__} has a sampler of its own, got {settings.scheduler}"
+            )
+        return
+    unlike = dict.fromkeys(settings.conditions)
+    check_settings(
+        pipe,
+        Settings(
+            conditions=list(unlike),  # type: ignore[arg-type]
+            guidance_scale=settings.guidance_scale,
+            product=settings.product,
+            scheduler=settings.scheduler,
+            steps=settings.steps,
+            seed=settings.seed,
+        ),
+    )
+
+
+def _check_classes(pipe: DiffusionPipeline, conditions: Sequence[int | str]) -> None:
+    known = class_names(pipe)
+    wrong = next((c for c in conditions if not isinstance(c, int) or c not in known), None)
+    if wrong is not None:
+        raise ValueError(f"unknown class {wrong!r}: {type(pipe).__name__} takes numbers from 0 to {len(known) - 1}")
+
+
+def _check_reference(pipe: Any, reference: str | None) -> None:
+    if reference is None:
+        return
+    if "guidance_reference" not in inspect.signature(type(pipe).__call__).parameters:
+        raise ValueError(f"reference must be left out: {type(pipe).__name__} has no choice of one, got {reference!r}")
+    there = {"guide": pipe.guide is not None, "null_label": bool(pipe.config.null_labels)}
+    if not there.get(reference, False):
+        has = " or ".join(name for name, yes in there.items() if yes) or "left out"
+        raise ValueError(f"reference must be {has} for this {type(pipe).__name__}, got {reference!r}")
+
+
+def with_scheduler(pipe: DiffusionPipeline, name: str | None) -> DiffusionPipeline:
+    """The same pipeline with another of diffusers' schedulers, configured from its own; None leaves it as it is."""
+    if name is not None and name != type(pipe.scheduler).__name__:
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **scheduler_options(name))
+    return pipe
+
+
+def guidance_argument(pipe: DiffusionPipeline) -> str:
+    """The argument of the pipeline's call that scales classifier-free guidance.
+
+    Where there are two, `guidance_scale` is an input of a network that has its guidance distilled into it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    for name in ("true_cfg_scale", "guidance_scale"):
+        if name in parameters:
+            return name
+    raise ValueError(f"{type(pipe).__name__} takes no guidance_scale, so there is no guidance to set")
+
+
+def model_defaults(model: str, pipe: DiffusionPipeline) -> dict[str, Any]:
+    """`steps`, `guidance_scale` and `call` where none are given: the paper's for its models, else the pipeline's."""
+    call = dict(PAPER_MODELS[model].call) if model in PAPER_MODELS else {}
+    scale, parameters = guidance_argument(pipe), inspect.signature(type(pipe).__call__).parameters
+    if isinstance(pipe, ADMPipeline) and pipe.classifier is None:
+        call["classifier_scale"] = 0.0
+    return {
+        "steps": call.pop("num_inference_steps", parameters["num_inference_steps"].default),
+        "guidance_scale": float(call.pop(scale, parameters[scale].default)),
+        "call": call,
+    }
+
+
+def conditions_for(
+    pipe: DiffusionPipeline, *, classes: str | None = None, prompts: Path | None = None
+) -> tuple[int, ...] | tuple[str, ...]:
+    """What to draw: the named classes, all classes in turn, or the prompts of a file.
+
+    Args:
+        classes: names or numbers, separated by commas; None is all.
+        prompts: see `read_prompts`; needed by pipelines that take prompts, and by no others.
+
+    Raises:
+        ValueError: the pipeline takes the other kind, does not have such a class, or the file is not readable.
+    """
+    if takes_prompts(pipe):
+        if classes is not None:
+            raise ValueError(f"classes must be left out: {type(pipe).__name__} is told in prompts; give a prompts file")
+        if prompts is None:
+            raise ValueError(f"{type(pipe).__name__} needs prompts: give a file with one a line")
+        return read_prompts(prompts)
+    if prompts is not None:
+        raise ValueError(f"prompts must be left out: {type(pipe).__name__} is told in classes, not in words")
+    if classes is None:
+        return tuple(class_names(pipe))
+    return tuple(class_number(pipe, name.strip()) for name in classes.split(","))
+
+
+def read_prompts(file: Path) -> tuple[str, ...]:
+    """Prompts from a text file, one a line, or from COCO's caption file (`captions_val2017.json`).
+
+    Of COCO's captions each image gets its first one, in the order of the images' numbers.
+
+    Raises:
+        ValueError: no such file, not UTF-8, an empty line (its number is named), or an image without a caption.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"prompts file {file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"prompts file {file}, line {line}, is not UTF-8 text") from error
+    if file.suffix == ".json":
+        return tuple(caption for _, caption in coco_captions(file, text))
+    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
+    if "" in lines:
+        raise ValueError(f"prompts file {file}, line {lines.index('') + 1}, is empty; write one prompt a line")
+    return tuple(lines)
+
+
+def coco_captions(file: Path, text: str) -> list[tuple[str, str]]:
+    """(image file name, its first caption) of COCO's caption file, in the order of the images' numbers.
+
+    Raises:
+        ValueError: not JSON (its line is named), not of COCO's form, or an image without a caption.
+    """
+    try:
+        described = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"caption file {file}, line {error.lineno}, is not JSON: {error.msg}") from error
+    try:
+        names = {int(image["id"]): str(image["file_name"]) for image in described["images"]}
+        said = [(int(a["id"]), int(a["image_id"]), str(a["caption"]).strip()) for a in described["annotations"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f'caption file {file} is not of COCO\'s form, {{"images": [{{"id", "file_name"}}], '
+            f'"annotations": [{{"id", "image_id", "caption"}}]}}: {error!r}'
+        ) from error
+    captions: dict[int, str] = {}
+    for _, image, caption in sorted(said):
+        if image not in names:
+            raise ValueError(f"caption file {file} has a caption of image {image}, which it does not list")
+        captions.setdefault(image, caption)
+    for image in sorted(names):
+        if not captions.get(image):
+            raise ValueError(f"caption file {file} has no caption of image {image} ({names[image]})")
+    return [(names[image], captions[image]) for image in sorted(names)]

@@ -1,0 +1,131 @@
+"""How large a classifier's gradient is along a run of sampling, score by score: the vanishing gradient, measured.
+
+Everything is measured at the same states of the same run, so that scores differ by themselves and not by where they
+lead. With a classifier of clean pictures the gradient g is taken at x̂_0; the chain rule through x̂_0 makes it Kᵀg/α,
+K = α ∂x̂_0/∂x_t, at x_t.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from companion.guidance.classifier.scores import Classifier, ClassifierScore, classifier_gradient
+from companion.guidance.parametrization import clean_from_output
+from companion.pipelines.adm.classifier import is_noise_aware, logits_of
+from companion.pipelines.adm.pipeline import ADMPipeline
+from companion.pipelines.hook import GuidanceStep, RectifiedGuidanceConfig, rectified_guidance
+from companion.seeding import sample_generators
+
+Way = tuple[nn.Module, ClassifierScore]
+"""A classifier, and what of its logits is climbed."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What was measured of one way, step by step; every tensor is (steps, samples), float64.
+
+    Attributes:
+        timesteps: of the steps, descending.
+        norm: ‖g‖, at x̂_0 for a classifier of clean pictures, at x_t for a noise-aware one.
+        through: ‖Kᵀg‖, over α for a classifier of clean pictures: the chain rule.
+        cosine: between g and Kᵀg; nan where g is 0.
+        confidence: largest probability that the classifier gives.
+        label: probability of the label.
+    """
+
+    timesteps: tuple[int, ...]
+    norm: Float[Tensor, "steps samples"]
+    through: Float[Tensor, "steps samples"]
+    cosine: Float[Tensor, "steps samples"]
+    confidence: Float[Tensor, "steps samples"]
+    label: Float[Tensor, "steps samples"]
+
+
+def visited_states(
+    pipe: ADMPipeline, labels: Int[Tensor, " samples"], *, steps: int, seed: int = 0, every: int = 1, **call: Any
+) -> list[GuidanceStep]:
+    """Every `every`-th state of one everyday run, as `rectified_guidance` reports it; picture i's noise is (seed, i).
+
+    Args:
+        call: further arguments of the pipeline.
+    """
+    seen: list[GuidanceStep] = []
+    with rectified_guidance(pipe, RectifiedGuidanceConfig(product="none"), on_step=seen.append):
+        pipe(
+            labels,
+            num_inference_steps=steps,
+            generator=sample_generators(seed, range(len(labels))),
+            output_type="latent",
+            **call,
+        )
+    return seen[::every]
+
+
+def gradients_along(
+    pipe: ADMPipeline, states: Sequence[GuidanceStep], labels: Int[Tensor, " samples"], ways: Mapping[str, Way]
+) -> dict[str, Gradients]:
+    """Every way's gradients at the states, through the pipeline's network told the null class (or no class).
+
+    One forward pass of the network a state, and one backward pass a state and way. As in sampling, a classifier of
+    clean pictures sees x̂_0 cut to [-1, 1], and its gradient passes the cut unchanged.
+    """
+    null = pipe.config.null_class
+    told = None if null is None else torch.full_like(labels, null)
+    rows: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in ways}
+    for state in states:
+        level, x = state.level, state.sample.detach().requires_grad_()
+        with torch.enable_grad():
+            output = pipe.unet(x, state.timestep, class_labels=told, return_dict=False)[0][:, : x.shape[1]]
+            clean = clean_from_output(level.prediction_type, output, x, level.alpha, level.sigma)
+        for name, (network, score) in ways.items():
+            aware = is_noise_aware(network)
+            place = x.detach() if aware else clean.detach().clamp(-1, 1)
+            kept: list[Tensor] = []
+            slope = classifier_gradient(
+                _remembering(network, int(state.timestep) if aware else None, kept), place, labels, score
+            ).gradient
+            [pulled] = torch.autograd.grad(clean, x, slope, retain_graph=True)
+            rows[name].append(_row(slope, (level.alpha if aware else 1.0) * pulled, kept[0], labels))
+    timesteps = tuple(int(state.timestep) for state in states)
+    return {
+        name: Gradients(timesteps, *(torch.stack(column) for column in zip(*found, strict=True)))
+        for name, found in rows.items()
+    }
+
+
+def _remembering(network: nn.Module, timestep: int | None, kept: list[Tensor]) -> Classifier:
+    def logits(pictures: Tensor) -> Tensor:
+        found = logits_of(network(pictures) if timestep is None else network(pictures, timestep=timestep))
+        kept.append(found.detach())
+        return found
+
+    return logits
+
+
+def _row(slope: Tensor, through: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    g, pulled, p = slope.double().flatten(1), through.double().flatten(1), logits.double().softmax(dim=1)
+    norm, pulled_norm = g.norm(dim=1), pulled.norm(dim=1)
+    cosine = (g * pulled).sum(dim=1) / (norm * pulled_norm)
+    return norm, pulled_norm, cosine, p.amax(dim=1), p.gather(1, labels[:, None])[:, 0]
+
+
+@torch.no_grad()
+def estimates(
+    pipe: ADMPipeline, pictures: Float[Tensor, "batch 3 height width"], timestep: int, generator: torch.Generator
+) -> Float[Tensor, "batch 3 height width"]:
+    """x̂_0, cut to [-1, 1], of true pictures in the noise of a timestep, by the network told the null class (or none).
+
+    What a classifier of clean pictures judges during sampling, where the right answer is known.
+    """
+    kept = float(pipe.scheduler.alphas_cumprod[timestep])
+    noise = torch.randn(pictures.shape, generator=generator)
+    noisy = kept**0.5 * pictures + (1 - kept) ** 0.5 * noise
+    null = pipe.config.null_class
+    told = None if null is None else torch.full((len(noisy),), null)
+    output = pipe.unet(noisy, timestep, class_labels=told, return_dict=False)[0][:, : noisy.shape[1]]
+    kind = pipe.scheduler.config.prediction_type
+    return clean_from_output(kind, output, noisy, kept**0.5, (1 - kept) ** 0.5).clamp(-1, 1)

@@ -1,0 +1,250 @@
+"""Variants of guidance on mini-sd, alone and rectified: what is drawn for the captions of held-out scenes, measured.
+
+`python -m companion.evaluation.studies.guidance_variants --out FILE` draws and measures every row and continues a
+file that it has begun. It takes about a quarter of an hour on one processor core.
+"""
+
+import argparse
+import csv
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import scipy.stats
+import torch
+from diffusers import SchedulerMixin, StableDiffusionPipeline, guiders
+from diffusers.guiders.guider_utils import BaseGuidance
+from jaxtyping import Float
+from torch import Tensor
+
+from companion.evaluation.metrics.clip_score import SceneClip
+from companion.evaluation.metrics.evaluators import REFERENCE_SEED
+from companion.evaluation.metrics.features import SceneFeatures, extract
+from companion.evaluation.metrics.metrics import share
+from companion.evaluation.sampling.evaluations import EvaluationCount
+from companion.evaluation.studies.guided_drawing import draw_with_guider
+from companion.evaluation.tables.results import Cell, Figure, read_cells, same_settings, write_cells
+from companion.guidance.variants import renoising_scale
+from companion.guidance.weights import GuidanceWeight, IntervalWeight
+from companion.minis.drawing import draw, object_colours
+from companion.minis.scenes import COLOURS, Scene, labels, scene
+from companion.pipelines.guider.guider import RectifiedGradientGuidance
+from companion.pipelines.hook import RectifiedGuidanceConfig, SamplingProduct, rectified_guidance
+from companion.pipelines.registry import load
+from companion.provenance import provenance
+
+COMMAND = ("python", "-m", "companion.evaluation.studies.guidance_variants")
+SCALE, STEPS, SAMPLES = 5.0, 20, 100
+INTERVAL = (200, 800)
+"""Timesteps at which interval guidance guides."""
+STRENGTH = 0.6
+"""λ of CFG++."""
+
+_GUIDERS: dict[str, Callable[[float], BaseGuidance]] = {
+    "APG": lambda s: guiders.AdaptiveProjectedGuidance(guidance_scale=s, eta=0.0),
+    # Zeroing the first prediction is meant for velocities; of ε it would be a step without denoising.
+    "CFG-Zero*": lambda s: guiders.ClassifierFreeZeroStarGuidance(guidance_scale=s, zero_init_steps=0),
+    "rescaled": lambda s: guiders.ClassifierFreeGuidance(guidance_scale=s, guidance_rescale=0.7),
+}
+_WEIGHTED = ("CFG", "interval", "CFG++")
+VARIANTS = (*_WEIGHTED, *_GUIDERS)
+_SCORES = ("clip_score", "shape", "colour")
+PRODUCTS: tuple[SamplingProduct, ...] = ("none", "finite_difference")
+"""Of every variant: alone, and rectified by the package's default."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to guide.
+
+    Args:
+        variant: one of `VARIANTS`.
+        product: of K with what the variant adds to the conditional prediction; `none` is the variant itself.
+        guidance_scale: diffusers'; CFG++ has its own.
+        steps: of DDIM.
+    """
+
+    variant: str
+    product: SamplingProduct = "none"
+    guidance_scale: float = SCALE
+    steps: int = STEPS
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
+
+    @property
+    def name(self) -> str:
+        variant = self.variant.replace("*", "-star").replace("+", "p")
+        return f"{variant},{self.product},scale={self.guidance_scale:g},steps={self.steps}"
+
+
+ROWS = (
+    Row("CFG"),
+    Row("CFG", "finite_difference"),
+    Row("CFG", steps=STEPS * 3 // 2),
+    Row("CFG", guidance_scale=1.0),
+    *(Row(v, p) for v in ("APG", "CFG-Zero*", "CFG++", "interval") for p in PRODUCTS),
+    *(Row("CFG", p) for p in ("ones", "covariance")),
+    *(Row("rescaled", p) for p in PRODUCTS),
+)
+"""Everyday guidance with half as many steps again evaluates the network as often as rectified guidance."""
+
+
+def renoising_weight(scheduler: SchedulerMixin, steps: int, strength: float = STRENGTH) -> GuidanceWeight:
+    """The weight over time at which the scheduler's DDIM steps are those of CFG++ with the given strength."""
+    kept = scheduler.alphas_cumprod.double()
+    scheduler.set_timesteps(steps)
+    timesteps = [int(t) for t in scheduler.timesteps]
+    following = [t - scheduler.config.num_train_timesteps // steps for t in timesteps]
+    ratios = [float((1 / kept[t] - 1).sqrt()) for t in timesteps]
+    after = [float((1 / (kept[t] if t >= 0 else scheduler.final_alpha_cumprod.double()) - 1).sqrt()) for t in following]
+    weights = {t: renoising_scale(strength, r, n) - 1 for t, r, n in zip(timesteps, ratios, after, strict=True)}
+    return lambda progress, timestep: weights[int(timestep)]
+
+
+def pictures(
+    pipe: StableDiffusionPipeline, row: Row, captions: Sequence[str], *, seed: int = 0
+) -> tuple[Float[Tensor, "samples 3 height width"], float]:
+    """Pictures in [-1, 1] of the captions, and network evaluations per picture."""
+    if row.variant in _GUIDERS:
+        guider = _GUIDERS[row.variant](row.guidance_scale)
+        if row.product != "none":
+            guider = RectifiedGradientGuidance(guider, product=row.product, scheduler=pipe.scheduler)
+        drawn = draw_with_guider(pipe, guider, captions, num_inference_steps=row.steps, seed=seed)
+        return drawn, _evaluations(pipe, RectifiedGuidanceConfig(product=row.product), row.steps)
+    weight: GuidanceWeight | None = None
+    scale = row.guidance_scale
+    if row.variant == "interval":
+        weight = IntervalWeight(*INTERVAL)
+    elif row.variant == "CFG++":
+        weight, scale = renoising_weight(pipe.scheduler, row.steps), 2.0  # in units of scale - 1
+    config = RectifiedGuidanceConfig(product=row.product, weight=weight)
+    plain = row.product == "none" and weight is None
+    with nullcontext() if plain else rectified_guidance(pipe, config):
+        drawn = draw(pipe, captions, guidance_scale=scale, num_inference_steps=row.steps, seed=seed)
+    return drawn, float(row.steps) if scale == 1 else _evaluations(pipe, config, row.steps)
+
+
+def _evaluations(pipe: StableDiffusionPipeline, config: RectifiedGuidanceConfig, steps: int) -> float:
+    pipe.scheduler.set_timesteps(steps)
+    count = EvaluationCount(config)
+    for index, timestep in enumerate(pipe.scheduler.timesteps):
+        count.add(index, steps, float(timestep), pipe.unet.config.in_channels * pipe.unet.config.sample_size**2)
+    return float(count.total)
+
+
+class CaptionScores:
+    """Measures pictures of the captions of held-out scenes of one object."""
+
+    def __init__(self, samples: int) -> None:
+        self.scenes: list[Scene] = [scene(REFERENCE_SEED, i, 1) for i in range(samples)]
+        self._network, self._clip = SceneFeatures(), SceneClip()
+
+    def __call__(self, drawn: Float[Tensor, "samples 3 64 64"]) -> dict[str, Float[Tensor, " samples"]]:
+        """Of every picture its CLIP score, and whether (1 or 0) shape and colour are those asked for."""
+        pixels = ((drawn + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        found = extract(self._network, iter([pixels.permute(0, 2, 3, 1).numpy()]))
+        words = self._clip.embed_captions([s.caption for s in self.scenes])
+        colours = torch.tensor([tuple(COLOURS).index(s.objects[0].colour) for s in self.scenes])
+        cosines = torch.cosine_similarity(self._clip.embed_images(pixels).double(), words.double())
+        return {
+            "clip_score": 100 * cosines.clamp(min=0),
+            "shape": (found.logits.argmax(dim=1) == labels(self.scenes)).double(),
+            "colour": (object_colours(drawn) == colours).double(),
+        }
+
+
+def figures_of(scores: Mapping[str, Float[Tensor, " samples"]]) -> dict[str, Figure]:
+    """Means with their intervals: Student's for the CLIP score, Wilson's for shares."""
+    return {
+        name: difference(values, torch.zeros_like(values)) if name == "clip_score" else share(values > 0.5)
+        for name, values in scores.items()
+    }
+
+
+def difference(values: Float[Tensor, " samples"], others: Float[Tensor, " samples"]) -> Figure:
+    """The mean difference over pictures of the same captions and the same noise, with Student's interval.
+
+    Raises:
+        ValueError: not one value for each other, or fewer than two.
+    """
+    if values.shape != others.shape or len(values) < 2:
+        raise ValueError(f"there must be one value for each other, at least 2, got {len(values)} and {len(others)}")
+    gaps = values.double() - others.double()
+    half = float(scipy.stats.t.ppf(0.975, len(gaps) - 1) * gaps.std() / len(gaps) ** 0.5)
+    mean = float(gaps.mean())
+    return Figure(mean, mean - half, mean + half, "t", len(gaps))
+
+
+def read_scores(file: Path) -> dict[str, dict[str, Float[Tensor, " samples"]]]:
+    """Of every row, by its name, the scores of its pictures, as `measured` keeps them beside its file."""
+    with file.with_suffix(".csv").open(newline="") as stored:
+        lines = list(csv.DictReader(stored))
+    return {
+        name: {key: torch.tensor([float(line[key]) for line in lines if line["row"] == name]) for key in _SCORES}
+        for name in dict.fromkeys(line["row"] for line in lines)
+    }
+
+
+def _keep_scores(file: Path, name: str, scores: Mapping[str, Float[Tensor, " samples"]]) -> None:
+    kept = read_scores(file) if file.with_suffix(".csv").exists() else {}
+    kept[name] = {key: values.double() for key, values in scores.items()}
+    part = file.with_suffix(".part")
+    with part.open("w", newline="") as stored:
+        writer = csv.writer(stored, lineterminator="\n")
+        writer.writerow(("row", "picture", *_SCORES))
+        for row, found in kept.items():
+            columns = zip(*(found[key].tolist() for key in _SCORES), strict=True)
+            writer.writerows((row, i, *(round(value, 3) for value in values)) for i, values in enumerate(columns))
+    part.replace(file.with_suffix(".csv"))
+
+
+def measured(
+    rows: Sequence[Row], file: Path | None = None, *, samples: int = SAMPLES, report: Callable[[str], None] = print
+) -> list[Cell]:
+    """Draw and measure rows on mini-sd.
+
+    Args:
+        file: keeps each row as it is finished (and beside it, as CSV, the scores of each picture); those that are in
+            it already are not drawn again. None keeps none.
+        samples: captions, the first ones of the held-out scenes.
+    """
+    kept = read_cells(file) if file is not None and file.exists() else []
+    measure = CaptionScores(samples)
+    captions = [s.caption for s in measure.scenes]
+    pipe = load("mini-sd")
+    pipe.set_progress_bar_config(disable=True)
+    cells = []
+    for row in rows:
+        settings = {"model": "mini-sd", **asdict(row), "samples": samples, "seed": 0}
+        cell = next((one for one in kept if same_settings(one.settings, settings)), None)
+        if cell is None:
+            started = provenance(command=[*COMMAND, "--out", str(file)])
+            begun = time.monotonic()
+            drawn, evaluations = pictures(pipe, row, captions)
+            seconds = round(time.monotonic() - begun, 1)
+            scores = measure(drawn)
+            cell = Cell(row.name, settings, figures_of(scores), evaluations, seconds, started)
+            kept.append(cell)
+            if file is not None:
+                _keep_scores(file, row.name, scores)
+                write_cells(file, kept)
+        cells.append(cell)
+        report(f"{row.name}: " + ", ".join(f"{name} {figure.text()}" for name, figure in cell.figures.items()))
+    return cells
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog=" ".join(COMMAND), description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON; continued where it exists")
+    options = parser.parse_args(arguments)
+    measured(ROWS, options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

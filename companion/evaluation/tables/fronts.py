@@ -1,0 +1,121 @@
+"""Pareto fronts: FID against Inception or CLIP score, for each guidance, all points shown."""
+
+from collections.abc import Iterable, Sequence
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from companion import plotting
+from companion.evaluation.tables.plans import UNGUIDED
+from companion.evaluation.tables.results import Cell
+from companion.evaluation.tables.text import METRICS, Line, lines_of
+
+_LOOKS = {  # method -> colour, marker, filled
+    "no guidance": (plotting.COLOURS["unguided"], "X", True),
+    "CFG": (plotting.COLOURS["CFG"], "o", True),
+    "CFG, as many evaluations": (plotting.COLOURS["CFG"], "s", False),
+    "REG": (plotting.COLOURS["finite_difference"], "^", True),
+    "REG, ones": (plotting.COLOURS["ones"], "v", True),
+    "REG, diagonal": (plotting.COLOURS["diagonal"], "D", True),
+    "REG, vjp": (plotting.COLOURS["vjp"], "<", True),
+    "REG, jvp": (plotting.COLOURS["jvp"], ">", True),
+    "REG, auto": (plotting.PALETTE[8], "P", True),
+    "covariance": (plotting.COLOURS["covariance"], "*", True),
+}
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which of (lower is better, higher is better) pairs, such as FID and IS, no other pair beats; by the first number.
+
+    A pair is beaten by one that is at least as good in both and better in one.
+    """
+    order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
+    front: list[int] = []
+    for i in order:
+        if not front or points[i][1] > points[front[-1]][1] or points[i] == points[front[-1]]:
+            front.append(i)
+    return front
+
+
+def draw_fronts(
+    cells: Iterable[Cell], second: str, *, model: str, methods: Sequence[str] | None = None, columns: int = 3
+) -> Figure:
+    """A panel for each of the model's guidances: a point with its 95 % intervals for every row, a line for every front.
+
+    The lowest FID of each front is ringed; small numbers are guidance scales. Down and to the right is better.
+
+    Args:
+        cells: of one table.
+        second: `inception_score` or `clip_score`.
+        model: whose cells.
+        methods: which methods; None is all.
+        columns: panels side by side.
+
+    Raises:
+        ValueError: there are no guided cells of this model.
+    """
+    lines = [line for line in lines_of(cells) if line.row["model"] == model]
+    guidances = list(dict.fromkeys(line.row["guidance"] for line in lines if line.row["guidance"] != UNGUIDED))
+    if not guidances:
+        raise ValueError(f"there are no guided cells of {model!r}")
+    columns = min(columns, len(guidances))
+    rows = -(-len(guidances) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.6 * columns, 3.1 * rows + 0.5), squeeze=False, sharex=True, sharey=True
+    )
+    present: dict[str, None] = {}
+    for axis, guidance in zip(axes.flat, guidances, strict=False):
+        shown = [line for line in lines if line.row["guidance"] in (guidance, UNGUIDED)]
+        for method in _LOOKS:
+            own = [line for line in shown if line.method == method]
+            if own and (methods is None or method in methods or method == "no guidance"):
+                _draw_method(axis, own, method, second)
+                present[method] = None
+        axis.set_title(guidance)
+    for axis in list(axes.flat)[len(guidances) :]:
+        axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("FID (lower is better)")
+    for column in range(columns):
+        last = max(row for row in range(rows) if row * columns + column < len(guidances))
+        axes[last, column].set_xlabel(f"{METRICS[second][0]} (higher is better)")
+        axes[last, column].tick_params(labelbottom=True)
+    handles = [_handle(method) for method in _LOOKS if method in present]
+    ringed = Line2D([], [], linestyle="none", marker="o", markersize=11, markerfacecolor="none", color="black")
+    figure.legend([*handles, ringed], [*present, "lowest FID"], loc="outside lower center", ncols=3, fontsize="small")
+    figure.suptitle(model)
+    return figure
+
+
+def _handle(method: str) -> Line2D:
+    colour, marker, filled = _LOOKS[method]
+    return Line2D([], [], color=colour, marker=marker, markerfacecolor=colour if filled else "white")
+
+
+def _draw_method(axis: Axes, lines: Sequence[Line], method: str, second: str) -> None:
+    colour, marker, filled = _LOOKS[method]
+    points = [(line.figures["fid"].value, line.figures[second].value) for line in lines]
+    for line, (y, x) in zip(lines, points, strict=True):
+        wide, high = line.figures[second], line.figures["fid"]
+        axis.errorbar(
+            x,
+            y,
+            xerr=[[x - wide.low], [wide.high - x]],
+            yerr=[[y - high.low], [high.high - y]],
+            color=colour,
+            marker=marker,
+            markersize=6,
+            markerfacecolor=colour if filled else "white",
+            linewidth=1,
+            linestyle="none",
+        )
+        if method != "no guidance":
+            text = f"{line.row['guidance_scale']:g}"
+            axis.annotate(text, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7, color=colour)
+    front = pareto_front(points)
+    axis.plot([points[i][1] for i in front], [points[i][0] for i in front], color=colour, linewidth=1.2, zorder=1)
+    best = front[0]
+    if method != "no guidance":
+        axis.plot(points[best][1], points[best][0], "o", markersize=12, markerfacecolor="none", markeredgecolor="black")

@@ -1,0 +1,484 @@
+"""EDM2 as a diffusers pipeline: class labels to pictures, with classifier-free guidance or autoguidance.
+
+The papers' sampler and guidance (Karras et al. 2024, arXiv 2312.02696 and 2406.02507), each sample from a generator of
+its own. Rectified guidance is part of it: `rectified_guidance(pipe)` as for every other pipeline.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import HfApi
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from companion.networks.edm2 import EDM2UNet
+from companion.pipelines.edm2.checkpoint import EDM2Checkpoint, read_edm2_checkpoint
+from companion.pipelines.edm2.presets import AUTOENCODER, EDM2Preset, cache_folder, download_checkpoint, edm2_preset
+from companion.pipelines.edm2.sampler import Churn, heun, karras_levels
+from companion.pipelines.hook import GuidanceStep, OnStep, Rectification, RectifiedGuidanceConfig
+from companion.pipelines.levels import NoiseLevel
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+Interval = tuple[float, float]
+Reference = Literal["guide", "null_label"]
+
+# EDM2's constants for ImageNet-512 in stabilityai/sd-vae-ft-mse, which it feeds with pixels from 0 to 1.
+LATENT_MEAN = (5.81, 3.25, 0.12, -2.15)
+LATENT_STD = (4.17, 4.62, 3.71, 3.28)
+
+_HUB_SECONDS = 3.0
+_EVERYDAY = RectifiedGuidanceConfig(product="none")
+
+
+class EDM2Pipeline(DiffusionPipeline):
+    """Class-conditional sampling with EDM2 networks.
+
+    The reference that guidance moves away from is `guide`: an unconditional network for classifier-free guidance as
+    EDM2 does it, a smaller or less trained one for autoguidance. A network trained with label dropout can be its own
+    reference.
+
+    Args:
+        unet: the network that is guided.
+        guide: the reference network; None is no guidance, unless `null_labels`.
+        vae: decodes the latents of a network that works in them; None for one that works in pixels.
+        null_labels: `unet` was trained with label dropout, and without a `guide` its zero label is the reference.
+        latent_mean, latent_std: of the autoencoder's raw latents, one number per channel, which the network sees at
+            mean 0 and standard deviation `unet.config.sigma_data`; None is `LATENT_MEAN` and `LATENT_STD`.
+        signed_pixels: `vae` decodes to pixels from -1 to 1, as diffusers' pipelines take it; EDM2 feeds its own with
+            pixels from 0 to 1.
+        class_names: of the classes in order, for people; None leaves them numbers.
+    """
+
+    model_cpu_offload_seq = "guide->unet->vae"
+    _optional_components = ["guide", "vae"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        unet: EDM2UNet,
+        guide: EDM2UNet | None = None,
+        vae: AutoencoderKL | None = None,
+        null_labels: bool = False,
+        latent_mean: list[float] | None = None,
+        latent_std: list[float] | None = None,
+        signed_pixels: bool = False,
+        class_names: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, guide=guide, vae=vae)
+        self.register_to_config(
+            null_labels=null_labels,
+            latent_mean=list(LATENT_MEAN if latent_mean is None else latent_mean),
+            latent_std=list(LATENT_STD if latent_std is None else latent_std),
+            signed_pixels=signed_pixels,
+            class_names=None if class_names is None else list(class_names),
+        )
+        self._rectification: Rectification | None = None
+        self._on_step: OnStep | None = None
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class name -> number, as `DiTPipeline.labels`; empty where the classes have no names."""
+        return {name: number for number, name in enumerate(self.config.class_names or ())}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | Sequence[int] | Int[Tensor, " batch"] | None = None,
+        *,
+        num_inference_steps: int = 32,
+        guidance_scale: float = 1.0,
+        guidance_interval: Interval | None = None,
+        guidance_reference: Reference | None = None,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        rho: float = 7.0,
+        s_churn: float = 0.0,
+        s_min: float = 0.0,
+        s_max: float = math.inf,
+        s_noise: float = 1.0,
+        batch_size: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Float[Tensor, "batch channels height width"] | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, float, dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw one picture per class label.
+
+        Args:
+            class_labels: classes from 0, one per picture; None for an unconditional network.
+            num_inference_steps: N of the sampler, which evaluates D 2N - 1 times.
+            guidance_scale: s of `D_reference + s (D - D_reference)`, the paper's "guidance"; 1 evaluates no reference.
+            guidance_interval: the σ, ends included, between which there is guidance (Kynkäänniemi et al. 2024); each
+                evaluation goes by its own σ. None is everywhere.
+            guidance_reference: "guide", autoguidance or EDM2's guidance; "null_label", classifier-free guidance by
+                `unet` itself; None is the guide if the pipeline has one, else the null label.
+            sigma_min, sigma_max, rho: the noise levels (see `karras_levels`).
+            s_churn, s_min, s_max, s_noise: of the stochastic sampler (see `Churn`); 0 is the deterministic one.
+            batch_size: number of pictures from an unconditional network.
+            generator: of the noise; a list of one per picture makes each picture independent of its batch.
+            latents: unit normal noise to start from instead of the generator's.
+            output_type: "pil" pictures, "np" (batch, height, width, 3) or "pt" (batch, 3, height, width) from 0 to 1,
+                or "latent", what the sampler ends with.
+            return_dict: whether the result is an `ImagePipelineOutput` or a tuple.
+            callback_on_step_end: called as `(pipe, step, σ, {"latents": x})` after every step; a dict with "latents"
+                replaces them.
+
+        Raises:
+            ValueError: an argument is out of its range, or asks for a reference or a decoder that is not there.
+        """
+        labels, batch = self._check_labels(class_labels, batch_size)
+        guide = self._guide_of(guidance_scale, guidance_reference)
+        self._check_interval(guidance_interval)
+        levels = karras_levels(num_inference_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+        churn = Churn(s_churn, s_min, s_max, s_noise)
+        self._check_output_type(output_type)
+        generators = list(generator) if isinstance(generator, Sequence) else generator
+        if isinstance(generators, list) and len(generators) != batch:
+            raise ValueError(
+                f"generator must be one torch.Generator, or a list of {batch}, one per picture, got {len(generators)}"
+            )
+
+        device = self._execution_device
+        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        labels = None if labels is None else labels.to(device)
+
+        def noise_like(shape: Tensor | tuple[int, ...]) -> Tensor:
+            size = tuple(shape.shape) if isinstance(shape, Tensor) else shape
+            return randn_tensor(size, generator=generators, device=device, dtype=dtype)
+
+        shape = (batch, self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size)
+        if latents is None:
+            latents = noise_like(shape)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents must be of shape {shape}, got {tuple(latents.shape)}")
+        total, index = 2 * num_inference_steps - 1, -1
+
+        def denoise(x: Tensor, sigma: float) -> Tensor:
+            nonlocal index
+            index += 1
+            return self._guided_denoise(
+                x,
+                sigma,
+                labels,
+                guide=guide,
+                scale=guidance_scale,
+                interval=guidance_interval,
+                index=index,
+                total=total,
+            )
+
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+
+            def after_step(step: int, sigma: float, x: Tensor) -> Tensor:
+                if callback_on_step_end is not None:
+                    x = (callback_on_step_end(self, step, sigma, {"latents": x}) or {}).get("latents", x)
+                progress_bar.update()
+                return x
+
+            x = latents.to(device=device, dtype=dtype) * sigma_max
+            x = heun(denoise, x, levels, churn=churn, noise_like=noise_like, after_step=after_step)
+        images = x
+        if output_type != "latent":
+            images = VaeImageProcessor(do_normalize=False).postprocess(self.decode(x), output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _guided_denoise(
+        self,
+        x: Float[Tensor, "batch ..."],
+        sigma: float,
+        labels: Int[Tensor, " batch"] | None,
+        *,
+        guide: Any,
+        scale: float,
+        interval: Interval | None,
+        index: int,
+        total: int,
+    ) -> Float[Tensor, "batch ..."]:
+        """D of one evaluation, guided: all guidance of this pipeline, everyday and rectified, is here.
+
+        `D + (scale - 1) weight product(K, D - D_reference)`, K = ∂D/∂x (x_0-prediction at α = 1); everyday guidance is
+        the product "none" with weight 1. Where the weight is 0, the conditional network alone is evaluated.
+
+        Args:
+            x: the state at `sigma`.
+            labels: None for an unconditional network.
+            guide: the reference network; None is the null label.
+            scale, interval: the call's `guidance_scale` and `guidance_interval`.
+            index, total: number of this evaluation, from 0, and of all.
+        """
+        rectification = self._rectification or Rectification(_EVERYDAY)
+        config = rectification.config
+        level = NoiseLevel(1.0, sigma, "sample")
+        inside = interval is None or interval[0] <= sigma <= interval[1]
+        weight = config.weight_at(index / max(1, total - 1), sigma) if scale != 1 and inside else 0.0
+
+        def conditional(z: Tensor) -> Tensor:
+            return _evaluate(self.unet, z, sigma, labels)
+
+        direction = None
+        if weight == 0:
+            guided = prediction = conditional(x)
+            if scale != 1:
+                direction = torch.zeros_like(prediction)
+        else:
+            prediction, direction = rectification(
+                index,
+                level,
+                conditional,
+                x,
+                self._reference(guide, x, sigma, labels),
+                relative_step=self._relative_step(sigma),
+                reference_denoiser=lambda z: self._reference(guide, z, sigma, labels),
+                weight=weight * (scale - 1),
+            )
+            direction = weight * direction
+            guided = prediction + (scale - 1) * direction
+        if self._on_step is not None:
+            self._on_step(GuidanceStep(index, total, sigma, level, x, prediction, direction))
+        return guided
+
+    def _reference(self, guide: Any, x: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
+        if guide is None:
+            return _evaluate(self.unet, x, sigma, None)
+        return _evaluate(guide, x, sigma, labels if guide.config.num_classes else None)
+
+    def _relative_step(self, sigma: float) -> float | None:
+        """Step of `finite_difference` by the network's precision: the state itself is float32 at least.
+
+        At small σ half precision's √eps of x is more than the noise in x, on whose scale D may bend; that is the limit.
+        """
+        if torch.finfo(self.unet.dtype).bits > 16:
+            return None
+        noise = sigma / math.hypot(sigma, self.unet.config.sigma_data)
+        return min(torch.finfo(self.unet.dtype).eps ** 0.5, noise)
+
+    def decode(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch 3 height width"]:
+        """Pixels from 0 to 1 of what the sampler ends with, or of an estimate of it."""
+        if self.vae is None:
+            pixels, signed = x, True
+        else:
+            mean, std = (
+                torch.tensor(values, dtype=x.dtype, device=x.device).view(-1, 1, 1)
+                for values in (self.config.latent_mean, self.config.latent_std)
+            )
+            raw = x * (std / self.unet.config.sigma_data) + mean
+            pixels = self.vae.decode(raw.to(self.vae.dtype), return_dict=False)[0]
+            signed = self.config.signed_pixels
+        return (pixels / 2 + 0.5 if signed else pixels).clamp(0, 1)
+
+    def _set_rectification(self, config: RectifiedGuidanceConfig | None, on_step: OnStep | None = None) -> None:
+        """What `apply_rectified_guidance` does to this pipeline: every guided call is rectified from now on.
+
+        Args:
+            config: None is the default product.
+            on_step: called after every evaluation of D with its σ as the timestep.
+
+        Raises:
+            ValueError: rectified guidance is on already.
+        """
+        if self._rectification is not None:
+            raise ValueError("rectified guidance is on already; call remove_rectified_guidance(pipe) first")
+        self._rectification, self._on_step = Rectification(config or RectifiedGuidanceConfig()), on_step
+
+    def _clear_rectification(self) -> None:
+        """What `remove_rectified_guidance` does: everyday guidance again; nothing where it was not rectified."""
+        self._rectification = self._on_step = None
+
+    def _check_labels(self, class_labels: Any, batch_size: int) -> tuple[Int[Tensor, " batch"] | None, int]:
+        classes = self.unet.config.num_classes
+        if not classes:
+            if class_labels is not None:
+                raise ValueError("class_labels must be None: the network was trained without classes; use batch_size")
+            if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+                raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+            return None, batch_size
+        if class_labels is None:
+            raise ValueError(f"class_labels must name one class from 0 to {classes - 1} per picture, got None")
+        labels = torch.as_tensor(class_labels)
+        labels = labels.reshape(1) if labels.ndim == 0 else labels
+        if labels.numel() == 0:
+            raise ValueError("class_labels must name at least one class, got none")
+        if labels.ndim != 1 or labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+            raise ValueError(f"class_labels must be integers, one per picture, got {class_labels!r}")
+        wrong = labels[(labels < 0) | (labels >= classes)]
+        if len(wrong):
+            raise ValueError(f"class_labels must be from 0 to {classes - 1}, got {int(wrong[0])}")
+        return labels.long(), len(labels)
+
+    def _guide_of(self, scale: float, reference: Reference | None) -> Any:
+        """The reference network, None for the null label; a rectification's own guide comes first."""
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise ValueError(f"guidance_scale must be a finite number, got {scale!r}")
+        if reference not in (None, *get_args(Reference)):
+            raise ValueError(
+                f"guidance_reference must be one of {', '.join(get_args(Reference))}, or None, got {reference!r}"
+            )
+        borrowed = None if self._rectification is None else self._rectification.config.guide
+        guide = self.guide if borrowed is None else borrowed
+        if reference == "guide" and guide is None:
+            raise ValueError('guidance_reference "guide" needs a pipeline with a guide network, and this one has none')
+        if reference == "null_label":
+            guide = None
+        if scale != 1 and guide is None and not self.config.null_labels:
+            raise ValueError(
+                f"guidance_scale must be 1 without a reference, got {scale}; give the pipeline a guide network, or "
+                "null_labels=True if its network was trained with label dropout"
+            )
+        return guide
+
+    def _check_interval(self, interval: Interval | None) -> None:
+        if interval is not None and (len(interval) != 2 or not interval[0] <= interval[1]):
+            raise ValueError(f"guidance_interval must be (low, high), low <= high, in units of σ, got {interval!r}")
+
+    def _check_output_type(self, output_type: str) -> None:
+        if output_type not in get_args(OutputType):
+            raise ValueError(f"output_type must be one of {', '.join(get_args(OutputType))}, got {output_type!r}")
+        if output_type != "latent" and self.vae is None and self.unet.config.in_channels != 3:
+            raise ValueError(
+                f'output_type must be "latent" for a network in latents without its decoder, got {output_type!r}; '
+                'give the pipeline a vae, for EDM2 "stabilityai/sd-vae-ft-mse"'
+            )
+
+
+def _evaluate(network: nn.Module, x: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
+    level = torch.tensor(sigma, dtype=x.dtype, device=x.device)
+    return network(x, level, class_labels=labels, return_dict=False)[0]
+
+
+def load_edm2(
+    preset: str | None = None,
+    source: str | Path | None = None,
+    *,
+    guide: str | Path | None = None,
+    vae: AutoencoderKL | str | Path | None = AUTOENCODER,
+    download: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> EDM2Pipeline:
+    """An EDM2 pipeline from NVIDIA's checkpoints, which are read without executing them.
+
+    `load_edm2("edm2-img64-s", download=True)` once; afterwards the name alone. To convert files of one's own:
+    `load_edm2(source="network.pkl", guide="other.pkl").save_pretrained("folder")`.
+
+    Args:
+        preset: one of `EDM2_PRESETS`; None needs a source.
+        source: a `.pkl` file, a folder with the preset's, or a folder that a pipeline was saved in; None is the folder
+            that the preset was downloaded to.
+        guide: `.pkl` file of the reference network; None is the preset's, if it lies beside the source.
+        vae: decoder of networks in latents: the autoencoder, its folder or its hub name; None leaves the pipeline with
+            `output_type="latent"`. A saved pipeline has its own.
+        download: whether to fetch what is missing: checkpoints (S: 0.6 GB, XXL: 3 GB) and the autoencoder.
+        device: where to put it.
+        dtype: of its weights; None is float32.
+
+    Raises:
+        ValueError: an unknown preset, a source that holds no EDM2 networks, or something is not here and cannot or may
+            not be downloaded, which is found out within seconds.
+    """
+    known = None if preset is None else edm2_preset(preset)
+    if source is None:
+        if preset is None or known is None:
+            raise ValueError("load_edm2 needs a preset or a source, got neither")
+        source = cache_folder(preset)
+        if not (source / "model_index.json").is_file():
+            if not download:
+                raise ValueError(
+                    f"EDM2 preset {preset!r} is not on this machine; load_edm2({preset!r}, download=True) fetches it "
+                    f"to {source}, or give the folder of {known.network} and {known.guide} as source"
+                )
+            _download(known, source, vae)
+    source = Path(source)
+    if (source / "model_index.json").is_file():
+        pipe = _saved(source, dtype or torch.float32)
+    else:
+        files = [source]
+        if source.is_dir():
+            if known is None:
+                raise ValueError(f"folder {str(source)!r} holds no saved pipeline; name the preset that its files make")
+            files = [source / known.network]
+        beside = None if known is None else files[0].parent / known.guide
+        if guide is not None:
+            files.append(Path(guide))
+        elif beside is not None and (beside.is_file() or source.is_dir()):
+            files.append(beside)
+        pipe = _assemble([read_edm2_checkpoint(file) for file in files], vae, download, dtype or torch.float32)
+    for network in (pipe.unet, pipe.guide):
+        if network is not None:
+            network.eval().requires_grad_(False).fold_weights()
+    return pipe.to(torch.device(device))
+
+
+def _download(preset: EDM2Preset, folder: Path, vae: AutoencoderKL | str | Path | None) -> None:
+    """Bring a preset's files and leave them as a saved pipeline, in their stored precision."""
+    files = [download_checkpoint(name, folder.parent) for name in (preset.network, preset.guide)]
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    _assemble([read_edm2_checkpoint(file) for file in files], vae, True, None).save_pretrained(part)
+    part.rename(folder)
+    for file in files:
+        file.unlink()
+
+
+def _assemble(
+    checkpoints: Sequence[EDM2Checkpoint],
+    vae: AutoencoderKL | str | Path | None,
+    download: bool,
+    dtype: torch.dtype | None,
+) -> EDM2Pipeline:
+    """A pipeline of a network and perhaps its reference; dtype None keeps the stored precision."""
+    first = checkpoints[0]
+    for other in checkpoints[1:]:
+        for name in ("sample_size", "in_channels"):
+            if other.config[name] != first.config[name]:
+                raise ValueError(
+                    f"guide must have the network's {name}, {first.config[name]}, got {other.config[name]}"
+                )
+    networks = [checkpoint.network(dtype) for checkpoint in checkpoints]
+    if first.latent_mean is None or first.latent_std is None:
+        return EDM2Pipeline(networks[0], networks[1] if len(networks) > 1 else None)
+    decoder = vae if vae is None or isinstance(vae, AutoencoderKL) else _autoencoder(str(vae), download)
+    if decoder is not None and dtype is not None:
+        decoder = decoder.to(dtype)
+    return EDM2Pipeline(
+        networks[0],
+        networks[1] if len(networks) > 1 else None,
+        vae=decoder,
+        latent_mean=list(first.latent_mean),
+        latent_std=list(first.latent_std),
+    )
+
+
+def _saved(folder: Path, dtype: torch.dtype) -> EDM2Pipeline:
+    try:
+        return EDM2Pipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"folder {str(folder)!r} holds no EDM2 pipeline: {reason}") from error
+
+
+def _autoencoder(name: str, download: bool) -> AutoencoderKL:
+    """From a folder, the hub's cache or, if allowed and there is a connection, the hub."""
+    try:
+        return AutoencoderKL.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        failure: Exception = error
+    if download and not Path(name).exists():
+        try:
+            HfApi().model_info(name, timeout=_HUB_SECONDS)
+            return AutoencoderKL.from_pretrained(name)
+        except Exception as error:  # whatever the network or the hub may raise, the answer is the same sentence
+            failure = error
+    raise ValueError(
+        f"autoencoder {name!r} cannot be had ({type(failure).__name__}): give its folder as vae, download=True where "
+        "there is a connection, or vae=None for latents only"
+    ) from failure

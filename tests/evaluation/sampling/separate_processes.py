@@ -1,0 +1,121 @@
+"""Runs in processes of their own: bodies for children, how a child is started and how long it is waited for.
+
+A process in which torch has computed with several threads must not be forked: the child inherits the pool's state but
+none of its threads, and waits for them for ever at its first parallel operation. So the children are forked by a server
+that has imported torch, which takes seconds, and never computes.
+"""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import psutil
+import pytest
+import torch
+
+from companion.evaluation.sampling import folder as sampling_folder
+from companion.evaluation.sampling import runs
+from companion.evaluation.sampling.runs import sample
+from companion.evaluation.sampling.settings import SamplingSettings
+from tests.pipelines.tiny import tiny_dit
+
+SETTINGS = SamplingSettings("tiny", num_samples=11, conditions=(3, 7, 5), batch_size=2, steps=2, seed=4)
+ROOT = Path(__file__).parents[3]
+
+
+def run(out: Path, **changes: object) -> Path:
+    """Draw the tiny model's run into a folder."""
+    return sample(tiny_dit(), replace(SETTINGS, **changes), out, progress=False)
+
+
+def run_killed(out: Path, image_format: str, at: int, before: bool) -> None:
+    """As `run`, but killed just before or just after its `at`-th renaming; provenance.json does not count."""
+    left = at
+    rename = os.replace
+
+    def deadly(source: Path, target: Path) -> None:
+        nonlocal left
+        left -= Path(target).name != "provenance.json"
+        if left == 0 and before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target)
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sampling_folder.os.replace = deadly
+    run(out, image_format=image_format)
+
+
+def run_slowly(out: Path) -> None:
+    """As `run`, but the first batch takes a minute."""
+    runs.draw = lambda *arguments: (time.sleep(60), None)
+    run(out)
+
+
+def start(work: Callable[..., object], *arguments: object) -> ForkServerProcess:
+    """Call a function of a module, with one thread, in a new process."""
+    process = _fork_server().Process(target=_with_one_thread, args=(work, *arguments), daemon=True)
+    process.start()
+    return process
+
+
+def wait(process: ForkServerProcess, seconds: float = 60) -> int:
+    """A child's exit code; a child that does not end is killed, and the test fails."""
+    process.join(seconds)
+    if process.exitcode is None:
+        kill(process)
+        pytest.fail(f"process {process.pid} did not end in {seconds} s")
+    return process.exitcode
+
+
+def kill(process: ForkServerProcess) -> None:
+    """At once, and as good as dead when this returns."""
+    process.kill()
+    process.join(10)
+
+
+def execute(command: Sequence[str], environment: Mapping[str, str], seconds: float) -> str:
+    """What a command and its children print; where it fails or takes longer all are killed, and the test fails."""
+    with TemporaryFile("w+") as said:  # a pipe would stay open as long as any child lives
+        process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=said, stderr=subprocess.STDOUT)
+        ending = f"did not end in {seconds} s"
+        try:
+            ending = f"ended with {process.wait(seconds)}"
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            if process.poll() is None:
+                for each in (*psutil.Process(process.pid).children(recursive=True), process):
+                    each.kill()
+                process.wait(10)
+        said.seek(0)
+        printed = said.read()
+    if process.returncode != 0:
+        pytest.fail(f"{' '.join(command)}\n{ending}:\n{printed}")
+    return printed
+
+
+def _with_one_thread(work: Callable[..., object], *arguments: object) -> None:
+    torch.set_num_threads(1)
+    work(*arguments)
+
+
+@cache
+def _fork_server() -> ForkServerContext:
+    """One server for the whole session; it ends with this process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("OMP_NUM_THREADS", "1")
+        patched.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+        forkserver.ensure_running()
+    return context

@@ -1,0 +1,191 @@
+"""The table of classifier guidance: its rows, its count of arithmetic, its cells, on random networks."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from companion.cli.main import main as command_line
+from companion.evaluation.metrics.features import extract
+from companion.evaluation.sampling.runs import Diverged, draw
+from companion.evaluation.studies.classifier_rows import MINI, NO_GUIDE, Plan, Row, mini_plan, paper_plan
+from companion.evaluation.studies.classifier_table import (
+    SmallSceneFeatures,
+    as_markdown,
+    cost_of,
+    left_out,
+    planned,
+    published_figures,
+    small_scene_judge,
+)
+from companion.evaluation.tables.engine import run_table
+from companion.evaluation.tables.published import published
+from companion.evaluation.tables.results import read_cells
+from companion.guidance.classifier.scores import ClassifierScore
+from companion.minis.adm import render_small
+from companion.minis.scenes import labels, scene
+from companion.pipelines.adm.presets import PUBLISHED_GUIDANCE, published_guidance
+from companion.pipelines.hook import RectifiedGuidanceConfig, rectified_guidance
+from companion.seeding import sample_generators
+from tests.evaluation.scene_pipelines import scene_adm
+
+JS = ClassifierScore(marginal_temperature=0.5, divergence="jensen_shannon", strength=1.0)
+ROWS = (
+    Row("unguided", None, "none", 2),
+    Row("off the shelf", "resnet", "none", 2, {"gamma": 0.3, "classifier_scale": 2.0}, JS),
+    Row("off the shelf", "resnet", "finite_difference", 2, {"gamma": 0.3, "classifier_scale": 2.0}, JS),
+    Row("free", None, "none", 2, {"guidance_scale": 2.0}, budget="rectified"),
+    Row("unknown", "resnet", "none", 2, missing=("strength",)),
+)
+PLAN = Plan(MINI, ROWS, num_samples=140, batch_size=50, reference_samples=200)
+
+
+def load(model):
+    pipe = scene_adm()
+    if model == NO_GUIDE:
+        pipe.register_modules(classifier=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def network():
+    return SmallSceneFeatures()
+
+
+def cost(row):
+    return cost_of(load(row.model), PLAN.settings(row, 0, tuple(range(10))))
+
+
+def test_arithmetic_is_counted_in_forward_passes():
+    unguided = cost(ROWS[0])
+    assert unguided.evaluations == 2
+    assert unguided.described == {"unet_forward_passes": 2, "classifier_gradients": 0}
+    free = cost(replace(ROWS[3], budget=None))
+    assert free.evaluations == free.described["unet_forward_passes"] == 4
+    everyday, rectified = (cost(row) for row in ROWS[1:3])
+    assert everyday.described == {"unet_forward_passes": 2, "classifier_gradients": 2}
+    assert rectified.described == {"unet_forward_passes": 4, "classifier_gradients": 2}
+    assert rectified.evaluations - everyday.evaluations == pytest.approx(2)
+    through = cost(replace(ROWS[1], product="vjp"))
+    assert through.described["unet_forward_passes"] == 2
+    assert through.evaluations - everyday.evaluations > 1.8  # a backward pass of the U-Net
+    assert 0 < everyday.evaluations - 2 < 2  # and the classifier's, forwards and backwards
+
+
+def test_classifier_free_guidance_gets_the_arithmetic_of_the_rectified_row():
+    rows = planned(PLAN, load).rows
+    wanted, got = cost(rows[2]).evaluations, cost(rows[3]).evaluations
+    assert wanted <= got < wanted + 2 and rows[3].steps > 2 and rows[:3] == ROWS[:3]
+
+
+def test_a_sample_depends_on_its_number_alone():
+    pipe, settings = load("resnet"), PLAN.settings(ROWS[1], 3, tuple(range(10)))
+    assert [settings.condition(i) for i in range(8, 12)] == [8, 9, 0, 1]
+    whole, _ = draw(pipe, settings, range(8, 12))
+    assert whole.dtype == np.uint8 and whole.shape == (4, 32, 32, 3)
+    part, _ = draw(pipe, settings, range(10, 12))
+    assert np.abs(whole[2:].astype(int) - part).max() <= 1
+    other, _ = draw(pipe, replace(settings, seed=4), range(10, 12))
+    assert not np.array_equal(part, other)
+    with pytest.raises(Diverged, match="sample 0 diverged"):
+        draw(pipe, PLAN.settings(replace(ROWS[1], call={"classifier_scale": 1e300}), 0, (0,)), range(1))
+
+
+def test_settings_are_the_pipelines_arguments():
+    """Drawn by hand, from the row's own score and call."""
+    row, pipe = ROWS[2], load("resnet")
+    drawn, _ = draw(pipe, PLAN.settings(row, 5, tuple(range(10))), range(2))
+    with rectified_guidance(pipe, RectifiedGuidanceConfig(product=row.product)):
+        arguments = {"num_inference_steps": 2, "sampler": "ddpm", "score": JS, "output_type": "np", **row.call}
+        images = pipe([0, 1], generator=sample_generators(5, range(2)), **arguments).images
+    assert np.array_equal(drawn, (images * 255).round().astype(np.uint8))
+
+
+def test_features_of_small_scenes_tell_the_shapes_apart(network):
+    chosen = [scene(56, i, 1) for i in range(100)]
+    pixels = ((render_small(chosen) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    found = extract(network, [pixels])
+    assert found.features.shape == (100, network.dimensions)
+    assert (found.logits.argmax(dim=1) == labels(chosen)).float().mean() > 0.9
+
+
+def test_its_cells_are_a_tables_cells(tmp_path, network):
+    """Drawn, kept and continued as in test_tables.py."""
+    judge, collected = small_scene_judge(network, PLAN.reference_samples), tmp_path / "all.json"
+    plan = planned(PLAN, load)
+
+    def run(out="out", plan=plan, **options):
+        given = {"judge": lambda model: judge, "load_model": load, "cost": cost_of, "progress": False}
+        return run_table(plan, tmp_path / out, resume=True, collected=collected, **given, **options)
+
+    only = ROWS[1].cell(0)
+    [first] = run(only=only, command=lambda name: ["make", name])
+    assert first.name == "off-the-shelf,resnet,none,seed=0" and first.provenance["command"] == ["make", only]
+    assert first.provenance["per_sample"] == {"unet_forward_passes": 2, "classifier_gradients": 2}
+    assert first.nfe == cost(ROWS[1]).evaluations and first.seconds > 0
+    assert set(first.figures) == {"fid", "precision", "recall", "agreement", "inception_score"}
+    assert first.settings["row"]["score"]["strength"] == 1.0 and first.figures["fid"].samples == PLAN.num_samples
+    assert first.provenance["reference"] == {"scenes": PLAN.reference_samples, "seed": 100, "size": "32x32"}
+    cells = run()
+    assert len(cells) == 4 and cells[1] == first  # the row with unknown settings is left out
+    assert [cell.name for cell in read_cells(collected)] == [cell.name for cell in cells]
+
+    table = as_markdown(cells).splitlines()
+    assert len(table) == 6 and len({line.count("|") for line in table}) == 1
+    with pytest.raises(ValueError, match="no cell is called 'x'; names are like 'unguided,no-classifier,none,seed=0'"):
+        run(only="x")
+    with pytest.raises(ValueError, match="made with other settings"):
+        run(plan=replace(plan, num_samples=150))
+
+
+def test_rows_of_both_profiles():
+    mini, paper = mini_plan(), paper_plan()
+    for plan in (mini, paper):
+        names = [row.cell(0) for row in plan.rows]
+        assert len(set(names)) == len(names)
+        assert all(published_figures(row.published) for row in plan.rows)
+    everyday = {row.cell(0) for row in mini.rows if row.guide and row.product == "none"}
+    rectified = {row.cell(0).replace("finite_difference", "none") for row in mini.rows if row.product != "none"}
+    assert rectified <= everyday and len(everyday - rectified) <= 1
+    known = {"strength": 0.5, "smoothing": 0.9, "entropy": 0.1}
+    told = paper_plan(**known)
+    for row in told.rows:
+        assert not row.missing
+        if row.guide is None:
+            continue
+        given = published_guidance(row.method)
+        settings = told.settings(row, 0, (0,))
+        expected = given.arguments(**{name: known[name] for name in given.missing})
+        assert {**settings.arguments, "num_inference_steps": settings.steps} == expected
+        assert row.guide == given.classifier and settings.product == row.product and settings.guidance_scale == 1
+    missing = {row.method: row.missing for row in paper.rows if row.missing}
+    assert missing == {name: each.missing for name, each in PUBLISHED_GUIDANCE.items() if each.missing}
+    assert any(line.startswith("entropy,microsoft-resnet-50,none,seed=0  (left out") for line in left_out(paper))
+    assert len(left_out(paper)) + len(paper.cells()) == len(paper.rows)
+
+
+def test_published_figures_stand_in_their_tables():
+    assert published_figures("cal_sampling_10k:reverse KL") == "5.12, 0.78, 0.68"
+    assert published_figures("cal_imagenet128_50k:classifier-free") == "2.43, –, –" and published_figures(None) == "–"
+    best = min(published("cal_imagenet128_50k").rows, key=lambda row: float(row[3]))
+    assert best[0] == "Jensen-Shannon" and best[3] == "2.13"
+
+
+def test_the_command_line(tmp_path, capsys):
+    def said(*given, status=2):
+        assert command_line(["table", "imagenet128", "--device", "cpu", "--out", str(tmp_path), *given]) == status
+        return capsys.readouterr()
+
+    assert "profile mini takes no --strength" in said("--strength", "0").err
+    assert "seeds must be at least 1, got 0" in said("--seeds", "0").err
+    assert "num_samples must be at least 1, got -3" in said("--num-samples", "-3").err
+    assert "imagenet128 has one model only" in said("--models", "mini-adm").err
+    assert "profile paper needs a folder of references, give one with --data" in said("--profile", "paper").err
+    assert len(said("--list", status=0).out.splitlines()) == len(mini_plan().rows)
+    listed = said("--profile", "paper", "--list", "--seeds", "2", status=0).out.splitlines()
+    assert len(listed) == 2 * len(paper_plan().rows) and sum("--strength" in line for line in listed) > 0
+    told = said("--profile", "paper", "--list", "--strength", "0", "--smoothing", "0.9", "--entropy", "0", status=0).out
+    assert "left out" not in told
+    assert command_line(["table", "coco", "--strength", "1"]) == 2
+    assert "--strength is an option of imagenet128 alone" in capsys.readouterr().err

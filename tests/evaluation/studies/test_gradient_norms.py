@@ -1,0 +1,77 @@
+"""Gradient norms along a run, against finite differences of the score itself."""
+
+import pytest
+import torch
+
+from companion.evaluation.studies.gradient_norms import estimates, gradients_along, visited_states
+from companion.guidance.classifier.scores import ClassifierScore, score_logits
+from tests.pipelines.adm.test_pipeline import BayesClean, BayesNoisy, mixture_pipe
+
+LABELS = torch.tensor([0, 1, 1])
+WAYS = {"plain": ClassifierScore(), "tempered": ClassifierScore(marginal_temperature=0.5)}
+
+
+def visited(kind):
+    # Two classes' mixture as network, told nothing; its null class is their mixture.
+    pipe = mixture_pipe(kind, conditional=True)
+    states = visited_states(pipe, LABELS, steps=6, every=2, unconditional=True, classifier_scale=0.5, clip_sample=False)
+    return pipe, states
+
+
+@pytest.mark.parametrize("kind", [BayesClean, BayesNoisy])
+def test_norms_are_those_of_the_score_by_finite_differences(kind):
+    pipe, states = visited(kind)
+    assert [state.index for state in states] == [0, 2, 4]
+    found = gradients_along(pipe, states, LABELS, {name: (pipe.classifier, score) for name, score in WAYS.items()})
+    assert found["plain"].timesteps == tuple(int(state.timestep) for state in states)
+    null = torch.full_like(LABELS, pipe.config.null_class)
+    generator = torch.Generator().manual_seed(0)
+    for name, score in WAYS.items():
+        got = found[name]
+        for row, state in enumerate(states):
+
+            def clean(x, state=state):
+                return state.level.clean(pipe.unet(x, state.timestep, class_labels=null, return_dict=False)[0], x)
+
+            def value(x, state=state, score=score):
+                """S at x_t, or at x̂_0 as the classifier sees it."""
+                inputs = (x, int(state.timestep)) if kind is BayesNoisy else (x,)
+                return score_logits(pipe.classifier(*inputs), LABELS, score)
+
+            place = state.sample if kind is BayesNoisy else clean(state.sample).clamp(-1, 1)
+            slope = torch.autograd.grad(value(place.requires_grad_()).sum(), place)[0].detach()
+            torch.testing.assert_close(got.norm[row], slope.flatten(1).norm(dim=1))
+            # Kᵀg by its inner products with random directions: ⟨Kᵀg, d⟩ = ⟨g, K d⟩, K d by differences of x̂_0.
+            direction = torch.randn(state.sample.shape, generator=generator, dtype=torch.float64)
+            pushed = (clean(state.sample + 1e-5 * direction) - clean(state.sample - 1e-5 * direction)) / 2e-5
+            x = state.sample.detach().requires_grad_()
+            [pulled] = torch.autograd.grad((clean(x) * slope).sum(), x)
+            inner = (pulled * direction).flatten(1).sum(dim=1)
+            torch.testing.assert_close(inner, (slope * pushed).flatten(1).sum(dim=1).detach(), rtol=1e-4, atol=1e-7)
+            scale = state.level.alpha if kind is BayesNoisy else 1.0
+            torch.testing.assert_close(got.through[row], scale * pulled.flatten(1).norm(dim=1))
+            expected = torch.nn.functional.cosine_similarity(slope.flatten(1), pulled.flatten(1))
+            torch.testing.assert_close(got.cosine[row], expected)
+            p = pipe.classifier(*((place, int(state.timestep)) if kind is BayesNoisy else (place,))).softmax(dim=1)
+            torch.testing.assert_close(got.confidence[row], p.amax(dim=1).detach())
+            torch.testing.assert_close(got.label[row], p[torch.arange(3), LABELS].detach())
+
+
+def test_states_are_those_of_an_everyday_run():
+    pipe, states = visited(BayesNoisy)
+    again = visited_states(pipe, LABELS, steps=6, unconditional=True, classifier_scale=0.5, clip_sample=False)
+    assert len(again) == 6 and torch.equal(again[2].sample, states[1].sample)
+    other = visited_states(pipe, LABELS, steps=6, seed=1, unconditional=True, classifier_scale=0.5, clip_sample=False)
+    assert not torch.equal(other[0].sample, again[0].sample)
+
+
+def test_estimates_are_posterior_means():
+    pipe = mixture_pipe(conditional=True)
+    pictures = torch.randn(4, 3, 2, 2, dtype=torch.float64) / 4
+    got = estimates(pipe, pictures, 500, torch.Generator().manual_seed(1))
+    kept = float(pipe.scheduler.alphas_cumprod[500])
+    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(1))
+    noisy = kept**0.5 * pictures + (1 - kept) ** 0.5 * noise
+    oracle = mixture_pipe()  # without classes
+    epsilon = oracle.unet(noisy, 500, return_dict=False)[0]
+    torch.testing.assert_close(got, ((noisy - (1 - kept) ** 0.5 * epsilon) / kept**0.5).clamp(-1, 1))

@@ -1,0 +1,36 @@
+"""Pareto fronts: which points no other beats, and that a figure shows every point, front and best."""
+
+import matplotlib.pyplot as plt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from companion.evaluation.tables.fronts import draw_fronts, pareto_front
+from tests.evaluation.tables.test_text import CELLS, MORE, cell
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12))
+def test_pareto_front_by_brute_force(points):
+    def beaten(i: int) -> bool:
+        return any(a <= points[i][0] and b >= points[i][1] and (a, b) != points[i] for a, b in points)
+
+    assert sorted(pareto_front(points)) == [i for i in range(len(points)) if not beaten(i)]
+
+
+def test_all_points_fronts_and_bests_are_drawn():
+    cells = [*CELLS, cell("vanilla", "none", 3.0, 7.0, 6.5), cell("vanilla", "ones", 2.0, 3.3, 8.1)]
+    figure = draw_fronts(cells, "inception_score", model="m")
+    vanilla, linear = (axis for axis in figure.axes if axis.get_visible())
+    assert [axis.get_title() for axis in (vanilla, linear)] == ["vanilla", "linear"]
+    points = {(float(x), float(y)) for bars in vanilla.containers for x, y in zip(*bars[0].get_data(), strict=True)}
+    shown = {(c.figures["inception_score"].value, c.figures["fid"].value) for c in cells}
+    assert points == shown - {(9.0, 5.0)}  # the other guidance's
+    ringed = {tuple(map(float, line.get_xydata()[0])) for line in vanilla.lines if line.get_markersize() == 12}
+    assert ringed == {(7.0, 4.5), (7.9, 2.8), (8.0, 3.0), (8.1, 3.3)}
+    fronts = [line.get_xydata().tolist() for line in vanilla.lines if line.get_zorder() == 1 and len(line.get_xdata())]
+    assert [[7.0, 4.5]] in fronts  # of CFG: 7.0 beats both others in both figures
+    only = draw_fronts(cells, "inception_score", model="m", methods=("CFG",))
+    assert len(only.axes[0].containers) == 4  # three of CFG, one without guidance
+    with pytest.raises(ValueError, match="there are no guided cells of 'other'"):
+        draw_fronts([*cells, cell("linear", "none", 2.0, 1.0, 1.0, **MORE)], "inception_score", model="other")
+    plt.close("all")

@@ -1,0 +1,123 @@
+"""Every way by its name against the same direction written out, and the bracket's own warning."""
+
+import pytest
+import torch
+
+from companion.exact import (
+    GaussianMixture,
+    Grid,
+    Toy,
+    covariance_guidance,
+    kl,
+    linear_schedule,
+    mixture_prediction,
+    toy,
+    wasserstein1,
+)
+from companion.exact.comparison import compare, guided_chains, target_density
+from companion.exact.methods import (
+    ESTIMATES,
+    INTERVAL,
+    WAYS,
+    errors_of_ways,
+    excess,
+    produced,
+    way,
+    ways_on_grid,
+    ways_to_guide,
+)
+
+SCHEDULE = linear_schedule(8, 0.01, 0.5)
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    return compare(toy("anisotropic"), (1.5,), Grid.square(-3, 3, 32), SCHEDULE)[0]
+
+
+@pytest.fixture
+def x():
+    return torch.randn(9, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", ESTIMATES)
+def test_estimates_are_those_of_automatic_differentiation(comparison, x, name):
+    branches = [mixture_prediction(m, SCHEDULE) for m in (comparison.data.classes[0], comparison.data.unconditional)]
+    options = ESTIMATES[name] | ({"power": 2.5} if name == "K^(1+w)" else {})
+    expected = covariance_guidance(*branches, SCHEDULE, 1.5, **options)
+    for t in (1, 4, 8):
+        torch.testing.assert_close(way(name, comparison)(x, t), expected(x, t), atol=1e-8, rtol=1e-8)
+
+
+def test_known_ways_are_those_of_the_comparison(comparison, x):
+    chains, known = ways_to_guide(comparison), guided_chains(comparison)
+    assert list(chains) == ["unguided", *WAYS, "golden"]
+    for name, chain in known.items():
+        torch.testing.assert_close(chains[name].mean(x, 5), chain.mean(x, 5))
+    fields = ways_on_grid(comparison, ["Rayleigh", "CFG", "jvp"])
+    torch.testing.assert_close(fields["CFG"], comparison.fields["CFG"])
+    torch.testing.assert_close(fields["jvp"], comparison.fields["jvp"])
+    points = comparison.grid.points[::50]
+    flat = fields["Rayleigh"][3].reshape(-1, 2)[::50]
+    torch.testing.assert_close(flat, 1.5 * way("Rayleigh", comparison)(points, 3))
+    with pytest.raises(ValueError, match="Rayleigh"):
+        way("bracketed", comparison)
+
+
+def test_interval_guides_inside_only(comparison, x):
+    everyday, interval = way("CFG", comparison), way("interval", comparison)
+    inside = []
+    for t in range(1, 9):
+        alpha, sigma = SCHEDULE.level(t)
+        inside.append(INTERVAL[0] <= sigma / alpha <= INTERVAL[1])
+        torch.testing.assert_close(interval(x, t), everyday(x, t) if inside[-1] else torch.zeros_like(x))
+    assert any(inside) and not all(inside)
+
+
+def test_capped_ways_never_guide_more_than_everyday(comparison, x):
+    for t in (1, 4, 8):
+        longest = way("CFG", comparison)(x, t).norm(dim=1)
+        for name in ("capped diagonal", "Rayleigh"):
+            assert (way(name, comparison)(x, t).norm(dim=1) <= longest * (1 + 1e-12)).all()
+
+
+def gaussians(std_c, std_u):
+    c, u = (GaussianMixture.isotropic([1.0], [[m]], s) for m, s in ((0.4, std_c), (0.0, std_u)))
+    return Toy("gaussian", (c,), u)
+
+
+def test_formula_generates_the_target_of_gaussians():
+    """A Gaussian class in a broader Gaussian: the formula is the golden direction; its chain tends to the target."""
+    data, schedule, grid = gaussians(0.5, 0.9), linear_schedule(100, 1e-3, 0.1), Grid.line(-7, 7, 401)
+    [comparison] = compare(data, (2.0,), grid, schedule)
+    target, chains = target_density(comparison, grid), ways_to_guide(comparison, ("CFG", "bracket", "capped"))
+    found = {name: produced(chain, grid, target) for name, chain in chains.items()}
+    density = chains["capped"].push_forward(grid)[0]
+    assert found["capped"].kl == pytest.approx(kl(grid, density, target))
+    assert found["capped"].wasserstein == pytest.approx(wasserstein1(grid, density, target))
+    assert found["capped"].kl < 0.02 < 0.05 < found["CFG"].kl
+    assert found["bracket"].kl == pytest.approx(found["capped"].kl, rel=1e-3)  # its floor is felt in the noise
+    errors = errors_of_ways(comparison, ("CFG", "capped"))
+    assert errors["capped"] < 0.05 * errors["CFG"]
+    lost = produced(chains["unguided"], Grid.line(0, 3, 100), torch.full((100,), 1 / 3, dtype=torch.float64))
+    assert lost.kl == lost.wasserstein == float("inf")
+
+
+@pytest.mark.parametrize(("std_c", "std_u"), [(0.5, 0.9), (0.9, 0.5)])
+def test_excess_is_the_relative_covariance(std_c, std_u):
+    [comparison] = compare(gaussians(std_c, std_u), (1.0,), Grid.line(-4, 4, 64), SCHEDULE)
+    found = excess(comparison)
+    assert found.shape == (9, 64) and (found[0] == 0).all()
+    for t in (1, 5, 8):
+        alpha, sigma = SCHEDULE.level(t)
+        c, u = (1 / (1 / s**2 + alpha**2 / sigma**2) for s in (std_c, std_u))
+        torch.testing.assert_close(found[t], torch.full((64,), u / c - 1, dtype=torch.float64))
+
+
+def test_excess_sees_the_worst_direction():
+    wide = GaussianMixture([1.0], [[0.0, 0.0]], torch.diag(torch.tensor([0.9, 0.1], dtype=torch.float64))[None])
+    data = Toy("crossed", (wide,), GaussianMixture.isotropic([1.0], [[0.0, 0.0]], 0.5))
+    [comparison] = compare(data, (0.5,), Grid.square(-2, 2, 16), SCHEDULE)
+    alpha, sigma = SCHEDULE.level(4)
+    c, u = (1 / (1 / v + alpha**2 / sigma**2) for v in (0.9, 0.25))
+    torch.testing.assert_close(excess(comparison)[4], torch.full((16, 16), u / c - 1, dtype=torch.float64))

@@ -1,0 +1,272 @@
+"""The demo's page in headless Chromium: what a visitor sees and does."""
+
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
+
+from companion.minis.scenes import SHAPES
+from companion.page import Models, build_page, serve
+from companion.pipelines.registry import load
+from tests.evaluation.scene_pipelines import save_scene_dit, scene_adm
+from tests.page.test_page import free_port
+
+pytestmark = pytest.mark.browser
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+SECONDS = 30_000  # of patience, in milliseconds
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory) -> Iterator[str]:
+    folder = save_scene_dit(tmp_path_factory.mktemp("pipelines") / "scenes")
+    models = Models(str(folder), load(folder))
+    models.judge = lambda images: 5 * torch.nn.functional.one_hot(torch.full((len(images),), 4), len(SHAPES)).float()
+    models.guided_names, models.guided_first = ("adm",), "adm"
+    models._loaded["adm"] = scene_adm()
+    page = serve(build_page(models), host="127.0.0.1", port=free_port())
+    yield page.local_url
+    page.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def browser(chromium_path, tmp_path_factory) -> Iterator[BrowserContext]:
+    with sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            tmp_path_factory.mktemp("profile"),
+            executable_path=chromium_path,
+            args=FLAGS,
+            viewport={"width": 1366, "height": 768},
+            permissions=["clipboard-read", "clipboard-write"],
+        )
+        yield context
+        context.close()
+
+
+@pytest.fixture
+def page(browser, address) -> Iterator[Page]:
+    """A fresh visit; it ends with what must hold for every visit: no console errors, nothing fetched from elsewhere."""
+    complaints: list[str] = []
+    page = browser.new_page()
+    page.set_default_timeout(SECONDS)
+    page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on(
+        "request",
+        lambda request: None if request.url.startswith((address, "data:", "blob:")) else complaints.append(request.url),
+    )
+    page.goto(address)
+    expect(button(page, "Generate")).to_be_enabled(timeout=SECONDS)
+    yield page
+    page.close()
+    assert complaints == []
+
+
+def button(page: Page, name: str) -> Any:
+    return page.get_by_role("button", name=name, exact=True)
+
+
+def set_number(page: Page, label: str, value: str) -> None:
+    page.get_by_label(label).fill(value)
+    page.get_by_label(label).press("Tab")
+
+
+def generate(page: Page, steps: str = "8") -> None:
+    set_number(page, "Steps (1–1000)", steps)
+    button(page, "Generate").click()
+
+
+def status(page: Page) -> Any:
+    return page.locator("#status .status")
+
+
+def pictures(page: Page, side: str) -> Any:
+    return page.locator(f"#gallery-{side} .grid-container img")
+
+
+def test_generate_compare_and_copy(page, tmp_path):
+    assert not page.locator("#slider").is_visible()  # nothing to compare yet
+    generate(page)
+    expect(status(page)).to_contain_text("Done: both sides in", timeout=SECONDS)
+    for side in ("without", "with_reg"):
+        expect(pictures(page, side)).to_have_count(8)
+        expect(page.locator(f"#bar-{side}")).to_contain_text("8 steps in")
+    expect(page.locator("#gallery-with_reg")).to_contain_text("✓ heart")
+    expect(page.locator("#gallery-with_reg")).to_contain_text("✗ heart")
+    expect(page.locator("#measured")).to_contain_text("2 of 8")
+    expect(page.locator("#measured")).to_contain_text("MiB")
+    expect(button(page, "Generate")).to_be_enabled()
+    expect(button(page, "Cancel")).to_be_disabled()
+
+    # The first pair is shown; another is chosen in either gallery.
+    difference = page.locator("#difference img")
+    first = difference.get_attribute("src")
+    expect(page.locator("#slider img")).to_have_count(2)
+    page.locator("#gallery-without .grid-container button").nth(2).click()
+    expect(difference).not_to_have_attribute("src", first)
+    for side in ("without", "with_reg"):
+        expect(page.locator(f"#gallery-{side} .grid-container button").nth(2)).to_have_class(re.compile("selected"))
+
+    # Dragging the handle uncovers one picture and covers the other.
+    box = page.locator("#slider img").first.bounding_box()
+    middle = box["y"] + box["height"] / 2
+    before = page.locator("#slider").screenshot()
+    page.mouse.move(box["x"] + box["width"] / 2, middle)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.9, middle, steps=4)
+    page.mouse.up()
+    assert page.locator("#slider").screenshot() != before
+
+    page.locator("#script button[title*='opy'], #script button[aria-label*='opy']").first.click()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert "companion.load(" in copied and "num_inference_steps=8" in copied
+    compile(copied, "copied", "exec")
+
+
+def test_cancel_keeps_the_pictures_so_far(page):
+    generate(page, "1000")
+    expect(status(page)).to_contain_text("Sampling without REG")
+    expect(pictures(page, "without").first).to_be_visible(timeout=SECONDS)
+    expect(button(page, "Generate")).to_be_disabled()
+    began = time.monotonic()
+    button(page, "Cancel").click()
+    expect(status(page)).to_contain_text(re.compile(r"Cancelled at step \d+ of 1000"))
+    assert time.monotonic() - began < 5
+    expect(pictures(page, "without")).to_have_count(8)
+    generate(page)  # and it goes on working
+    expect(status(page)).to_contain_text("Done", timeout=SECONDS)
+
+
+def test_bad_input_is_said_and_costs_no_picture(page):
+    generate(page, "4")
+    expect(status(page)).to_contain_text("Done", timeout=SECONDS)
+    before = [pictures(page, "with_reg").nth(i).get_attribute("src") for i in range(8)]
+    for steps, got in (("0", "0"), ("1000000", "1000000"), ("", "nothing")):
+        began = time.monotonic()
+        generate(page, steps)
+        expect(status(page)).to_have_text(f"steps must be a whole number from 1 to 1000, got {got}")
+        expect(page.locator(".toast-body").last).to_contain_text("steps must be a whole number")
+        assert time.monotonic() - began < 5
+        expect(button(page, "Generate")).to_be_enabled()
+        assert [pictures(page, "with_reg").nth(i).get_attribute("src") for i in range(8)] == before
+        page.locator(".toast-close").last.click()
+
+    model = page.get_by_label("Model: choose, or type a folder or hub name")
+    model.fill("mini-dot")
+    model.press("Enter")
+    expect(status(page)).to_contain_text("model 'mini-dot' is not known")
+    expect(pictures(page, "with_reg")).to_have_count(8)
+
+
+def test_two_visitors_at_once(page, browser, address):
+    other = browser.new_page()
+    other.goto(address)
+    expect(button(other, "Generate")).to_be_enabled(timeout=SECONDS)
+    generate(page, "400")
+    expect(status(page)).to_contain_text("Sampling")
+    generate(other, "4")
+    expect(status(other)).to_contain_text("Waiting: one run is ahead of you.")
+    expect(status(other)).to_contain_text("Done", timeout=2 * SECONDS)
+    expect(status(page)).to_contain_text("Done")
+    for visitor in (page, other):
+        expect(pictures(visitor, "with_reg")).to_have_count(8)
+    other.close()
+
+
+def test_leaving_the_page_ends_its_run(page, browser, address):
+    other = browser.new_page()
+    other.goto(address)
+    expect(button(other, "Generate")).to_be_enabled(timeout=SECONDS)
+    generate(other, "1000")
+    expect(status(other)).to_contain_text("Sampling")
+    other.close()
+    generate(page, "4")
+    expect(status(page)).to_contain_text("Done", timeout=SECONDS)
+
+
+def test_the_controls_of_a_schedule_come_with_it(page):
+    expect(page.get_by_label("Peak weight ×")).to_be_hidden()
+    page.get_by_label("Scale over time").click()
+    page.get_by_role("option", name="power-cosine").click()
+    expect(page.get_by_label("Peak weight ×")).to_be_visible()
+    expect(page.get_by_label("From timestep")).to_be_hidden()
+    set_number(page, "Peak weight ×", "")
+    generate(page)
+    expect(status(page)).to_have_text("peak must be a number from -10 to 10, got nothing")
+
+
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1366, 768)])
+def test_nothing_sticks_out_on_a_phone_or_a_laptop(page, width, height):
+    page.set_viewport_size({"width": width, "height": height})
+    generate(page, "2")
+    expect(status(page)).to_contain_text("Done", timeout=SECONDS)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for side in ("without", "with_reg"):
+        boxes = [pictures(page, side).nth(i).bounding_box() for i in range(8)]
+        gallery = page.locator(f"#gallery-{side}").bounding_box()
+        assert all(
+            gallery["x"] <= box["x"] and box["x"] + box["width"] <= gallery["x"] + gallery["width"] for box in boxes
+        )
+        assert min(box["width"] for box in boxes) >= 60
+    if width > 1000:  # the button is in sight when the page opens
+        page.evaluate("window.scrollTo(0, 0)")
+        place = button(page, "Generate").bounding_box()
+        assert place["y"] + place["height"] <= height
+
+
+def test_classifier_guidance(page):
+    """The second tab: two ways to compare, what comes with a divergence, bad input, small screens."""
+    page.get_by_role("tab", name="Classifier guidance").click()
+    said = page.locator("#classifier-status .status")
+    begin = page.locator("#classifier-generate")
+    expect(begin).to_be_enabled(timeout=SECONDS)
+    expect(page.locator("#status")).to_be_hidden()
+
+    steps = page.get_by_label("Steps (1–1000)").locator("visible=true")
+    steps.fill("4")
+    begin.click()
+    expect(said).to_contain_text("Done: both sides in", timeout=SECONDS)
+    for side, title in (("without", "Without rectification"), ("with_reg", "With rectification")):
+        expect(page.locator(f"#classifier-gallery-{side} .grid-container img")).to_have_count(8)
+        expect(page.locator(f"#classifier-bar-{side}")).to_contain_text(title)
+    expect(page.locator("#classifier-measured")).to_contain_text("2 of 8")
+    expect(page.locator("#classifier-slider")).to_contain_text("without rectification | with rectification")
+
+    expect(page.get_by_label("Strength a")).to_be_hidden()
+    page.get_by_label("the plain score and this score").check()
+    page.get_by_label("Divergence", exact=True).click()
+    page.get_by_role("option", name="Jensen-Shannon").click()
+    expect(page.get_by_label("Strength a")).to_be_visible()
+    set_number(page, "Smoothing ε (0–1)", "2")
+    before = page.locator("#classifier-gallery-with_reg .grid-container img").first.get_attribute("src")
+    begin.click()
+    expect(said).to_have_text("smoothing ε must be a number from 0 to 1, got 2", timeout=SECONDS)
+    assert page.locator("#classifier-gallery-with_reg .grid-container img").first.get_attribute("src") == before
+    page.locator(".toast-close").last.click()
+    set_number(page, "Smoothing ε (0–1)", "0.9")
+    begin.click()
+    expect(page.locator("#classifier-bar-with_reg")).to_contain_text("Jensen-Shannon, a = 1, ε = 0.9", timeout=SECONDS)
+    expect(said).to_contain_text("Done", timeout=SECONDS)
+
+    for width in (400, 1280):
+        page.set_viewport_size({"width": width, "height": 844})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.get_by_role("tab", name="Guidance with and without REG").click()
+    expect(button(page, "Generate")).to_be_visible()
+
+
+def test_links_name_both_papers(page):
+    targets = [link.get_attribute("href") for link in page.locator("#head a").all()]
+    assert targets == ["https://arxiv.org/abs/2501.18865", "https://arxiv.org/abs/2511.05844"]
