@@ -67,7 +67,7 @@ def test_a_constant_reward_stays_constant(variance):
     log_reward = torch.full(GRID.shape, 3.0, dtype=torch.float64)
     for t in range(20, 0, -1):
         implied = implied_reward(chain, GRID, densities, log_reward, t)
-        held = densities[t - 1] > 1e-8
+        held = densities[t - 1] > 1e-7  # rounding, 1e-16, over the density is below the bound
         assert implied[held].abs().max() < 1e-9
         log_reward = torch.where(implied.isnan(), 0.0, implied)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForImageClassification, AutoTokenizer, CLIPTextModelWithProjection
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
-from companion import __main__ as command
+from companion.cli import main as command
 from companion.minis import clip
 from companion.minis.scenes import LARGE, MARGIN, SIZE, render, scene
 from companion.minis.training import TrainingConfig
