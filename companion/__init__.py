@@ -29,7 +29,8 @@ from companion.pipelines.adm.pipeline import ADMPipeline, load_adm
 from companion.pipelines.adm.presets import ADM_PRESETS, PUBLISHED_GUIDANCE, published_guidance
 from companion.pipelines.edm2.pipeline import EDM2Pipeline, load_edm2
 from companion.pipelines.edm2.presets import EDM2_PRESETS
-from companion.pipelines.guider.guider import RECTIFIABLE_GUIDERS, RectifiedGradientGuidance
+from companion.pipelines.guider.guider import RectifiedGradientGuidance
+from companion.pipelines.guider.settings import RECTIFIABLE_GUIDERS
 from companion.pipelines.hook import (
     SAMPLING_PRODUCTS,
     GuidanceStep,

@@ -29,7 +29,8 @@ from diffusers.modular_pipelines.stable_diffusion_xl.denoise import (
 from torch import Tensor, nn
 
 from companion import PRODUCTS, ConstantWeight, IntervalWeight, LinearWeight, PowerCosineWeight
-from companion.pipelines.guider.guider import RECTIFIABLE_GUIDERS, RectifiedGradientGuidance
+from companion.pipelines.guider.guider import RectifiedGradientGuidance
+from companion.pipelines.guider.settings import RECTIFIABLE_GUIDERS
 from companion.seeding import sample_generators
 from tests.pipelines.tiny_modular import (
     BlockNetwork,
