@@ -8,7 +8,6 @@ import gradio as gr
 
 from companion.evaluation.comparison.classifier_side_by_side import COMPARED, ClassifierSettings
 from companion.evaluation.comparison.script import classifier_as_python
-from companion.evaluation.comparison.side_by_side import MAX_STEPS, class_names
 from companion.guidance.classifier.scores import ClassifierScore
 from companion.page.models import OWN, Models
 from companion.page.queue import Turns
@@ -18,6 +17,7 @@ from companion.page.showing import Run, SideText, results, sentence, status
 from companion.pipelines.adm.guidance import GRADIENT_AT
 from companion.pipelines.adm.pipeline import ADMPipeline
 from companion.pipelines.adm.sampler import SAMPLERS
+from companion.pipelines.capabilities import MAX_STEPS, class_names
 
 NO_DIVERGENCE, AS_TRAINED = "none", "as trained"
 DIVERGENCE_NAMES = {

@@ -8,20 +8,14 @@ import gradio as gr
 from diffusers import DiffusionPipeline
 
 from companion.evaluation.comparison.script import as_python
-from companion.evaluation.comparison.side_by_side import (
-    MAX_STEPS,
-    Settings,
-    check_settings,
-    class_names,
-    scheduler_names,
-    takes_prompts,
-)
+from companion.evaluation.comparison.side_by_side import Settings
 from companion.guidance.weights import GuidanceWeight, IntervalWeight, LinearWeight, PowerCosineWeight
 from companion.page.models import Models
 from companion.page.queue import Turns
 from companion.page.reading import MAX_PICTURES, asked_classes, choice, class_options, counts, in_turn, number
 from companion.page.running import HIDDEN, Runs, buttons
 from companion.page.showing import Run, SideText, results, sentence, status
+from companion.pipelines.capabilities import MAX_STEPS, class_names, scheduler_names, takes_prompts
 
 MAX_SCALE = 30.0
 _DEFAULT_PROMPTS = (
@@ -104,7 +98,7 @@ def read(
         steps=step_count,
         seed=seed_number,
     )
-    check_settings(pipe, settings)
+    settings.check(pipe)
     script = as_python(name, pipe, settings, device=models.device, dtype=models.dtype)
     return Run(pipe, settings, in_turn(captions, count), script, SIDES)
 

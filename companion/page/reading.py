@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from companion.evaluation.comparison.side_by_side import MAX_STEPS, class_names, class_number
+from companion.pipelines.capabilities import MAX_STEPS, class_names, class_number
 
 MAX_PICTURES = 16
 _LARGEST_SEED = 2**32 - 1

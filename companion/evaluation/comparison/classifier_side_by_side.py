@@ -11,12 +11,13 @@ from typing import Any, Literal, get_args
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from companion.evaluation.comparison.side_by_side import MAX_STEPS, SideName, Way, class_names, class_number
+from companion.evaluation.comparison.side_by_side import SideName, Way
 from companion.guidance.classifier.scores import PLAIN, ClassifierScore
 from companion.pipelines.adm.classifier import class_count
 from companion.pipelines.adm.guidance import GradientAt
 from companion.pipelines.adm.pipeline import ADMPipeline
 from companion.pipelines.adm.sampler import Sampler, sampling_timesteps
+from companion.pipelines.capabilities import check_steps, class_names, class_number
 from companion.pipelines.hook import RectifiedGuidanceConfig, SamplingProduct, check_sampling_product
 from companion.seeding import sample_generators
 
@@ -67,8 +68,7 @@ class ClassifierSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest <= value < math.inf:
                 raise ValueError(f"{name} must be a number of at least {lowest:g}, got {value!r}")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or not 1 <= self.steps <= MAX_STEPS:
-            raise ValueError(f"steps must be an integer from 1 to {MAX_STEPS}, got {self.steps!r}")
+        check_steps(self.steps)
         check_sampling_product(self.product)
         if self.product == "covariance":
             raise ValueError("covariance compares two predictions, and a classifier gives none: take another product")

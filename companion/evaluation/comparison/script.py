@@ -8,8 +8,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from companion.evaluation.comparison.classifier_side_by_side import ClassifierSettings
-from companion.evaluation.comparison.side_by_side import Settings, class_names, scheduler_options
+from companion.evaluation.comparison.side_by_side import Settings
 from companion.guidance.classifier.scores import PLAIN, ClassifierScore
+from companion.pipelines.capabilities import class_names, scheduler_options
 
 
 def as_python(

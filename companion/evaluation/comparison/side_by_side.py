@@ -8,8 +8,6 @@ What is compared is exchangeable: `Settings` compares the products of classifier
 `companion.evaluation.comparison.classifier_side_by_side` those and the scores of classifier guidance.
 """
 
-import inspect
-import math
 import queue
 import threading
 import time
@@ -19,7 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
-import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,15 +28,20 @@ from torch import Tensor
 from companion.evaluation.sampling.memory import peak_memory
 from companion.guidance.weights import GuidanceWeight
 from companion.minis.scenes import SHAPES, SIZE
-from companion.pipelines.adm.classifier import class_count
 from companion.pipelines.adm.pipeline import ADMPipeline
+from companion.pipelines.capabilities import (
+    check_call,
+    check_guidance_scale,
+    check_steps,
+    class_names,
+    scheduler_for,
+    takes_prompts,
+)
 from companion.pipelines.edm2.pipeline import EDM2Pipeline
 from companion.pipelines.hook import (
     GuidanceStep,
     RectifiedGuidanceConfig,
-    RectifiesItself,
     SamplingProduct,
-    check_pipeline,
     check_sampling_product,
     rectified_guidance,
 )
@@ -49,7 +51,6 @@ SideName = Literal["without", "with_reg"]
 Judge = Callable[[Float[Tensor, "batch 3 height width"]], Float[Tensor, "batch shapes"]]
 """Pictures in [-1, 1] -> logits over `SHAPES`."""
 
-MAX_STEPS = 1000
 PREVIEW_SHARE = 0.05
 
 
@@ -100,82 +101,6 @@ class Comparison(Protocol):
         ...
 
 
-# DiTPipeline never scales its first noise by `init_noise_sigma`: its scheduler must keep a variance-preserving state.
-_PRESERVING = {
-    "DDIMScheduler": "DDIM",
-    "DPMSolverMultistepScheduler": "DPM-Solver++",
-    "UniPCMultistepScheduler": "UniPC",
-    "DEISMultistepScheduler": "DEIS",
-    "PNDMScheduler": "PNDM",
-}
-_EXPLODING = {"EulerDiscreteScheduler": "Euler", "HeunDiscreteScheduler": "Heun"}
-# Flow pipelines hand their own levels to `set_timesteps`, which other schedulers of flows do not take.
-_FLOW = {"FlowMatchEulerDiscreteScheduler": "Euler, along the flow"}
-
-
-def takes_prompts(pipe: DiffusionPipeline) -> bool:
-    """Whether the pipeline is told what to draw in words; otherwise by class numbers."""
-    return "prompt" in inspect.signature(type(pipe).__call__).parameters
-
-
-def scheduler_names(pipe: DiffusionPipeline) -> dict[str, str]:
-    """The schedulers that make sense for the pipeline, its own one first: diffusers' name -> people's name.
-
-    None for a pipeline with a sampler of its own.
-    """
-    if isinstance(pipe, RectifiesItself):
-        return {}
-    own = type(pipe.scheduler).__name__
-    if own in _FLOW:
-        return dict(_FLOW)
-    known = _PRESERVING | _EXPLODING if takes_prompts(pipe) else _PRESERVING
-    return {own: known.get(own, own)} | known
-
-
-def class_names(pipe: DiffusionPipeline) -> dict[int, str]:
-    """Class number -> name (the number again where there is none); empty for a pipeline that takes prompts."""
-    if takes_prompts(pipe):
-        return {}
-    if isinstance(pipe, ADMPipeline):
-        return _adm_class_names(pipe)
-    names: dict[int, str] = {}
-    for name, number in pipe.labels.items():
-        names.setdefault(number, name)
-    if names:
-        return dict(sorted(names.items()))
-    if isinstance(pipe, RectifiesItself):
-        return {i: str(i) for i in range(pipe.unet.config.num_classes)}  # type: ignore[attr-defined]
-    return {i: str(i) for i in range(pipe.transformer.config.num_embeds_ada_norm)}
-
-
-def _adm_class_names(pipe: ADMPipeline) -> dict[int, str]:
-    """By the classifier, which is trained to tell them apart; `labels`, where it has been given another one."""
-    if labels := getattr(pipe, "labels", None):
-        return {number: name for name, number in labels.items()}
-    config = getattr(pipe.classifier, "config", None)
-    known = {int(i): str(name) for i, name in (getattr(config, "id2label", None) or {}).items()}
-    embedded = pipe.unet.config.num_class_embeds
-    count = embedded - (pipe.config.null_class is not None) if embedded else class_count(pipe.classifier) or 0
-    named = len(known) == count and not any(name.startswith("LABEL_") for name in known.values())
-    return {i: known[i] if named else str(i) for i in range(count)}
-
-
-def class_number(pipe: DiffusionPipeline, name: str | int) -> int:
-    """The class of a name or number.
-
-    Raises:
-        ValueError: the pipeline has no such class; the message lists some that it has.
-    """
-    names = class_names(pipe)
-    number = next((number for number, known in names.items() if known == name), getattr(pipe, "labels", {}).get(name))
-    if number is None and str(name).strip().isdecimal():
-        number = int(name)
-    if number is None or number not in names:
-        some = ", ".join(list(names.values())[:10]) + (", …" if len(names) > 10 else "")
-        raise ValueError(f"unknown class {str(name)!r}: the model draws {some}")
-    return number
-
-
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides how the two sides look.
@@ -205,17 +130,14 @@ class Settings:
         object.__setattr__(self, "conditions", tuple(self.conditions))
         if len(self.conditions) == 0:
             raise ValueError("conditions must hold at least one class or prompt, one for each picture")
-        scale = self.guidance_scale
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 1 <= scale < math.inf:
-            raise ValueError(f"guidance_scale must be a number of at least 1, got {scale!r}")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or not 1 <= self.steps <= MAX_STEPS:
-            raise ValueError(f"steps must be an integer from 1 to {MAX_STEPS}, got {self.steps!r}")
+        check_guidance_scale(self.guidance_scale)
+        check_steps(self.steps)
         check_sampling_product(self.product)
         sample_generators(self.seed, [0])
 
     def check(self, pipe: DiffusionPipeline) -> None:
-        """See `check_settings`."""
-        check_settings(pipe, self)
+        """See `check_call`."""
+        check_call(pipe, self.conditions, scheduler=self.scheduler, steps=self.steps)
 
     def ways(self) -> Mapping[SideName, Way]:
         """Everyday guidance, and the product."""
@@ -230,44 +152,6 @@ class Settings:
             )
             for name, product in products.items()
         }
-
-
-def check_settings(pipe: DiffusionPipeline, settings: Settings) -> None:
-    """Refuse what this pipeline cannot do, before any time is spent on it.
-
-    Raises:
-        ValueError: unsupported pipeline, classes or prompts that it does not take, a scheduler or a number of steps
-            that does not work with it.
-    """
-    check_pipeline(pipe)
-    for condition in settings.conditions:
-        if takes_prompts(pipe):
-            if not isinstance(condition, str):
-                raise ValueError(f"conditions must be prompts for {type(pipe).__name__}, got {condition!r}")
-        else:
-            class_number(pipe, condition)
-    names = scheduler_names(pipe)
-    if not names:
-        if settings.scheduler is not None:
-            raise ValueError(
-                f"scheduler must be left out: {type(pipe).__name__} has a sampler of its own, got {settings.scheduler}"
-            )
-        return
-    if settings.scheduler is not None and settings.scheduler not in names:
-        raise ValueError(f"scheduler must be one of {', '.join(names)}, got {settings.scheduler!r}")
-    scheduler = _scheduler(pipe, settings.scheduler or type(pipe.scheduler).__name__, fresh=True)
-    try:
-        shifted = {"mu": 0.0} if scheduler.config.get("use_dynamic_shifting") else {}
-        scheduler.set_timesteps(settings.steps, **shifted)
-        # Solvers divide by differences of levels; rounded timesteps repeat when there are nearly as many as levels.
-        distinct = "solver_order" not in scheduler.config or bool((scheduler.sigmas.diff() != 0).all())
-    except Exception as error:
-        raise ValueError(f"{names[type(scheduler).__name__]} cannot take {settings.steps} steps: {error}") from error
-    if not distinct:
-        name = names[type(scheduler).__name__]
-        raise ValueError(
-            f"{name} cannot take {settings.steps} steps: it would meet a noise level twice; take fewer, or DDIM"
-        )
 
 
 @dataclass(frozen=True)
@@ -352,13 +236,13 @@ def compare(
             are made. An exception in it ends the sampling and is passed on.
 
     Raises:
-        ValueError: see `check_settings`.
+        ValueError: see `check_call`.
     """
     settings.check(pipe)
     state = SideBySide()
     own_scheduler, own_bar = getattr(pipe, "scheduler", None), getattr(pipe, "_progress_bar_config", None)
     if own_scheduler is not None:
-        pipe.scheduler = _scheduler(pipe, settings.scheduler)
+        pipe.scheduler = scheduler_for(pipe, settings.scheduler)
     pipe.set_progress_bar_config(disable=True)
     try:
         ways = settings.ways()
@@ -402,7 +286,7 @@ def stream(
 
     Raises:
         Cancelled: `cancelled` was set.
-        ValueError: see `check_settings`; like any exception of the sampling, at the next item.
+        ValueError: see `check_call`; like any exception of the sampling, at the next item.
     """
     cancelled = cancelled or threading.Event()
     latest: queue.Queue[SideBySide | BaseException] = queue.Queue(maxsize=1)
@@ -438,19 +322,6 @@ def stream(
     finally:
         cancelled.set()
         thread.join()
-
-
-def scheduler_options(name: str) -> dict[str, Any]:
-    """What a scheduler is configured with on top of the pipeline's own scheduler's configuration."""
-    # Without its Runge-Kutta start, as Stable Diffusion uses it: PNDM then takes any number of steps.
-    return {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
-
-
-def _scheduler(pipe: DiffusionPipeline, name: str | None, *, fresh: bool = False) -> Any:
-    own = type(pipe.scheduler)
-    if name is None or name == own.__name__:
-        return own.from_config(pipe.scheduler.config) if fresh else pipe.scheduler
-    return getattr(diffusers, name).from_config(pipe.scheduler.config, **scheduler_options(name))
 
 
 def _sample(

@@ -4,23 +4,14 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from companion.evaluation.comparison.side_by_side import (
-    Settings,
-    check_settings,
-    class_names,
-    class_number,
-    scheduler_options,
-    takes_prompts,
-)
 from companion.guidance.classifier.scores import ClassifierScore
 from companion.guidance.weights import (
     ConstantWeight,
@@ -30,6 +21,17 @@ from companion.guidance.weights import (
     PowerCosineWeight,
 )
 from companion.pipelines.adm.pipeline import ADMPipeline
+from companion.pipelines.capabilities import (
+    check_call,
+    check_guidance_scale,
+    check_reference,
+    check_steps,
+    class_names,
+    class_number,
+    guidance_argument,
+    scheduler_for,
+    takes_prompts,
+)
 from companion.pipelines.hook import RectifiedGuidanceConfig, RectifiesItself, SamplingProduct, check_sampling_product
 from companion.pipelines.paper_models import PAPER_MODELS
 from companion.seeding import sample_seed
@@ -206,68 +208,21 @@ def check_sampling(pipe: DiffusionPipeline, settings: SamplingSettings) -> None:
 
     Raises:
         ValueError: unsupported pipeline, classes or prompts that it does not take, a scheduler or a number of steps
-            that does not work with it.
+            that does not work with it, or a guidance scale below 1 where there is no sampler of our own.
     """
-    _check_reference(pipe, settings.call.get("guidance_reference"))
-    if isinstance(pipe, RectifiesItself):
-        _check_classes(pipe, settings.conditions)
-        if settings.scheduler is not None:
-            raise ValueError(
-                f"scheduler must be left out: {type(pipe).__name__} has a sampler of its own, got {settings.scheduler}"
-            )
-        return
-    unlike = dict.fromkeys(settings.conditions)
-    check_settings(
-        pipe,
-        Settings(
-            conditions=list(unlike),  # type: ignore[arg-type]
-            guidance_scale=settings.guidance_scale,
-            product=settings.product,
-            scheduler=settings.scheduler,
-            steps=settings.steps,
-            seed=settings.seed,
-        ),
-    )
-
-
-def _check_classes(pipe: DiffusionPipeline, conditions: Sequence[int | str]) -> None:
-    known = class_names(pipe)
-    wrong = next((c for c in conditions if not isinstance(c, int) or c not in known), None)
-    if wrong is not None:
-        raise ValueError(f"unknown class {wrong!r}: {type(pipe).__name__} takes numbers from 0 to {len(known) - 1}")
-
-
-def _check_reference(pipe: Any, reference: str | None) -> None:
-    if reference is None:
-        return
-    if "guidance_reference" not in inspect.signature(type(pipe).__call__).parameters:
-        raise ValueError(f"reference must be left out: {type(pipe).__name__} has no choice of one, got {reference!r}")
-    there = {"guide": pipe.guide is not None, "null_label": bool(pipe.config.null_labels)}
-    if not there.get(reference, False):
-        has = " or ".join(name for name, yes in there.items() if yes) or "left out"
-        raise ValueError(f"reference must be {has} for this {type(pipe).__name__}, got {reference!r}")
+    check_reference(pipe, settings.call.get("guidance_reference"))
+    if not isinstance(pipe, RectifiesItself):
+        check_guidance_scale(settings.guidance_scale)
+        check_steps(settings.steps)
+    unlike = list(dict.fromkeys(settings.conditions))
+    check_call(pipe, unlike, scheduler=settings.scheduler, steps=settings.steps)  # type: ignore[arg-type]
 
 
 def with_scheduler(pipe: DiffusionPipeline, name: str | None) -> DiffusionPipeline:
     """The same pipeline with another of diffusers' schedulers, configured from its own; None leaves it as it is."""
-    if name is not None and name != type(pipe.scheduler).__name__:
-        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **scheduler_options(name))
+    if name is not None:
+        pipe.scheduler = scheduler_for(pipe, name)
     return pipe
-
-
-def guidance_argument(pipe: DiffusionPipeline) -> str:
-    """The argument of the pipeline's call that scales classifier-free guidance.
-
-    Where there are two, `guidance_scale` is an input of a network that has its guidance distilled into it.
-
-    Raises:
-        ValueError: there is none.
-    """
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    for name in ("true_cfg_scale", "guidance_scale"):
-        if name in parameters:
-            return name
-    raise ValueError(f"{type(pipe).__name__} takes no guidance_scale, so there is no guidance to set")
 
 
 def model_defaults(model: str, pipe: DiffusionPipeline) -> dict[str, Any]:

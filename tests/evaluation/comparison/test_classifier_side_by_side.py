@@ -7,11 +7,12 @@ from PIL import Image
 
 import companion
 from companion.evaluation.comparison.classifier_side_by_side import ClassifierSettings, with_classifier
-from companion.evaluation.comparison.side_by_side import class_names, class_number, compare
+from companion.evaluation.comparison.side_by_side import compare
 from companion.guidance.classifier.scores import ClassifierScore
 from companion.minis.classifier import load_classifier
 from companion.minis.scenes import SHAPES, labels, render, scene
 from companion.pipelines.adm.pipeline import ADMPipeline
+from companion.pipelines.capabilities import class_names, class_number
 from tests.evaluation.scene_pipelines import scene_adm, scene_dit, scene_resnet
 
 JENSEN_SHANNON = ClassifierScore(marginal_temperature=0.5, divergence="jensen_shannon", strength=2.0, smoothing=0.8)

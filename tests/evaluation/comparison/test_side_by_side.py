@@ -15,15 +15,13 @@ from companion.evaluation.comparison.side_by_side import (
     Settings,
     SideBySide,
     asked_shapes,
-    class_number,
     compare,
-    scheduler_names,
     stream,
-    takes_prompts,
 )
 from companion.guidance.weights import LinearWeight
 from companion.minis.scenes import SHAPES
 from companion.networks.edm2 import EDM2UNet
+from companion.pipelines.capabilities import scheduler_names, takes_prompts
 from companion.pipelines.edm2.pipeline import EDM2Pipeline
 from companion.pipelines.hook import RectifiedGuidanceConfig, rectified_guidance
 from companion.seeding import sample_generators
@@ -81,7 +79,7 @@ def test_a_pipeline_with_a_sampler_of_its_own():
     with pytest.raises(ValueError, match="scheduler must be left out: EDM2Pipeline has a sampler of its own"):
         compare(own, replace(SETTINGS, scheduler="DDIMScheduler"))
     with pytest.raises(ValueError, match="unknown class 'unicorn': the model draws circle, "):
-        class_number(own, "unicorn")
+        compare(own, replace(SETTINGS, conditions=["unicorn"]))
 
 
 def test_both_sides_have_the_weight_over_time(pipe):
@@ -294,12 +292,6 @@ def test_refusals_come_before_any_sampling(pipe, monkeypatch, changed, sentence)
     with pytest.raises(ValueError, match=sentence):
         compare(pipe, replace(SETTINGS, **changed))
     assert calls == []
-
-
-def test_class_numbers_and_names(pipe):
-    assert class_number(pipe, "heart") == class_number(pipe, 4) == class_number(pipe, "4") == SHAPES.index("heart")
-    with pytest.raises(ValueError, match="unknown class 'dragon'"):
-        class_number(pipe, "dragon")
 
 
 def test_the_pipelines_own_scheduler_is_the_default():

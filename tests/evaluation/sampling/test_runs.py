@@ -321,7 +321,7 @@ def test_classes_of_a_pipeline_of_pixels():
     assert conditions_for(pipe) == tuple(range(10)) and conditions_for(pipe, classes="star, 0") == (3, 0)
     with pytest.raises(ValueError, match="unknown class 'cat': the model draws circle"):
         conditions_for(pipe, classes="cat")
-    with pytest.raises(ValueError, match="unknown class 10: ADMPipeline takes numbers from 0 to 9"):
+    with pytest.raises(ValueError, match="unknown class '10': the model draws circle"):
         check_sampling(pipe, replace(SETTINGS, conditions=(1, 10)))
     assert "classifier_scale" not in model_defaults("adm", pipe)["call"]
     pipe.register_modules(classifier=None)

@@ -1,15 +1,14 @@
-"""What a run is told to draw with: references of EDM2 pipelines, and the argument that scales guidance."""
+"""What a run draws with: references of EDM2 pipelines, on the command line too."""
 
 import argparse
 from pathlib import Path
 
-import diffusers
 import pytest
 import torch
 
 from companion.evaluation.sampling import runs
 from companion.evaluation.sampling.runs import settings_from
-from companion.evaluation.sampling.settings import SamplingSettings, check_sampling, guidance_argument
+from companion.evaluation.sampling.settings import SamplingSettings, check_sampling
 from tests.evaluation.scene_pipelines import scene_dit
 from tests.pipelines.edm2.test_pipeline import tiny_edm2
 
@@ -47,14 +46,3 @@ def test_the_command_line_names_the_reference():
     chosen = settings_from(parser.parse_args([*given, "--reference", "null_label"]), pipe)
     assert chosen.call == {"guidance_reference": "null_label"} and chosen.product == "covariance"
     assert chosen.identity(pipe)["call"] == {"guidance_reference": "null_label"}
-
-
-def test_the_argument_that_scales_guidance():
-    expected = {"FluxPipeline": "true_cfg_scale", "QwenImagePipeline": "true_cfg_scale",
-                "StableDiffusionPipeline": "guidance_scale", "DiTPipeline": "guidance_scale"}  # fmt: skip
-    for name, argument in expected.items():
-        kind = getattr(diffusers, name)
-        assert guidance_argument(kind.__new__(kind)) == argument
-    without = diffusers.DDPMPipeline
-    with pytest.raises(ValueError, match="DDPMPipeline takes no guidance_scale"):
-        guidance_argument(without.__new__(without))
