@@ -1,10 +1,8 @@
 """Mean and covariance of reference features, and the published files of them: ADM's npz, EDM2's pickle or npz.
 
-Pickles can run any code when they are loaded. Here they are read with a list of what may be in them: numbers, names and
-NumPy arrays; everything else is refused.
+Pickles are programs. Here only the numbers in them are read (`companion.pickles`); everything else is refused.
 """
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
-_ALLOWED = {
-    *((module, name) for module in _ARRAY_MODULES for name in ("_reconstruct", "scalar")),
-    *((module, "_frombuffer") for module in ("numpy.core.numeric", "numpy._core.numeric")),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-}
+from companion.errors import explained
+from companion.files import open_file, read_arrays
+from companion.pickles import Array, numpy_globals, read_pickle
 
 
 @dataclass(frozen=True)
@@ -68,31 +61,23 @@ def read_statistics(path: Path) -> GaussianStatistics:
     Raises:
         ValueError: the file is not there, not of such a form, or a pickle of anything but arrays.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; give a file with mu and sigma")
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                found: dict[str, Any] = {name: arrays[name] for name in ("mu", "sigma") if name in arrays.files}
-        elif path.suffix == ".pkl":
-            with path.open("rb") as file:
-                content = _ArrayUnpickler(file).load()
-            found = content.get("fid", content) if isinstance(content, dict) else {}
-        else:
-            raise ValueError("its name must end in .npz or .pkl")
-    except Exception as error:  # zipfile's and the unpickler's own errors have no common ancestor
-        raise ValueError(f"statistics file {path} cannot be read: {error}") from error
+    what = "statistics file"
+    if path.suffix == ".npz":
+        found: Any = read_arrays(path, ("mu", "sigma"), what)
+    elif path.suffix == ".pkl":
+        with open_file(path, what) as file, explained(f"{what} {path} cannot be read"):
+            content = read_pickle(file, numpy_globals(), subject="no array")
+        found = content.get("fid", content) if isinstance(content, dict) else {}
+    else:
+        raise ValueError(f"{what} {path} cannot be read: its name must end in .npz or .pkl")
     if not isinstance(found, dict) or "mu" not in found or "sigma" not in found:
-        raise ValueError(f"statistics file {path} has no mu and sigma")
-    try:
-        mean, covariance = (torch.from_numpy(np.array(found[name], dtype=np.float64)) for name in ("mu", "sigma"))
-        return GaussianStatistics(mean, covariance)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"statistics file {path} is damaged: {error}") from error
+        raise ValueError(f"{what} {path} has no mu and sigma")
+    with explained(f"{what} {path} is damaged"):
+        return GaussianStatistics(_numbers(found["mu"]), _numbers(found["sigma"]))
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no array")
-        return super().find_class(module, name)
+def _numbers(held: Any) -> Tensor:
+    array = held.value if isinstance(held, Array) else held
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or array.ndim > 2:
+        raise ValueError("mu and sigma must be arrays of numbers")
+    return torch.from_numpy(array.astype(np.float64))

@@ -1,13 +1,15 @@
 """NVIDIA's EDM2 checkpoints (`.pkl`), read without executing what is in them.
 
 A pickle is a program, and these carry the source code of their classes as well, which the published loader executes.
-Here an unpickler that knows only what such a file is made of (tensors, arrays, dictionaries) rebuilds those, turns
-every object into an inert record of its class's name and state, leaves the source code a string that is dropped, and
-refuses a file that names anything else. Not guarded against: a file that only wastes memory.
+Here only what such a file is made of (tensors, arrays, dictionaries) is read from its instructions, see
+`companion.pickles`. Every object becomes an inert record of its class's name and state, the source code stays a string
+that is dropped, and a file that names anything else is refused.
 """
 
 import io
-import pickle
+import os
+import struct
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from companion.errors import explained, reason
+from companion.files import open_file
 from companion.networks.edm2 import EDM2UNet
+from companion.pickles import RefusedError, numpy_globals, read_pickle, shown
 
 # Settings of the published network that EDM2UNet has under the same or another name, and those that sampling ignores.
 _RENAMED = {"img_resolution": "sample_size", "img_channels": "in_channels", "label_dim": "num_classes"}
@@ -51,11 +56,12 @@ class EDM2Checkpoint:
         Raises:
             ValueError: the configuration and the tensors do not belong together.
         """
-        try:
+        blocks = self.config.get("num_blocks", 1)
+        with explained("the checkpoint's configuration describes no EDM2 network"):
+            if isinstance(blocks, int) and blocks > len(self.state):
+                raise ValueError(f"num_blocks is {blocks}, and the file has {len(self.state)} tensors")
             with torch.device("meta"):
                 network = EDM2UNet(**self.config)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"the checkpoint's configuration describes no EDM2 network: {error}") from error
         expected = network.state_dict()
         for name in sorted(expected.keys() | self.state.keys()):
             if name not in self.state:
@@ -68,7 +74,7 @@ class EDM2Checkpoint:
                     f"got {tuple(self.state[name].shape)}"
                 )
         network.load_state_dict(
-            {name: value.to(dtype or value.dtype) for name, value in self.state.items()}, assign=True
+            {name: value.to(dtype or value.dtype, copy=True) for name, value in self.state.items()}, assign=True
         )
         return network.eval().requires_grad_(False)
 
@@ -83,36 +89,16 @@ def read_edm2_checkpoint(path: str | Path) -> EDM2Checkpoint:
         ValueError: there is no such file, it is no pickle, it names something that no EDM2 checkpoint needs (the
             message says what), or it holds no EDM2 network.
     """
-    try:
-        with open(path, "rb") as file:
-            data = _Reader(file).load()
-    except OSError as error:
-        raise ValueError(f"checkpoint {str(path)!r} cannot be opened: {error.strerror}") from error
-    except _RefusedError as error:
-        raise ValueError(f"checkpoint {str(path)!r} is refused, and nothing in it was executed: {error}") from error
-    except Exception as error:  # a damaged pickle can raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"checkpoint {str(path)!r} is no readable pickle: {reason}") from error
-    try:
-        return _checkpoint(data)
-    except (_RefusedError, RecursionError) as error:
-        raise ValueError(f"checkpoint {str(path)!r} holds no EDM2 network: {error}") from error
-
-
-class _RefusedError(Exception):
-    """What is wrong with a file, in words."""
-
-
-class _Inert:
-    """A value of the file behind a wall: pickle cannot set anything on it."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __setstate__(self, state: Any) -> None:
-        raise _RefusedError("it gives state to an object that has none")
+    with open_file(path, "checkpoint") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            data = read_pickle(file, _known(), subject="no part of an EDM2 checkpoint")
+        except RefusedError as error:
+            raise ValueError(
+                f"checkpoint {str(path)!r} is refused, and nothing in it was executed: {reason(error)}"
+            ) from error
+    with explained(f"checkpoint {str(path)!r} holds no EDM2 network"):
+        return _checkpoint(data, size)
 
 
 @dataclass(frozen=True)
@@ -123,154 +109,125 @@ class _Record:
     state: Mapping[str, Any]
 
 
-class _Reader(pickle.Unpickler):
-    """Rebuilds tensors, arrays and containers; anything else of the file becomes a record or a refusal."""
+class _Container:
+    """torch.nn.ModuleDict, of which only the state counts."""
 
-    def __init__(self, file: Any) -> None:
-        super().__init__(file)
-        # Made anew for each file, so that no file can leave anything behind in them.
-        self._admitted = _admitted()
+    __slots__ = ("state",)
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._admitted:
-            raise _RefusedError(f"it asks for {module}.{name}, which is no part of an EDM2 checkpoint")
-        return self._admitted[module, name]
+    def __init__(self) -> None:
+        self.state: Any = None
 
-    def persistent_load(self, pid: Any) -> Any:
-        raise _RefusedError("it refers to something outside itself")
+    def set_state(self, state: Any) -> None:
+        self.state = state
 
 
-def _admitted() -> dict[tuple[str, str], Any]:
+@dataclass(frozen=True)
+class _Storage:
+    """Numbers that tensors are cut from, in the file's own bytes."""
+
+    numbers: Tensor
+
+
+def _known() -> dict[tuple[str, str], Callable[..., Any]]:
     """All globals a checkpoint may name, each with what stands for it here."""
-
-    class EasyDict(dict):
-        __slots__ = ()
-
-        def __setstate__(self, state: Any) -> None:
-            if state:
-                raise _RefusedError("it gives state to a dictionary")
-
-    class Container:
-        """torch.nn.ModuleDict, of which only the state counts."""
-
-        __slots__ = ("state",)
-
-        def __setstate__(self, state: Any) -> None:
-            self.state = state
-
-    class Kind:
-        """numpy.dtype: number formats only, never objects."""
-
-        __slots__ = ("code", "order")
-
-        def __init__(self, code: str, *ignored: Any) -> None:
-            if code not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
-                raise _RefusedError(f"it holds an array of {code!r}, which are no numbers")
-            self.code, self.order = code, "<"
-
-        def __setstate__(self, state: Any) -> None:
-            self.order = {"<": "<", ">": ">", "|": "|", "=": "="}[state[1]]
-
-        def read(self, content: Any, shape: tuple[int, ...], order: str) -> np.ndarray:
-            kind = np.dtype(self.order.replace("|", "=") + self.code)
-            return np.frombuffer(bytes(content), dtype=kind).reshape(shape, order=order).copy()  # type: ignore[call-overload]
-
-    class Array:
-        __slots__ = ("value",)
-
-        def __setstate__(self, state: Any) -> None:
-            _, shape, kind, is_fortran, content = state
-            self.value = kind.read(content, shape, "F" if is_fortran else "C")
-
-    def persistent(meta: Any) -> _Record:
-        if not isinstance(meta, dict) or meta.get("type") != "class":
-            raise _RefusedError("it describes an object that is no instance of a class")
-        name, state = meta.get("class_name"), meta.get("state")
-        if not isinstance(name, str) or not isinstance(state, dict):
-            raise _RefusedError("it describes an object without a class name or state")
-        return _Record(name, state)
-
-    def parameter(tensor: _Inert, *ignored: Any) -> _Inert:
-        return tensor
-
-    def array(*ignored: Any) -> Array:
-        return Array()
-
-    def from_buffer(content: Any, kind: Kind, shape: tuple[int, ...], order: str) -> Array:
-        made = Array()
-        made.value = kind.read(content, shape, order)
-        return made
-
-    def scalar(kind: Kind, content: Any) -> Any:
-        return kind.read(content, (), "C").item()
-
-    admitted: dict[tuple[str, str], Any] = {
-        ("collections", "OrderedDict"): EasyDict,
-        ("dnnlib.util", "EasyDict"): EasyDict,
-        ("builtins", "set"): set,
-        ("torch._utils", "_rebuild_parameter"): parameter,
-        ("torch._utils", "_rebuild_tensor_v2"): _tensor_maker(),
-        ("torch.storage", "_load_from_bytes"): _storage_maker(),
-        ("torch.nn.modules.container", "ModuleDict"): Container,
-        ("torch_utils.persistence", "_reconstruct_persistent_obj"): persistent,
-        ("numpy", "ndarray"): "numpy.ndarray",
-        ("numpy", "dtype"): Kind,
+    return {
+        **numpy_globals(),
+        ("collections", "OrderedDict"): dict,
+        ("dnnlib.util", "EasyDict"): dict,
+        ("builtins", "set"): lambda *ignored: [],
+        ("torch._utils", "_rebuild_parameter"): lambda tensor, *ignored: tensor,
+        ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+        ("torch.storage", "_load_from_bytes"): _storage,
+        ("torch.nn.modules.container", "ModuleDict"): _Container,
+        ("torch_utils.persistence", "_reconstruct_persistent_obj"): _record,
     }
-    for package in ("numpy.core", "numpy._core"):
-        admitted[f"{package}.multiarray", "_reconstruct"] = array
-        admitted[f"{package}.multiarray", "scalar"] = scalar
-        admitted[f"{package}.numeric", "_frombuffer"] = from_buffer
-    return admitted
 
 
-def _storage_maker() -> Callable[[Any], _Inert]:
-    def storage(content: Any) -> _Inert:
-        """A storage from the file of torch's that stands in the checkpoint's middle."""
-        if not isinstance(content, bytes):
-            raise _RefusedError("a tensor's content is no bytes")
-        try:
-            loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise _RefusedError(f"a tensor's content is not plain numbers ({reason})") from error
-        if not isinstance(loaded, torch.storage.TypedStorage):
-            raise _RefusedError(f"a tensor's content is a {type(loaded).__name__}, not a storage")
-        return _Inert(loaded)
-
-    return storage
+def _record(meta: Any) -> _Record:
+    if not isinstance(meta, dict) or meta.get("type") != "class":
+        raise RefusedError("it describes an object that is no instance of a class")
+    name, state = meta.get("class_name"), meta.get("state")
+    if not isinstance(name, str) or not isinstance(state, dict):
+        raise RefusedError("it describes an object without a class name or state")
+    return _Record(name, state)
 
 
-def _tensor_maker() -> Callable[..., _Inert]:
-    def tensor(held: Any, offset: Any, size: Any, stride: Any, *ignored: Any) -> _Inert:
-        """A tensor over a storage; torch's own function would take sizes that reach beyond it."""
-        storage = held.value if isinstance(held, _Inert) else None
-        numbers = (offset, *size, *stride)
-        if not isinstance(storage, torch.storage.TypedStorage) or len(size) != len(stride):
-            raise _RefusedError("a tensor has no storage")
-        if any(type(number) is not int or number < 0 for number in numbers):
-            raise _RefusedError(f"a tensor's offset, size and stride are {numbers}")
-        content = storage._untyped_storage
-        count = content.nbytes() // storage.dtype.itemsize
-        last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
-        if 0 not in size and last >= count:
-            raise _RefusedError(f"a tensor of size {tuple(size)} reaches beyond its storage of {count}")
-        whole = torch.tensor([], dtype=storage.dtype).set_(content, 0, (count,), (1,))
-        return _Inert(whole.as_strided(size, stride, offset).clone())
-
-    return tensor
+_TYPES = {
+    ("torch", f"{name}Storage"): dtype
+    for name, dtype in (
+        *(("Half", torch.float16), ("BFloat16", torch.bfloat16), ("Float", torch.float32), ("Double", torch.float64)),
+        *(("Char", torch.int8), ("Short", torch.int16), ("Int", torch.int32), ("Long", torch.int64)),
+        *(("Byte", torch.uint8), ("Bool", torch.bool)),
+    )
+}
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # torch's, of files without zip
 
 
-def _checkpoint(data: Any) -> EDM2Checkpoint:
+def _storage(content: Any) -> _Storage:
+    """A storage from the file of torch's that stands in the checkpoint's middle, in torch's form without zip."""
+    if not isinstance(content, bytes):
+        raise RefusedError("a tensor's content is no bytes")
+
+    def described(pid: Any) -> tuple[torch.dtype, int]:
+        kind = getattr(pid[1], "call", lambda: None)()
+        if pid[0] != "storage" or not isinstance(kind, torch.dtype) or type(pid[4]) is not int:
+            raise RefusedError("it is damaged")
+        return kind, pid[4]
+
+    types = {place: (lambda dtype=dtype: dtype) for place, dtype in _TYPES.items()}
+    file = io.BytesIO(content)
+    try:
+        start = [read_pickle(file, {}, subject="no number") for _ in range(3)]
+        value = read_pickle(file, types, subject="no storage", persistent=described)
+        read_pickle(file, {}, subject="no name")
+    except RefusedError as error:
+        raise RefusedError(f"a tensor's content is not plain numbers ({error})") from error
+    if start[:2] != [_MAGIC, _PROTOCOL] or not isinstance(value, tuple):
+        raise RefusedError(f"a tensor's content is a {type(value).__name__}, not a storage")
+    dtype, count = value
+    begin = file.tell() + 8
+    if len(content) - begin != count * dtype.itemsize or struct.unpack_from("<q", content, begin - 8) != (count,):
+        raise RefusedError(f"a tensor's content is not plain numbers: {count} of them in {len(content)} bytes")
+    if count == 0:
+        return _Storage(torch.empty(0, dtype=dtype))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return _Storage(torch.frombuffer(content, dtype=dtype, offset=begin, count=count))
+
+
+def _tensor(held: Any, offset: Any, size: Any, stride: Any, *ignored: Any) -> Tensor:
+    """A view of a storage; torch's own function would take sizes that reach beyond it."""
+    if not isinstance(held, _Storage) or not isinstance(size, tuple) or not isinstance(stride, tuple):
+        raise RefusedError("a tensor has no storage")
+    numbers = (offset, *size, *stride)
+    if len(size) != len(stride) or len(size) > 16:
+        raise RefusedError("a tensor has no storage")
+    if any(type(number) is not int or not 0 <= number < 1 << 62 for number in numbers):
+        raise RefusedError(f"a tensor's offset, size and stride are {', '.join(map(_plain, numbers))}")
+    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    if 0 not in size and last >= len(held.numbers):
+        raise RefusedError(f"a tensor of size {size} reaches beyond its storage of {len(held.numbers)}")
+    return held.numbers.as_strided(size, stride, offset)
+
+
+def _plain(number: Any) -> str:
+    return str(number) if type(number) is int else shown(number)
+
+
+def _checkpoint(data: Any, size: int) -> EDM2Checkpoint:
     if not isinstance(data, dict) or "ema" not in data:
-        raise _RefusedError('it must be a dictionary with the network under "ema"')
+        raise RefusedError('it must be a dictionary with the network under "ema"')
     network = data["ema"]
     if not isinstance(network, _Record) or network.class_name != "Precond":
         found = network.class_name if isinstance(network, _Record) else type(network).__name__
-        raise _RefusedError(f'"ema" must be of class Precond, got {found}')
+        raise RefusedError(f'"ema" must be of class Precond, got {found}')
     config = _config(network.state)
     state: dict[str, Tensor] = {}
     _collect(network.state, "", state, set())
     state = {name.removeprefix("unet."): value for name, value in state.items() if not name.startswith(_UNCERTAINTY)}
+    held = sum(value.numel() * value.element_size() for value in state.values())
+    if held > size:  # many tensors over one storage
+        raise RefusedError(f"its tensors would take {held:,} bytes, and the file has {size:,}")
     mean, std = _latent_scale(data.get("encoder"), config)
     return EDM2Checkpoint(config, state, mean, std)
 
@@ -279,7 +236,7 @@ def _config(state: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `EDM2UNet` from those that the published network was made with."""
     positional, named = state.get("_init_args"), state.get("_init_kwargs")
     if not isinstance(positional, tuple) or not isinstance(named, dict) or len(positional) > len(_POSITIONAL):
-        raise _RefusedError("it does not say with which arguments its network was made")
+        raise RefusedError("it does not say with which arguments its network was made")
     arguments = {**dict(zip(_POSITIONAL, positional, strict=False)), **named}
     config: dict[str, Any] = {}
     for name, value in arguments.items():
@@ -287,34 +244,34 @@ def _config(state: Mapping[str, Any]) -> dict[str, Any]:
         if not plain and not (
             isinstance(value, (list, tuple)) and all(isinstance(item, (int, float)) for item in value)
         ):
-            raise _RefusedError(f"the argument {name!r} of its network is no number or list of numbers")
+            raise RefusedError(f"the argument {name!r} of its network is no number or list of numbers")
         if name == "resample_filter":
             if value not in ([1, 1], (1, 1)):
-                raise _RefusedError(f"its network resamples with the filter {value}; only [1, 1] is supported")
+                raise RefusedError(f"its network resamples with the filter {value}; only [1, 1] is supported")
         elif name in _RENAMED or name in _KEPT:
             config[_RENAMED.get(name, name)] = list(value) if isinstance(value, tuple) else value
         elif name not in _IGNORED:
-            raise _RefusedError(f"its network was made with the argument {name!r}, which EDM2's does not have")
+            raise RefusedError(f"its network was made with the argument {name!r}, which EDM2's does not have")
     missing = [name for name, ours in _RENAMED.items() if not isinstance(config.get(ours), int)]
     if missing:
-        raise _RefusedError(f"its network was made without the argument {missing[0]!r}")
+        raise RefusedError(f"its network was made without the argument {missing[0]!r}")
     return config
 
 
 def _collect(state: Any, prefix: str, into: dict[str, Tensor], seen: set[int]) -> None:
     """Parameters and buffers of a module's state and of the modules in it, by their dotted names."""
     if not isinstance(state, dict) or id(state) in seen:
-        raise _RefusedError(f"its module {prefix.rstrip('.')!r} is not in a module's form")
+        raise RefusedError(f"its module {prefix.rstrip('.')!r} is not in a module's form")
     seen.add(id(state))  # a module in two places, or inside itself, is no EDM2 network
     parts = {kind: state.get(kind, {}) for kind in ("_parameters", "_buffers", "_modules")}
     if not all(isinstance(part, dict) for part in parts.values()):
-        raise _RefusedError(f"its module {prefix.rstrip('.')!r} is not in a module's form")
+        raise RefusedError(f"its module {prefix.rstrip('.')!r} is not in a module's form")
     for name, held in (*parts["_parameters"].items(), *parts["_buffers"].items()):
         if held is None:
             continue
-        if not isinstance(held, _Inert) or not isinstance(held.value, Tensor) or not held.value.is_floating_point():
-            raise _RefusedError(f"its parameter {prefix}{name} is no tensor of floating-point numbers")
-        into[f"{prefix}{name}"] = held.value
+        if not isinstance(held, Tensor) or not held.is_floating_point():
+            raise RefusedError(f"its parameter {prefix}{name} is no tensor of floating-point numbers")
+        into[f"{prefix}{name}"] = held
     for name, module in parts["_modules"].items():
         if module is not None:
             _collect(getattr(module, "state", None), f"{prefix}{name}.", into, seen)
@@ -326,10 +283,10 @@ def _latent_scale(encoder: Any, config: Mapping[str, Any]) -> tuple[tuple[float,
         return None, None
     if not isinstance(encoder, _Record) or encoder.class_name != "StabilityVAEEncoder":
         found = encoder.class_name if isinstance(encoder, _Record) else type(encoder).__name__
-        raise _RefusedError(f"its encoder must be a StandardRGBEncoder or a StabilityVAEEncoder, got {found}")
+        raise RefusedError(f"its encoder must be a StandardRGBEncoder or a StabilityVAEEncoder, got {found}")
     scale, bias = (_numbers(encoder.state.get(name), config["in_channels"]) for name in ("scale", "bias"))
     if not (scale > 0).all():
-        raise _RefusedError("its encoder scales latents by a number that is not positive")
+        raise RefusedError("its encoder scales latents by a number that is not positive")
     final = config.get("sigma_data", 0.5)
     # The file has float32; six digits give back the decimal numbers behind them.
     mean, std = (tuple(float(f"{value:.6g}") for value in values) for values in (-bias / scale, final / scale))
@@ -339,5 +296,5 @@ def _latent_scale(encoder: Any, config: Mapping[str, Any]) -> tuple[tuple[float,
 def _numbers(held: Any, count: int) -> np.ndarray:
     values = getattr(held, "value", None)
     if not isinstance(values, np.ndarray) or values.shape != (count,):
-        raise _RefusedError(f"its encoder does not say how each of {count} channels of latents is scaled")
+        raise RefusedError(f"its encoder does not say how each of {count} channels of latents is scaled")
     return values

@@ -243,10 +243,10 @@ class Malicious:
 def test_pickles_run_no_code_and_other_files_are_refused(tmp_path: Path):
     path = tmp_path / "stats.pkl"
     path.write_bytes(pickle.dumps({"fid": Malicious()}))
-    with pytest.raises(ValueError, match=r"stats\.pkl cannot be read: it holds pathlib.*, which is no array"):
+    with pytest.raises(ValueError, match=r"stats\.pkl cannot be read: it asks for .*, which is no array"):
         read_statistics(path)
     path.write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    with pytest.raises(ValueError, match=r"it holds os\.system"):
+    with pytest.raises(ValueError, match=r"it asks for os\.system"):
         read_statistics(path)
     path.write_bytes(b"\x80\x04nonsense")
     with pytest.raises(ValueError, match="cannot be read"):
@@ -263,5 +263,5 @@ def test_pickles_run_no_code_and_other_files_are_refused(tmp_path: Path):
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")
     with pytest.raises(ValueError, match=r"cut\.npz cannot be read"):
         read_statistics(tmp_path / "cut.npz")
-    with pytest.raises(ValueError, match=r"none\.npz does not exist"):
+    with pytest.raises(ValueError, match=r"none\.npz.* cannot be opened: No such file"):
         read_statistics(tmp_path / "none.npz")

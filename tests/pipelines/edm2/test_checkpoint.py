@@ -274,7 +274,7 @@ def test_tensors_are_only_what_their_storage_holds(tmp_path, tensor, message):
         *("torch load", "torch.serialization load", "torch.hub load", "torch.jit load", "torch.storage torch.load"),
         *("torch_utils.persistence _src_to_module", "dnnlib.util EasyDict.__init__", "dnnlib.util open_url"),
         *("numpy load", "numpy.core.multiarray fromfile", "numpy._core.multiarray dtype", "subprocess Popen"),
-        *("companion.pipelines.edm2.checkpoint torch", "functools partial", "copyreg _reconstructor", "pickle loads"),
+        *("companion.pickles np", "functools partial", "copyreg _reconstructor", "pickle loads"),
     ],
 )
 def test_every_other_name_is_refused(tmp_path, name):
@@ -300,7 +300,7 @@ def test_damaged_files_are_refused(tmp_path):
     path = tmp_path / "a.pkl"
     for size in (0, 1, 2, 20, 1000, len(whole) // 2, len(whole) - 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        refused(path, "is no readable pickle|is refused")
+        refused(path, "is refused")
     for content in (
         b"<html>404</html>",
         b"\x80\x04K\x01.",

@@ -1,0 +1,63 @@
+"""One sentence instead of a traceback, for everything that a user or a file can cause."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+_LONGEST = 300
+
+
+def printable(text: object) -> str:
+    """A text for a message or a terminal: no escape codes, no control characters, no lone surrogates."""
+    plain = _ESCAPE.sub("", str(text)).encode("utf-8", "backslashreplace").decode()
+    return "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in plain)
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one line: its first one, or its class's name where it says nothing.
+
+    PyTorch colours its messages and adds advice on how to load a file without checks; both are left out.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    lines = [line.strip() for line in printable(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    said = lines[0]
+    if "weights_only" in said or "Weights only load failed" in said:
+        said = next((line for line in lines if line.startswith("WeightsUnpickler error")), "it holds more than tensors")
+    if isinstance(error, KeyError):
+        said = f"{said} is missing"
+    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}…"
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Whatever is raised inside becomes one `ValueError`: `what`, a colon, and the reason.
+
+    For code that reads a file or builds something from one, where a damaged file can raise anything.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {reason(error)}") from error
+
+
+def check_name(path: str | Path, what: str) -> Path:
+    """A path whose name can be printed and written to a file.
+
+    Raises:
+        ValueError: its name is not UTF-8, is longer than a file's name can be, or holds a null character.
+    """
+    text = str(path)
+    if text != text.encode("utf-8", "replace").decode() or "\0" in text:
+        raise ValueError(f"{what} {printable(text)!r} has a name that is not UTF-8 text; rename it")
+    if any(len(part.encode()) > 255 for part in Path(text).parts) or len(text.encode()) > 4096:
+        raise ValueError(f"{what} {text[:60]!r}… has a name of {len(text)} characters, longer than a file's can be")
+    return Path(text)
