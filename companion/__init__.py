@@ -25,9 +25,11 @@ from companion.guidance.parametrization import (
 from companion.guidance.rectification import PRODUCTS, Rectified, rectify
 from companion.guidance.weights import ConstantWeight, GuidanceWeight, IntervalWeight, LinearWeight, PowerCosineWeight
 from companion.networks.edm2 import EDM2UNet
-from companion.pipelines.adm.pipeline import ADMPipeline, load_adm
+from companion.pipelines.adm.loading import load_adm
+from companion.pipelines.adm.pipeline import ADMPipeline
 from companion.pipelines.adm.presets import ADM_PRESETS, PUBLISHED_GUIDANCE, published_guidance
-from companion.pipelines.edm2.pipeline import EDM2Pipeline, load_edm2
+from companion.pipelines.edm2.loading import load_edm2
+from companion.pipelines.edm2.pipeline import EDM2Pipeline
 from companion.pipelines.edm2.presets import EDM2_PRESETS
 from companion.pipelines.guider.guider import RectifiedGradientGuidance
 from companion.pipelines.guider.settings import RECTIFIABLE_GUIDERS

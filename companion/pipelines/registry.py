@@ -1,8 +1,8 @@
-"""Models by name: the embedded ones, the paper's, local folders in diffusers' format, and names on the model hub."""
+"""Models by name: the embedded ones, the published ones, local folders in diffusers' format, and the model hub's."""
 
-import json
-import logging
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -10,17 +10,22 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from transformers import AutoModelForImageClassification
 
-from companion.minis.shipping import SHARED_PARTS
+from companion.errors import check_name
+from companion.minis.shipping import SHARED_PARTS, WEIGHTS
+from companion.pipelines.adm.loading import load_adm
+from companion.pipelines.adm.pipeline import ADMPipeline
+from companion.pipelines.adm.presets import ADM_PRESETS, ADMPreset
+from companion.pipelines.edm2.loading import load_edm2
+from companion.pipelines.edm2.pipeline import EDM2Pipeline
+from companion.pipelines.edm2.presets import EDM2_PRESETS, EDM2Preset
+from companion.pipelines.hub import hub_folder
 from companion.pipelines.paper_models import PAPER_MODELS, PaperModel
+from companion.pipelines.saved import checked_device, checked_dtype, load_model, load_pipeline, pipeline_index
 
-WEIGHTS = Path(__file__).parent.parent / "minis" / "weights"
-_HUB_SECONDS = 3.0
-
-# DiTPipeline expects numbers as keys of its class names, but its configuration is JSON, where keys are strings:
-# diffusers reads them correctly, and complains of every such model.
-logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(
-    lambda record: not record.getMessage().startswith("Expected types for id2label")
+PUBLISHED_MODELS: Mapping[str, PaperModel | EDM2Preset | ADMPreset] = MappingProxyType(
+    {**PAPER_MODELS, **EDM2_PRESETS, **ADM_PRESETS}
 )
+"""All published models that `load` knows by name: the REG paper's, EDM2's and ADM's."""
 
 
 def model_names() -> tuple[str, ...]:
@@ -29,122 +34,81 @@ def model_names() -> tuple[str, ...]:
 
 
 def load(
-    name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
 ) -> DiffusionPipeline:
     """A diffusers pipeline, ready to call.
 
     Args:
-        name: an embedded model (`model_names()`), one of the paper's (`PAPER_MODELS`, whose `call` and `interval` are
-            its settings; the paper's scheduler is set here), a local folder with a `model_index.json`, or a hub name
-            "owner/model".
+        name: an embedded model (`model_names()`), a published one (`PUBLISHED_MODELS`; of the paper's, `call` and
+            `interval` are its settings, and the paper's scheduler is set here), a local folder with a
+            `model_index.json`, or a hub name "owner/model".
         device: where to put it.
-        dtype: of its weights; None is float32.
+        dtype: of its weights: a torch.dtype or its name, such as "bfloat16"; None is float32.
 
     Raises:
-        ValueError: there is no such model or folder, the folder holds no pipeline, the hub cannot be reached (found out
-            within seconds), or the device does not exist.
+        ValueError: there is no such model or folder; the folder holds no pipeline, or a damaged or incomplete one; the
+            hub cannot be reached, which is found out within seconds; the device does not exist; the dtype is none that
+            weights can have.
     """
-    target = _checked_device(device)
-    if str(name) in PAPER_MODELS:
-        return _paper_model(PAPER_MODELS[str(name)], target, dtype)
-    source = _folder_of(str(name))
-    try:
-        shared = _shared_parts(Path(source), dtype or torch.float32)
-        pipe = _pipeline_class(Path(source)).from_pretrained(source, dtype=dtype or torch.float32, **shared)
-    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model {str(name)!r} cannot be loaded as a diffusers pipeline: {reason}") from error
+    target, kind, text = checked_device(device), checked_dtype(dtype), str(check_name(name, "model"))
+    model = PUBLISHED_MODELS.get(text)
+    if isinstance(model, PaperModel):
+        return _paper_model(model, target, kind)
+    if isinstance(model, EDM2Preset):
+        return load_edm2(text, device=target, dtype=kind)
+    if isinstance(model, ADMPreset):
+        return load_adm(text, device=target, dtype=kind)
+    folder = _folder_of(text)
+    pipe = load_pipeline(_pipeline_class(folder), folder, kind, **_shared_parts(folder, kind))
     return pipe.to(target)
-
-
-def _index(folder: Path) -> dict[str, Any]:
-    """What a local folder's pipeline is made of; nothing for a hub name."""
-    file = folder / "model_index.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _pipeline_class(folder: Path) -> type[DiffusionPipeline]:
     """This package's own pipelines, which diffusers cannot find by name; for all others it knows best."""
-    name = _index(folder).get("_class_name")
-    if name == "EDM2Pipeline":
-        from companion.pipelines.edm2.pipeline import EDM2Pipeline
-
-        return EDM2Pipeline
-    if name == "ADMPipeline":
-        from companion.pipelines.adm.pipeline import ADMPipeline
-
-        return ADMPipeline
-    return DiffusionPipeline
+    own = {"EDM2Pipeline": EDM2Pipeline, "ADMPipeline": ADMPipeline}
+    name = pipeline_index(folder).get("_class_name")
+    return own.get(name, DiffusionPipeline) if isinstance(name, str) else DiffusionPipeline
 
 
 def _shared_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """What is shipped once: the autoencoder of all models that work in its latents, and mini-adm's classifier."""
+    if folder.parent != WEIGHTS:
+        return {}
     loaders: dict[str, Any] = {"vae": AutoencoderKL, "classifier": AutoModelForImageClassification}
+    index = pipeline_index(folder)
     return {
-        part: loaders[part].from_pretrained(WEIGHTS / name, dtype=dtype, local_files_only=True).eval()
+        part: load_model(loaders[part], WEIGHTS / name, dtype, part)
         for part, name in SHARED_PARTS.items()
-        if folder.parent == WEIGHTS and _index(folder).get(part, [None])[0] and not (folder / part).is_dir()
+        if index.get(part, [None])[0] and not (folder / part).is_dir()
     }
 
 
-def _paper_model(model: PaperModel, device: torch.device, dtype: torch.dtype | None) -> DiffusionPipeline:
+def _paper_model(model: PaperModel, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
     if model.scheduler is None:
-        from companion.pipelines.edm2.pipeline import load_edm2
-
         return load_edm2(model.source.removeprefix("edm2:"), device=device, dtype=dtype)
     pipe = load(model.source, device=device, dtype=dtype)
     pipe.scheduler = getattr(diffusers, model.scheduler).from_config(pipe.scheduler.config)
     return pipe
 
 
-def _folder_of(name: str) -> str:
-    """A local folder, or a hub name that can be had (from the cache or because the hub answers)."""
+def _folder_of(name: str) -> Path:
+    """A local folder, or where a model of the hub's lies or was downloaded to."""
     if name in model_names():
-        return str(WEIGHTS / name)
+        return WEIGHTS / name
     if Path(name).is_dir():
-        if not (Path(name) / "model_index.json").is_file():
+        if not (Path(name) / "model_index.json").exists():
             raise ValueError(f"folder {name!r} holds no diffusers pipeline: it has no model_index.json")
-        return name
+        return Path(name)
     parts = name.split("/")
     if len(parts) != 2 or not all(parts) or name[0] in ".~" or name.endswith((".ckpt", ".pt", ".safetensors")):
         raise ValueError(
             f"model {name!r} is not known; embedded models: {', '.join(model_names())}; "
-            f'the paper\'s: {", ".join(PAPER_MODELS)}; otherwise give a local folder or a hub name "owner/model"'
+            f"published ones: {', '.join(PUBLISHED_MODELS)}; otherwise give a local folder or a hub name "
+            '"owner/model"'
         )
-    return _cached_or_reachable(name)
+    advice = f"give an embedded model ({', '.join(model_names())}), a local folder or another hub name"
+    return hub_folder(name, "model", advice, needs="model_index.json", fetch=_download_pipeline)
 
 
-def _cached_or_reachable(name: str) -> str:
-    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-
-    if isinstance(try_to_load_from_cache(name, "model_index.json"), str):
-        return snapshot_download(name, local_files_only=True)
-    try:
-        HfApi().model_info(name, timeout=_HUB_SECONDS)
-    except Exception as error:  # whatever the network or the hub may raise, the answer is the same sentence
-        raise ValueError(
-            f"model {name!r} is neither an embedded model ({', '.join(model_names())}) nor a local folder, "
-            f"and the model hub does not offer it: {_reason(error)}"
-        ) from error
-    return name
-
-
-def _reason(error: Exception) -> str:
-    kind = type(error).__name__
-    known = {
-        "RepositoryNotFoundError": "no such repository, or it is private",
-        "GatedRepoError": "its licence must be accepted on its page first",
-        "HFValidationError": "the name is not a valid hub name",
-    }
-    return known.get(kind, f"no connection ({kind})")
-
-
-def _checked_device(device: str | torch.device) -> torch.device:
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f'device {str(device)!r} is not available here; use "cpu" or one that torch can see'
-        ) from error
-    return target
+def _download_pipeline(name: str) -> str:
+    return DiffusionPipeline.download(name, trust_remote_code=False)

@@ -126,7 +126,7 @@ def test_another_classifier_can_be_named(client, tmp_path):
         ({"model": ""}, "choose a model"),
         ({"model": "/nowhere/at/all"}, "is not known"),
         ({"model": "mini-dit"}, "is not guided by a classifier: choose an ADM pipeline"),
-        ({"classifier": "/nowhere/at/all"}, "classifier '/nowhere/at/all' cannot be had"),
+        ({"classifier": "/nowhere/at/all"}, "classifier '/nowhere/at/all' is unavailable"),
         ({"seed": -1}, "seed must be a whole number"),
         ({"classifier_scale": 1000, "gradient_at": "nowhere"}, "gradient at must be one of"),
     ],

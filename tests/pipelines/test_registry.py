@@ -44,13 +44,13 @@ def test_unknown_names_list_the_known_ones():
 def test_hub_name_without_a_network(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    assert "model hub does not offer it: no connection" in refused("owner/model")
+    assert "'owner/model' is unavailable, no connection" in refused("owner/model")
 
 
 def test_a_folder_that_is_no_pipeline(tmp_path):
     assert "holds no diffusers pipeline: it has no model_index.json" in refused(tmp_path)
     (tmp_path / "model_index.json").write_text("{ not json")
-    assert "cannot be loaded as a diffusers pipeline" in refused(tmp_path)
+    assert "model_index.json, line 1, is damaged, it is not JSON" in refused(tmp_path)
     (tmp_path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
     assert "cannot be loaded as a diffusers pipeline" in refused(tmp_path)
     (tmp_path / "model_index.json").write_text(
@@ -71,7 +71,7 @@ def test_paper_models_take_the_papers_scheduler(name, monkeypatch, tmp_path):
     """The hub replaced by a folder: what is asked of it, and what becomes of the pipeline."""
     model, asked = companion.PAPER_MODELS[name], []
     tiny_dit(DDIMScheduler(), dtype=torch.float32).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(registry, "_cached_or_reachable", lambda source: asked.append(source) or tmp_path / "model")
+    monkeypatch.setattr(registry, "hub_folder", lambda source, *_, **__: asked.append(source) or tmp_path / "model")
     pipe = companion.load(name)
     assert asked == [model.source]
     assert type(pipe.scheduler).__name__ == model.scheduler

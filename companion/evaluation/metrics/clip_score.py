@@ -4,20 +4,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
+from companion.errors import explained
 from companion.evaluation.metrics.metrics import ClipNetwork
 from companion.minis import clip
 from companion.minis.scenes import SIZE
+from companion.pipelines.hub import hub_folder
+from companion.pipelines.saved import load_model
 
 PAPER_CLIP = "openai/clip-vit-base-patch16"
 CLIP_NETWORKS = ("mini-clip", PAPER_CLIP)
 """What `clip_network` is asked for: the shipped one, and one of the hub's; any other CLIP of the hub or in a folder."""
-
-_HUB_SECONDS = 3.0
 
 
 class SceneClip:
@@ -58,7 +58,7 @@ class PaperClip:
         device: where it runs.
 
     Raises:
-        ValueError: it cannot be had, which without a connection is found out within seconds.
+        ValueError: it is unavailable, which without a connection is found out within seconds.
     """
 
     def __init__(self, source: str | Path = PAPER_CLIP, device: torch.device | str = "cpu") -> None:
@@ -86,28 +86,18 @@ def clip_network(name: str, device: torch.device | str = "cpu") -> ClipNetwork:
     """`mini-clip`, or a CLIP of the hub (its name or a local folder).
 
     Raises:
-        ValueError: it cannot be had.
+        ValueError: it is unavailable.
     """
     return SceneClip(device) if name == SceneClip.name else PaperClip(name, device)
 
 
 def _loaded(source: str) -> tuple[CLIPModel, CLIPProcessor]:
-    try:
-        return _from_pretrained(source, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        failure: Exception = error
-    if not Path(source).exists():
-        try:
-            HfApi().model_info(source, timeout=_HUB_SECONDS)
-            return _from_pretrained(source, local_files_only=False)
-        except Exception as error:  # whatever the network or the hub may raise, the answer is the same sentence
-            failure = error
-    raise ValueError(
-        f"CLIP {source!r} cannot be had ({type(failure).__name__}): give {SceneClip.name} for scenes, the folder of a "
-        f"saved CLIPModel with its processor, or a hub name such as {PAPER_CLIP} where there is a connection"
-    ) from failure
-
-
-def _from_pretrained(source: str, *, local_files_only: bool) -> tuple[CLIPModel, CLIPProcessor]:
-    model = CLIPModel.from_pretrained(source, local_files_only=local_files_only)
-    return model, CLIPProcessor.from_pretrained(source, local_files_only=local_files_only)
+    folder = hub_folder(
+        source,
+        "CLIP",
+        f"give {SceneClip.name} for scenes, the folder of a saved CLIPModel with its processor, or a hub name such as "
+        f"{PAPER_CLIP} where there is a connection",
+    )
+    model = load_model(CLIPModel, folder, torch.float32, "CLIP")
+    with explained(f"CLIP {source!r} cannot be loaded"):
+        return model, CLIPProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

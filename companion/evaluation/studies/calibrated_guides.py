@@ -24,7 +24,7 @@ from companion.minis.adm import enlarged, render_small
 from companion.minis.drawing import draw
 from companion.minis.scenes import SHAPES, scene
 from companion.pipelines.adm.classifier import EMBEDDED_NOISY, EMBEDDED_RESNET, is_noise_aware, off_the_shelf_classifier
-from companion.pipelines.adm.pipeline import load_adm
+from companion.pipelines.adm.loading import load_adm
 from companion.provenance import provenance
 
 HELD_OUT_SEED = 99

@@ -34,7 +34,8 @@ from companion.evaluation.tables.published import published
 from companion.evaluation.tables.results import Cell, Cost, Figure
 from companion.minis.adm import enlarged, render_small
 from companion.minis.scenes import scene
-from companion.pipelines.adm.pipeline import ADMPipeline, load_adm
+from companion.pipelines.adm.loading import load_adm
+from companion.pipelines.adm.pipeline import ADMPipeline
 
 LoadGuided = Callable[[str], DiffusionPipeline]
 """`Row.model`, a classifier or none -> the table's model with it."""

@@ -45,7 +45,7 @@ from companion.evaluation.tables.results import (
     write_cells,
 )
 from companion.evaluation.tables.text import as_markdown
-from companion.pipelines.edm2.pipeline import load_edm2
+from companion.pipelines.edm2.loading import load_edm2
 from companion.pipelines.edm2.presets import EDM2_PRESETS
 from companion.pipelines.registry import load
 from companion.provenance import provenance

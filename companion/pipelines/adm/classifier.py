@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import HfApi
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 from companion.minis.shipping import WEIGHTS
 from companion.networks.adm import NoisyClassifier
-
-_HUB_SECONDS = 3.0
+from companion.pipelines.hub import hub_folder
+from companion.pipelines.saved import load_model
 
 IMAGENET_SIZE = 224
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -78,28 +77,12 @@ def off_the_shelf_classifier(
         download: whether to fetch what is not here.
 
     Raises:
-        ValueError: it cannot be had, which without a connection is found out within seconds.
+        ValueError: it is unavailable or incomplete, which without a connection is found out within seconds.
     """
-    failure: Exception
-    if name in EMBEDDED_CLASSIFIERS:
-        folder = WEIGHTS / str(name)
-        kind = NoisyClassifier if str(name).startswith(EMBEDDED_NOISY) else AutoModelForImageClassification
-        return _in_eval(kind.from_pretrained(folder, dtype=dtype, local_files_only=True))
-    try:
-        return _in_eval(AutoModelForImageClassification.from_pretrained(name, dtype=dtype, local_files_only=True))
-    except (OSError, ValueError, KeyError) as error:
-        failure = error
-    if download and not Path(name).exists():
-        try:
-            HfApi().model_info(str(name), timeout=_HUB_SECONDS)
-            return _in_eval(AutoModelForImageClassification.from_pretrained(name, dtype=dtype))
-        except Exception as error:  # whatever the network or the hub may raise, the answer is the same sentence
-            failure = error
-    raise ValueError(
-        f"classifier {str(name)!r} cannot be had ({type(failure).__name__}): give the folder of a saved image "
-        "classifier, or download=True where there is a connection"
-    ) from failure
-
-
-def _in_eval(model: nn.Module) -> nn.Module:
-    return model.eval().requires_grad_(False)
+    folder, kind = WEIGHTS / str(name), AutoModelForImageClassification
+    if name not in EMBEDDED_CLASSIFIERS:
+        advice = "give the folder of a saved image classifier, or download=True where there is a connection"
+        folder = hub_folder(name, "classifier", advice, download=download)
+    elif str(name).startswith(EMBEDDED_NOISY):
+        kind = NoisyClassifier
+    return load_model(kind, folder, dtype, "classifier").requires_grad_(False)

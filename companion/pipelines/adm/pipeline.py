@@ -9,11 +9,9 @@ the pictures' norm: DDPM in 20 steps and DDIM in 25, linear and cosine schedule.
 """
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,17 +25,11 @@ from companion.calibration.smooth_activations import smooth_activations
 from companion.guidance.classifier.scores import PLAIN, ClassifierScore
 from companion.guidance.parametrization import PredictionType
 from companion.guidance.rectification import check_product
-from companion.pipelines.adm.checkpoint import classifier_from_checkpoint, read_adm_checkpoint, unet_from_checkpoint
 from companion.pipelines.adm.classifier import (
-    EMBEDDED_NOISY,
-    IMAGENET_MEAN,
-    IMAGENET_SIZE,
-    IMAGENET_STD,
     class_count,
     classifier_input,
     is_noise_aware,
     logits_of,
-    off_the_shelf_classifier,
 )
 from companion.pipelines.adm.guidance import (
     GRADIENT_AT,
@@ -46,7 +38,6 @@ from companion.pipelines.adm.guidance import (
     Rectifying,
     guided_gradient,
 )
-from companion.pipelines.adm.presets import CHECKPOINTS, NOISY, ADMPreset, adm_preset
 from companion.pipelines.adm.sampler import (
     Sampler,
     ddim_step,
@@ -55,10 +46,8 @@ from companion.pipelines.adm.sampler import (
     sampling_chain,
     sampling_timesteps,
 )
-from companion.pipelines.edm2.presets import download_checkpoint
 from companion.pipelines.hook import GuidanceStep, OnStep, RectifiedGuidanceConfig
 from companion.pipelines.levels import NoiseLevel, noise_level
-from companion.pipelines.registry import load
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 
@@ -467,117 +456,3 @@ def _as_output(level: NoiseLevel) -> float:
         "v_prediction": -level.sigma / level.alpha,
     }
     return by_type[level.prediction_type] * level.output_sign
-
-
-def load_adm(
-    preset: str | None = None,
-    source: str | Path | None = None,
-    *,
-    classifier: nn.Module | str | Path | None = NOISY,
-    imagenet_input: bool = False,
-    download: bool = False,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> ADMPipeline:
-    """An ADM pipeline from OpenAI's checkpoints, which are read as plain tensors.
-
-    `load_adm("adm-imagenet-128", "folder/with/the/files")`; with another guide
-    `load_adm("adm-imagenet-128", "folder", classifier="microsoft/resnet-50")`. The embedded one:
-    `load_adm("mini-adm")`, or `load_adm("mini-adm", classifier="mini-adm-resnet")`. To convert once:
-    `load_adm(...).save_pretrained("saved")`, and then `load_adm(source="saved")`.
-
-    Args:
-        preset: one of `ADM_PRESETS`, or "mini-adm"; None needs a saved pipeline as source.
-        source: the diffusion network's `.pt` file, a folder that holds it under its published name, or a folder that a
-            pipeline was saved in; None is the folder that downloads go to.
-        classifier: "noise-aware", the preset's own, beside the source; an off-the-shelf one, its folder or its hub name
-            (see `off_the_shelf_classifier`); one of `EMBEDDED_CLASSIFIERS`; or None.
-        imagenet_input: resize to 224 and normalise for the off-the-shelf classifier, as those are trained; without, it
-            sees x̂_0 as it is, as in the published rows.
-        download: whether to fetch what is missing (the 128x128 network has 1.7 GB).
-        device: where to put it.
-        dtype: of its weights.
-
-    Raises:
-        ValueError: an unknown preset, a source that holds no ADM network, or something is not here and cannot or may
-            not be downloaded, which is found out within seconds.
-    """
-    folder = None if source is None else Path(source)
-    if preset == MINI_ADM:
-        return _embedded(classifier, dtype).to(torch.device(device))
-    if folder is not None and (folder / "model_index.json").is_file():
-        return _saved(folder, dtype).to(torch.device(device))
-    if preset is None:
-        raise ValueError("load_adm needs a preset, or the folder of a saved pipeline as source; got neither")
-    known = adm_preset(preset)
-    folder = _cache_folder() if folder is None else folder
-    file, folder = (folder, folder.parent) if folder.suffix == ".pt" else (folder / known.diffusion_file, folder)
-    unet = unet_from_checkpoint(read_adm_checkpoint(_present(file, preset, download)), known.unet, dtype=dtype)
-    guide: nn.Module | None
-    if classifier is None or isinstance(classifier, nn.Module):
-        guide = classifier
-    elif classifier == NOISY:
-        guide = _noise_aware(known, preset, folder, download, dtype)
-    else:
-        guide = off_the_shelf_classifier(classifier, download=download, dtype=dtype)
-    prepared = imagenet_input and guide is not None and not is_noise_aware(guide)
-    variance = "learned_range" if known.unet.learned_variance else "fixed_large"
-    scheduler = DDPMScheduler(
-        beta_schedule=known.schedule, variance_type=variance, timestep_spacing="linspace", clip_sample=True
-    )
-    pipe = ADMPipeline(
-        unet,
-        guide,
-        scheduler,
-        classifier_size=IMAGENET_SIZE if prepared else None,
-        classifier_mean=list(IMAGENET_MEAN) if prepared else None,
-        classifier_std=list(IMAGENET_STD) if prepared else None,
-    )
-    return pipe.to(torch.device(device))
-
-
-def _embedded(classifier: nn.Module | str | Path | None, dtype: torch.dtype) -> ADMPipeline:
-    """mini-adm with the classifier that is asked for."""
-    if isinstance(classifier, (str, Path)):
-        name = EMBEDDED_NOISY if classifier == NOISY else classifier
-        classifier = off_the_shelf_classifier(name, dtype=dtype)
-    pipe = load(MINI_ADM, dtype=dtype)
-    assert isinstance(pipe, ADMPipeline)
-    pipe.register_modules(classifier=classifier)
-    return pipe
-
-
-def _noise_aware(known: ADMPreset, preset: str, folder: Path, download: bool, dtype: torch.dtype) -> nn.Module | None:
-    """The preset's own classifier; None for a preset without one."""
-    if known.classifier_file is None or known.classifier is None:
-        return None
-    file = _present(folder / known.classifier_file, preset, download)
-    return classifier_from_checkpoint(read_adm_checkpoint(file), known.classifier, dtype=dtype)
-
-
-def _present(file: Path, preset: str, download: bool) -> Path:
-    if file.is_file():
-        return file
-    if not download:
-        raise ValueError(
-            f"{file.name} of ADM preset {preset!r} is not in {str(file.parent)!r}; "
-            f"load_adm({preset!r}, download=True) fetches it, or give its folder as source"
-        )
-    return download_checkpoint(file.name, file.parent, address=CHECKPOINTS)
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "reg-companion" / "adm"
-
-
-def _saved(folder: Path, dtype: torch.dtype) -> ADMPipeline:
-    try:
-        pipe = ADMPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"folder {str(folder)!r} holds no ADM pipeline: {reason}") from error
-    for network in (pipe.unet, pipe.classifier):
-        if network is not None:
-            network.eval().requires_grad_(False)
-    return pipe

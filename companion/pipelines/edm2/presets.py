@@ -1,12 +1,7 @@
 """The EDM2 networks of the papers: which files make a pipeline, with which guidance, and where they come from."""
 
-import http.client
-import os
-import shutil
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
 CHECKPOINTS = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions"
@@ -14,8 +9,6 @@ CHECKPOINTS = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions"
 
 AUTOENCODER = "stabilityai/sd-vae-ft-mse"
 """Hub name of the autoencoder of the 512 models."""
-
-_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -81,38 +74,3 @@ def edm2_preset(name: str) -> EDM2Preset:
     if name not in EDM2_PRESETS:
         raise ValueError(f"EDM2 preset must be one of {', '.join(EDM2_PRESETS)}, got {name!r}")
     return EDM2_PRESETS[name]
-
-
-def cache_folder(preset: str) -> Path:
-    """Where a preset lies once it was downloaded and converted."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "reg-companion" / "edm2" / preset
-
-
-def download_checkpoint(name: str, folder: Path, *, address: str = CHECKPOINTS) -> Path:
-    """Bring one file of NVIDIA's into the folder, unless it is there; a broken download leaves none.
-
-    Raises:
-        ValueError: it cannot be had, which without a connection is found out within seconds.
-    """
-    target = folder / name
-    if target.is_file():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{name}.part"
-    try:
-        with urllib.request.urlopen(f"{address}/{name}", timeout=_SECONDS) as answer, open(part, "wb") as file:
-            shutil.copyfileobj(answer, file, 1 << 20)
-            expected = answer.headers.get("Content-Length")
-        if expected is not None and part.stat().st_size != int(expected):
-            raise http.client.IncompleteRead(b"", int(expected) - part.stat().st_size)
-        part.replace(target)
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or error
-        raise ValueError(
-            f"{name} cannot be downloaded from {address}: {reason}; fetch it where there is a connection and "
-            "give its folder as source"
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
-    return target

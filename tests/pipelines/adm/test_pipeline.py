@@ -14,10 +14,11 @@ import companion
 from companion import PRODUCTS, ConstantWeight, RectifiedGuidanceConfig
 from companion.exact.mixtures import GaussianMixture, MixtureDenoiser, alphas_cumprod_levels
 from companion.guidance.classifier.scores import ClassifierScore, score_logits, tilted_weights
-from companion.pipelines.adm import pipeline as adm
+from companion.pipelines.adm import loading
 from companion.pipelines.adm.checkpoint import classifier_from_checkpoint, unet_from_checkpoint
 from companion.pipelines.adm.classifier import classifier_input, off_the_shelf_classifier
-from companion.pipelines.adm.pipeline import ADMPipeline, load_adm
+from companion.pipelines.adm.loading import load_adm
+from companion.pipelines.adm.pipeline import ADMPipeline
 from companion.pipelines.adm.presets import NOISY, PUBLISHED_GUIDANCE, ADMPreset, published_guidance
 from tests.pipelines.adm.test_checkpoint import TINY, published_classifier, published_unet
 
@@ -362,13 +363,13 @@ def test_saved_pipelines_come_back(classifier, tmp_path):
     torch.testing.assert_close(draw(again, **options), draw(pipe, **options), rtol=0, atol=1e-9)
     assert again.config.classifier_size == (20 if classifier == "resnet" else None)
     (tmp_path / "unet" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="holds no ADM pipeline"):
+    with pytest.raises(ValueError, match="cannot be loaded as a diffusers pipeline"):
         load_adm(source=tmp_path)
 
 
 def test_load_from_published_files(tmp_path, monkeypatch):
     preset = ADMPreset("tiny_diffusion.pt", "tiny_classifier.pt", TINY, TINY, "squaredcos_cap_v2", 1.0)
-    monkeypatch.setattr(adm, "adm_preset", lambda name: preset)
+    monkeypatch.setattr(loading, "adm_preset", lambda name: preset)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"tiny_diffusion\.pt of ADM preset 'tiny' is not in"):
         load_adm("tiny")
@@ -393,9 +394,9 @@ def test_load_from_published_files(tmp_path, monkeypatch):
 
 def test_a_classifier_that_cannot_be_had(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match=r"classifier 'microsoft/resnet-50-nowhere' cannot be had"):
+    with pytest.raises(ValueError, match=r"classifier 'microsoft/resnet-50-nowhere' is unavailable"):
         off_the_shelf_classifier("microsoft/resnet-50-nowhere")
-    with pytest.raises(ValueError, match="cannot be had"):
+    with pytest.raises(ValueError, match="cannot be loaded: configuration"):
         off_the_shelf_classifier(tmp_path, download=True)
 
 

@@ -18,10 +18,12 @@ from torch import nn
 
 import companion
 from companion.networks.edm2 import EDM2UNet
-from companion.pipelines.edm2 import presets as edm2_presets
+from companion.pipelines.edm2 import loading
 from companion.pipelines.edm2.checkpoint import read_edm2_checkpoint
-from companion.pipelines.edm2.pipeline import EDM2Pipeline, load_edm2
-from companion.pipelines.edm2.presets import EDM2_PRESETS, download_checkpoint, edm2_preset
+from companion.pipelines.edm2.loading import load_edm2
+from companion.pipelines.edm2.pipeline import EDM2Pipeline
+from companion.pipelines.edm2.presets import EDM2_PRESETS, edm2_preset
+from companion.pipelines.hub import download_file
 from tests.networks.test_edm2 import TINY, tiny_unet
 from tests.pipelines.tiny import tiny_autoencoder
 
@@ -455,9 +457,9 @@ def test_errors_of_loading(tmp_path, monkeypatch):
         (lambda: load_edm2(source=path, guide=other, vae=None), "guide must have the network's in_channels, 4, got 3"),
         (
             lambda: load_edm2(source=path, vae=str(tmp_path / "no")),
-            r"autoencoder .* cannot be had .*vae=None for latents",
+            r"autoencoder .* is unavailable.*vae=None for latents",
         ),
-        (lambda: load_edm2(source=tmp_path / "broken"), "holds no EDM2 pipeline"),
+        (lambda: load_edm2(source=tmp_path / "broken"), "cannot be loaded as a diffusers pipeline"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -493,7 +495,7 @@ def server(tmp_path):
 def test_downloading_when_asked(tmp_path, monkeypatch, server):
     address, folder = server
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(edm2_presets.download_checkpoint, "__kwdefaults__", {"address": address})
+    monkeypatch.setattr(loading, "CHECKPOINTS", address)
     preset, (network, guide) = edm2_preset("edm2-img512-s"), networks()
     write(folder / preset.network, published(network)), write(folder / preset.guide, published(guide))
     fetched = load_edm2("edm2-img512-s", vae=None, download=True)
@@ -517,7 +519,7 @@ def test_what_cannot_be_downloaded(tmp_path, server):
         with pytest.raises(
             ValueError, match=f"{name} cannot be downloaded from .*({reason}).*give its folder as source"
         ):
-            download_checkpoint(name, tmp_path / "into", address=where)
+            download_file(name, tmp_path / "into", where)
     assert time.monotonic() - started < 5 and not any((tmp_path / "into").iterdir())
 
 
