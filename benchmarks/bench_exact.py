@@ -1,4 +1,4 @@
-"""Golden directions: exact on a grid against Monte Carlo in the same run, and how the exact ones' cost grows.
+"""Optimal directions: exact on a grid against Monte Carlo in the same run, and how the exact ones' cost grows.
 
 `python -m benchmarks exact`, or this file by itself. One CPU run of about two minutes.
 """
@@ -18,7 +18,7 @@ from companion.exact import (
     denoiser_prediction,
     linear_schedule,
     mixture_prediction,
-    monte_carlo_golden,
+    monte_carlo_optimum,
     toy,
     train_toy_denoiser,
 )
@@ -35,9 +35,9 @@ def timed(function: Callable[[], Any], repeats: int = 1) -> tuple[Any, float]:
     return result, min(times)
 
 
-def golden(chain: DDPMChain, grid: Grid, reward: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """The golden direction at all levels."""
-    return chain.golden_direction(grid, chain.expected_reward(grid, reward))
+def optimal(chain: DDPMChain, grid: Grid, reward: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The optimal direction at all levels."""
+    return chain.optimal_direction(grid, chain.expected_reward(grid, reward))
 
 
 def against_monte_carlo(network: bool) -> list[str]:
@@ -54,15 +54,15 @@ def against_monte_carlo(network: bool) -> list[str]:
         prediction = denoiser_prediction(model, schedule)
     reward = classifier_free_reward(data.classes[0], data.unconditional, 1.0)
     chain, grid = DDPMChain(prediction, schedule), Grid.line(-1, 2, 1000)
-    exact, seconds = timed(lambda: golden(chain, grid, reward), 3)
+    exact, seconds = timed(lambda: optimal(chain, grid, reward), 3)
     fine = Grid.line(-1, 2, 3997)
-    truth = golden(DDPMChain(prediction, schedule, nodes=128), fine, reward)[:, ::4]
+    truth = optimal(DDPMChain(prediction, schedule, nodes=128), fine, reward)[:, ::4]
     generator = torch.Generator().manual_seed(0)
     every = 10 if network else 1
 
     def rollouts() -> torch.Tensor:
         return torch.stack(
-            [monte_carlo_golden(chain, grid.points[::every], t, reward, generator).direction for t in range(1, 21)]
+            [monte_carlo_optimum(chain, grid.points[::every], t, reward, generator).direction for t in range(1, 21)]
         )
 
     sampled, slow = timed(rollouts)
@@ -85,10 +85,10 @@ def growth() -> list[list[str]]:
         chain = DDPMChain(mixture_prediction(data.classes[0], schedule), schedule)
         reward = classifier_free_reward(data.classes[0], data.unconditional, 1.0)
         grid = data.grid(points)
-        _, seconds = timed(partial(golden, chain, grid, reward), 2)
+        _, seconds = timed(partial(optimal, chain, grid, reward), 2)
         wide = data.grid(points, margin=3)
         _, push = timed(partial(chain.push_forward, wide))
-        halving = accuracy(chain, grid, reward).golden
+        halving = accuracy(chain, grid, reward).optimal
         size = f"{points}" if dimension == 1 else f"{points}²"
         rows.append([f"{dimension}", size, f"{steps}", f"{seconds:.2f}", f"{push:.2f}", f"{halving:.1e}"])
     return rows
@@ -101,14 +101,14 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def main() -> None:
     """Print both tables."""
-    print("Golden direction, 1D, 1,000 points x 20 steps; Monte Carlo with 100 rollouts and backpropagation.")
-    print("Errors are RMS, relative to the golden direction's RMS, against four times the points and quadrature")
+    print("Optimal direction, 1D, 1,000 points x 20 steps; Monte Carlo with 100 rollouts and backpropagation.")
+    print("Errors are RMS, relative to the optimal direction's RMS, against four times the points and quadrature")
     print("nodes. Through the network, rollouts start from every tenth point and their time is multiplied by ten.\n")
     header = ["chain", "exact, s", "Monte Carlo, s", "times faster", "error, exact", "error, Monte Carlo"]
     print(table(header, [against_monte_carlo(network) for network in (False, True)]), flush=True)
     print("\nCost is linear in points and steps and, in 2D, in points per axis squared; `halving` is the relative RMS")
-    print("change of the golden direction from half the points per axis (its error is smaller).\n")
-    print(table(["dimension", "points", "steps", "golden, s", "push forward, s", "halving"], growth()))
+    print("change of the optimal direction from half the points per axis (its error is smaller).\n")
+    print(table(["dimension", "points", "steps", "optimal, s", "push forward, s", "halving"], growth()))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""Ground truth in 1D and 2D: mixtures, chains on a grid, golden gradients, and what everyday guidance leaves out."""
+"""Ground truth in 1D and 2D: mixtures, chains on a grid, the optimal direction (the paper calls it golden), and what
+standard guidance leaves out."""
 
+from companion.deprecation import renamed_names
 from companion.exact.bounds import (
     DefectBound,
     ExtrapolationError,
@@ -25,10 +27,10 @@ from companion.exact.densities import kl, mass, moments, normalise, sample_densi
 from companion.exact.directions import (
     Direction,
     ErrorSplit,
+    cfg_direction,
     direction_error,
     direction_field,
     error_split,
-    everyday_direction,
     guided,
     interval,
     rectified_direction,
@@ -39,7 +41,7 @@ from companion.exact.directions import (
 from companion.exact.grids import Grid, evaluate, gradient, interpolate, log_blur
 from companion.exact.marginal_scaling import implied_reward, reward_levels
 from companion.exact.mixtures import GaussianMixture, MixtureDenoiser, alphas_cumprod_levels, mixture_of
-from companion.exact.monte_carlo import MonteCarloGolden, monte_carlo_golden
+from companion.exact.monte_carlo import MonteCarloOptimum, monte_carlo_optimum
 from companion.exact.networks import ToyDenoiser, ToyTraining, train_toy_denoiser
 from companion.exact.pretrained import excess_loss, load_paper_1d
 from companion.exact.rewards import (
@@ -74,7 +76,7 @@ __all__ = [
     "Grid",
     "Interval",
     "MixtureDenoiser",
-    "MonteCarloGolden",
+    "MonteCarloOptimum",
     "NoiseSchedule",
     "Prediction",
     "Reward",
@@ -87,6 +89,7 @@ __all__ = [
     "ancestral_samples",
     "autoguidance_reward",
     "callable_reward",
+    "cfg_direction",
     "classifier_free_reward",
     "classifier_reward",
     "covariance_direction",
@@ -100,7 +103,6 @@ __all__ = [
     "energy_distance_interval",
     "error_split",
     "evaluate",
-    "everyday_direction",
     "excess_loss",
     "extrapolation_error",
     "gradient",
@@ -118,7 +120,7 @@ __all__ = [
     "mixture_of",
     "mixture_prediction",
     "moments",
-    "monte_carlo_golden",
+    "monte_carlo_optimum",
     "normalise",
     "rectified_direction",
     "reward_direction",
@@ -135,3 +137,12 @@ __all__ = [
     "wasserstein1",
     "win_ratio",
 ]
+
+__getattr__ = renamed_names(
+    __name__,
+    {
+        "MonteCarloGolden": "MonteCarloOptimum",
+        "everyday_direction": "cfg_direction",
+        "monte_carlo_golden": "monte_carlo_optimum",
+    },
+)

@@ -1,4 +1,5 @@
-"""How far everyday guidance is from the golden direction: identities and bounds for the error `ε̄ - ε̄*`.
+"""How far classifier-free guidance is from the optimal direction (the paper calls it golden): identities and bounds for
+the error `ε̄ - ε̄*`.
 
 The REG paper's Theorems 4.2 and 4.3 are about this error; the statements here are this package's own. With
 `ℓ = log p(x_0|y) - log p(x_0)` and the posterior tilted between the branches,
@@ -17,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.deprecation import RenamedAttribute
 from companion.exact.chain import DDPMChain
 from companion.exact.grids import Grid, evaluate, gradient
 from companion.exact.mixtures import GaussianMixture
@@ -111,24 +113,27 @@ def _support(*mixtures: GaussianMixture) -> tuple[Float[Tensor, " dim"], Float[T
 
 
 class ExtrapolationError(NamedTuple):
-    """Everyday guidance against the golden direction of the exact posterior, and bounds of its error.
+    """Classifier-free guidance against the optimal direction of the exact posterior, and bounds of its error.
 
     Attributes:
-        everyday: `w Δ = -(α/σ) w (m(0) - m(-1))`.
-        golden: `-(α/σ) (m(w) - m(0))`.
+        cfg: `w Δ = -(α/σ) w (m(0) - m(-1))`.
+        optimal: `-(α/σ) (m(w) - m(0))`.
         bound: `(α/σ) ∫ k(s) ‖κ_s‖ ds`, k the hat `w (1+s)` on [-1, 0] and `w - s` on [0, w].
         spread_bound: the same with `√(tr Cov(x_0) E(ℓ - Eℓ)⁴)` for ‖κ_s‖.
     """
 
-    everyday: Float[Tensor, "batch dim"]
-    golden: Float[Tensor, "batch dim"]
+    cfg: Float[Tensor, "batch dim"]
+    optimal: Float[Tensor, "batch dim"]
     bound: Float[Tensor, " batch"]
     spread_bound: Float[Tensor, " batch"]
 
+    everyday = RenamedAttribute("everyday", "cfg")
+    golden = RenamedAttribute("golden", "optimal")
+
     @property
     def error(self) -> Float[Tensor, " batch"]:
-        """‖everyday - golden‖."""
-        return (self.everyday - self.golden).norm(dim=-1)
+        """‖cfg - optimal‖."""
+        return (self.cfg - self.optimal).norm(dim=-1)
 
 
 def extrapolation_error(
@@ -199,8 +204,8 @@ def defect_bound(
     Raises:
         ValueError: the grid is not 1D, or a kernel is narrower than its spacing.
     """
-    golden = torch.stack([gradient(grid, values)[..., 0] for values in log_expected])
-    defects, bounds = [slope[0] - golden[0]], [(slope[0] - golden[0]).abs()]
+    optimal = torch.stack([gradient(grid, values)[..., 0] for values in log_expected])
+    defects, bounds = [slope[0] - optimal[0]], [(slope[0] - optimal[0]).abs()]
     for t in range(1, chain.steps + 1):
         kernel = chain.tilted_kernel(grid, log_expected, t)
         kernel = kernel / kernel.sum(dim=1, keepdim=True)
@@ -209,5 +214,5 @@ def defect_bound(
         bounds.append(defects[-1].abs() + stretch.abs() * (kernel @ bounds[-1]))
     sigmas = torch.tensor([chain.schedule.level(t)[1] for t in range(chain.steps + 1)])[:, None]
     return DefectBound(
-        sigmas * (slope - golden).abs(), sigmas * torch.stack(defects).abs(), sigmas * torch.stack(bounds)
+        sigmas * (slope - optimal).abs(), sigmas * torch.stack(defects).abs(), sigmas * torch.stack(bounds)
     )

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from companion.deprecation import RenamedAttribute
 from companion.exact.densities import mass, normalise, spread
 from companion.exact.grids import Grid, evaluate, gradient, interpolate, log_blur
 from companion.exact.mixtures import GaussianMixture
@@ -62,8 +63,8 @@ class NoiseSchedule:
         """`(√ᾱ_t, √(1-ᾱ_t))`; t = 0 is clean."""
         if t == 0:
             return 1.0, 0.0
-        kept = float(self.alphas_cumprod[t - 1])
-        return kept**0.5, (1 - kept) ** 0.5
+        alpha_bar = float(self.alphas_cumprod[t - 1])
+        return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
 
 
 def linear_schedule(steps: int, first: float = 1e-4, last: float = 0.02) -> NoiseSchedule:
@@ -120,6 +121,9 @@ class DDPMChain:
     def __post_init__(self) -> None:
         if self.variance not in ("posterior", "beta"):
             raise ValueError(f"variance must be 'posterior' or 'beta', got {self.variance!r}")
+
+    golden_direction = RenamedAttribute("golden_direction", "optimal_direction")
+    golden_prediction = RenamedAttribute("golden_prediction", "optimal_prediction")
 
     @property
     def steps(self) -> int:
@@ -192,7 +196,7 @@ class DDPMChain:
                 )
         return torch.stack(levels)
 
-    def golden_direction(
+    def optimal_direction(
         self, grid: Grid, log_expected: Float[Tensor, "steps+1 *grid"]
     ) -> Float[Tensor, "steps+1 *grid dim"]:
         """`ε̄*_t - ε_t = -√(1-ᾱ_t) ∇ log E_t` on the grid (Theorem 4.1), the reward's weight in it."""
@@ -200,9 +204,9 @@ class DDPMChain:
             [-self.schedule.level(t)[1] * gradient(grid, values) for t, values in enumerate(log_expected)]
         )
 
-    def golden_prediction(self, grid: Grid, golden: Float[Tensor, "steps+1 *grid dim"]) -> Prediction:
+    def optimal_prediction(self, grid: Grid, optimal: Float[Tensor, "steps+1 *grid dim"]) -> Prediction:
         """`ε̄*(x, t)` at any points; off the grid the shift is the one at the nearest edge."""
-        return lambda x, t: self.prediction(x, t) + interpolate(grid, golden[t], x, outside="nearest")
+        return lambda x, t: self.prediction(x, t) + interpolate(grid, optimal[t], x, outside="nearest")
 
     def tilted_mean(
         self, grid: Grid, log_expected: Float[Tensor, "steps+1 *grid"], t: int
@@ -376,18 +380,21 @@ class Accuracy:
     Attributes:
         grid, half: the two grids.
         log_expected: largest difference of log E_t over all t and points.
-        golden: RMS difference of the golden direction over all t and points, relative to its RMS.
-        golden_per_step: the same for each t = 1 … T.
-        density: largest total variation between the densities pushed forward under the golden prediction; None if not
+        optimal: RMS difference of the optimal direction over all t and points, relative to its RMS.
+        optimal_per_step: the same for each t = 1 … T.
+        density: largest total variation between the densities pushed forward under the optimal prediction; None if not
         asked.
     """
 
     grid: Grid
     half: Grid
     log_expected: float
-    golden: float
-    golden_per_step: tuple[float, ...]
+    optimal: float
+    optimal_per_step: tuple[float, ...]
     density: float | None
+
+    golden = RenamedAttribute("golden", "optimal")
+    golden_per_step = RenamedAttribute("golden_per_step", "optimal_per_step")
 
 
 def accuracy(chain: DDPMChain, grid: Grid, log_reward: LogReward, *, densities: bool = False) -> Accuracy:
@@ -395,23 +402,23 @@ def accuracy(chain: DDPMChain, grid: Grid, log_reward: LogReward, *, densities: 
     smaller.
 
     Args:
-        densities: also push the golden chain's densities forward on both grids.
+        densities: also push the optimal chain's densities forward on both grids.
     """
     half = grid.with_points(*((points + 1) // 2 for points in grid.shape))
     fine, coarse = chain.expected_reward(grid, log_reward), chain.expected_reward(half, log_reward)
-    golden, rough = chain.golden_direction(grid, fine), chain.golden_direction(half, coarse)
+    optimal, rough = chain.optimal_direction(grid, fine), chain.optimal_direction(half, coarse)
 
     def onto(values: Float[Tensor, "steps+1 ..."]) -> Float[Tensor, "steps+1 ..."]:
         moved = interpolate(half, values.movedim(0, -1), grid.points)
         return moved.movedim(-1, 0).reshape(len(values), *grid.shape, *moved.shape[1:-1])
 
-    error = (golden - onto(rough)).square().flatten(1)[1:]
-    scale = golden[1:].square().mean().sqrt().clamp(min=1e-300)
+    error = (optimal - onto(rough)).square().flatten(1)[1:]
+    scale = optimal[1:].square().mean().sqrt().clamp(min=1e-300)
     distance = None
     if densities:
         ours, theirs = (
-            chain.with_prediction(chain.golden_prediction(g, d)).push_forward(g)
-            for g, d in ((grid, golden), (half, rough))
+            chain.with_prediction(chain.optimal_prediction(g, d)).push_forward(g)
+            for g, d in ((grid, optimal), (half, rough))
         )
         distance = float(0.5 * (ours - onto(theirs)).abs().flatten(1).sum(dim=1).max()) * grid.cell
     return Accuracy(

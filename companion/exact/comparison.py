@@ -1,4 +1,5 @@
-"""Ways to guide mixture data side by side: how far each direction is from the golden one, and the chain it makes.
+"""Guidance methods on mixture data side by side: how far each direction is from the optimal one (the paper calls it
+golden), and the chain it makes.
 
 Scores are exact, so K of the conditional branch is a closed form and serves all products at once. It is symmetric: the
 products `vjp`, `jvp` and `finite_difference` of `companion.guidance` are one and the same here, called `jvp`.
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.deprecation import RenamedAttribute
 from companion.exact.chain import DDPMChain, NoiseSchedule, mixture_prediction
 from companion.exact.densities import normalise
 from companion.exact.directions import Field, direction_error, win_ratio
@@ -38,7 +40,7 @@ class Comparison:
         reward: `[p(x|y)/p(x)]^w`.
         chain: unguided.
         fields: per method the shift that is added to the conditional prediction, w included.
-        golden: `-√(1-ᾱ_t) ∇ log E_t`.
+        optimal: `-√(1-ᾱ_t) ∇ log E_t`.
         densities: `p(x_t|y)` of the data.
     """
 
@@ -49,8 +51,10 @@ class Comparison:
     reward: Reward
     chain: DDPMChain
     fields: dict[str, Field]
-    golden: Field
+    optimal: Field
     densities: Float[Tensor, "steps+1 *grid"]
+
+    golden = RenamedAttribute("golden", "optimal")
 
 
 def compare(
@@ -63,7 +67,7 @@ def compare(
     margin: float = 0.0,
     kinks: bool = False,
 ) -> list[Comparison]:
-    """All directions on a grid, one comparison per weight; only the golden one has to be computed for each.
+    """All directions on a grid, one comparison per weight; only the optimal one has to be computed for each.
 
     Args:
         weights: the paper's w.
@@ -88,9 +92,9 @@ def compare(
         # The reward's largest value on the grid, and a little for what lies between its points.
         bound = float(evaluate(grid, reward).max()) + 0.1
         log_expected = chain.expected_reward(grid, reward, margin=margin, bound=bound, kinks=kinks)
-        golden = chain.golden_direction(grid, log_expected)
+        optimal = chain.optimal_direction(grid, log_expected)
         fields = {name: weight * field for name, field in unit.items()}
-        comparisons.append(Comparison(data, label, weight, grid, reward, chain, fields, golden, densities))
+        comparisons.append(Comparison(data, label, weight, grid, reward, chain, fields, optimal, densities))
     return comparisons
 
 
@@ -111,7 +115,7 @@ def unit_fields(
 
 
 def guided_chains(comparison: Comparison) -> dict[str, DDPMChain]:
-    """The chain of each method by name, `unguided` first, `golden` last. Products come from the closed form of K."""
+    """The chain of each method by name, `unguided` first, `optimal` last. Products come from the closed form of K."""
     chain = comparison.chain
     conditional, unconditional = comparison.data.classes[comparison.label], comparison.data.unconditional
 
@@ -122,8 +126,8 @@ def guided_chains(comparison: Comparison) -> dict[str, DDPMChain]:
         return noise + comparison.weight * multiply(name, k, noise - unconditional.noise(x, *level))
 
     guided = {name: chain.with_prediction(partial(prediction, name)) for name in METHODS}
-    golden = chain.with_prediction(chain.golden_prediction(comparison.grid, comparison.golden))
-    return {"unguided": chain, **guided, "golden": golden}
+    optimal = chain.with_prediction(chain.optimal_prediction(comparison.grid, comparison.optimal))
+    return {"unguided": chain, **guided, "optimal": optimal}
 
 
 def target_density(comparison: Comparison, grid: Grid) -> Float[Tensor, "*grid"]:
@@ -146,9 +150,10 @@ def band_means(per_step: Float[Tensor, " steps"]) -> dict[str, float]:
 
 
 def win_ratios(comparison: Comparison, method: str, *, weighted: bool) -> dict[str, float]:
-    """Share of the grid (weighted: of the mass of `p(x_t|y)`) where a method is closer to golden than CFG, per band."""
+    """Share of the grid (weighted: of the mass of `p(x_t|y)`) where a method is closer to the optimum than CFG, per
+    band."""
     densities = comparison.densities if weighted else None
-    return band_means(win_ratio(comparison.fields[method], comparison.fields["CFG"], comparison.golden, densities))
+    return band_means(win_ratio(comparison.fields[method], comparison.fields["CFG"], comparison.optimal, densities))
 
 
 def win_ratio_table(
@@ -166,17 +171,17 @@ def win_ratio_table(
 
 
 def mean_errors(comparison: Comparison, method: str, *, weighted: bool) -> dict[str, float]:
-    """Mean distance of a method's shift to the golden one, in units of ε, per band."""
+    """Mean distance of a method's shift to the optimal one, in units of ε, per band."""
     densities = comparison.densities if weighted else None
-    return band_means(direction_error(comparison.fields[method], comparison.golden, densities))
+    return band_means(direction_error(comparison.fields[method], comparison.optimal, densities))
 
 
-def gains(field: Field, everyday: Field, densities: Float[Tensor, "steps+1 *grid"]) -> Float[Tensor, " steps"]:
-    """How strongly a shift guides at t = 1 … T in multiples of everyday guidance: the least-squares factor
-    `E⟨field, everyday⟩ / E‖everyday‖²` over the densities; everyday guidance itself has 1."""
+def gains(field: Field, cfg: Field, densities: Float[Tensor, "steps+1 *grid"]) -> Float[Tensor, " steps"]:
+    """How strongly a shift guides at t = 1 … T in multiples of CFG: the least-squares factor
+    `E⟨field, cfg⟩ / E‖cfg‖²` over the densities; CFG itself has 1."""
     weights = densities[1:].clamp(min=0)
-    shared = (weights * (field * everyday)[1:].sum(dim=-1)).flatten(1).sum(dim=1)
-    return shared / (weights * everyday[1:].square().sum(dim=-1)).flatten(1).sum(dim=1)
+    shared = (weights * (field * cfg)[1:].sum(dim=-1)).flatten(1).sum(dim=1)
+    return shared / (weights * cfg[1:].square().sum(dim=-1)).flatten(1).sum(dim=1)
 
 
 def noise_floor(

@@ -71,7 +71,7 @@ def guided_trajectories(
         ratios: σ/α of the levels, falling; a last one of 0 is added.
         start: ε of the first level, x/α = ratio · ε.
         weight: the paper's w (guidance scale minus 1).
-        product: of K with the guidance direction; `none` is everyday guidance.
+        product: of K with the guidance direction; `none` is CFG.
 
     Raises:
         ValueError: ratios that do not fall to a positive end, a prediction type that these coordinates do not have.
@@ -85,9 +85,9 @@ def guided_trajectories(
     points = [x / alpha]
     for following in [*ratios[1:], 0.0]:
         predict = partial(_predict, conditional, prediction_type, alpha, sigma)
-        beside = _predict(reference, prediction_type, alpha, sigma, x)
+        reference_output = _predict(reference, prediction_type, alpha, sigma, x)
         coefficients = rectification_coefficients(prediction_type, alpha, sigma)
-        output, direction = rectify(predict, x, beside, coefficients, product=product)
+        output, direction = rectify(predict, x, reference_output, coefficients, product=product)
         clean = clean_from_output(prediction_type, output + weight * direction, x, alpha, sigma)
         noise = (x - alpha * clean) / sigma
         alpha, sigma = level(coordinates, following)

@@ -1,4 +1,4 @@
-"""Beyond REG: the golden direction when everything is Gaussian, and its estimates.
+"""Beyond REG: the optimal direction (the paper calls it golden) when everything is Gaussian, and its estimates.
 
 With posterior covariances `K = (α²/σ²) Cov[x_0|x]` of both branches, Gaussian data and the reward `[p_c/p_u]^w`,
 
@@ -10,8 +10,7 @@ quadratic over N(x̂_c, C_c) turns a gradient g into `(I - H C_c)⁻¹ g`, that 
 REG keeps `K_c Δ`.
 
 The bracket is `K_c + (1+w) (K_u - K_c)`. Where data are not Gaussian K_u may be the smaller one, and the bracket
-shrinks or turns negative; the *capped* formula keeps only the positive part of `K_u - K_c`: never more than everyday
-guidance.
+shrinks or turns negative; the *capped* formula keeps only the positive part of `K_u - K_c`: never more than CFG.
 """
 
 from typing import Literal, get_args
@@ -99,9 +98,9 @@ def covariance_direction(
         case "direction_rayleigh":
             return along_direction(delta, _apply(k_c, delta), _apply(k_u, delta), weight)
         case "rayleigh":
-            pulled = _apply(k_c, delta)
-            c, u = (rayleigh_quotient(delta, value)[:, None] for value in (pulled, _apply(k_u, delta)))
-            return pulled / torch.maximum(u + weight * (u - c), c).clamp(min=torch.finfo(delta.dtype).eps)
+            k_delta = _apply(k_c, delta)
+            c, u = (rayleigh_quotient(delta, value)[:, None] for value in (k_delta, _apply(k_u, delta)))
+            return k_delta / torch.maximum(u + weight * (u - c), c).clamp(min=torch.finfo(delta.dtype).eps)
 
 
 def covariance_guidance(

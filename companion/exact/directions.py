@@ -1,7 +1,8 @@
-"""Guidance directions: everyday, rectified, golden; how far they are apart, and what each approximation of REG costs.
+"""Guidance directions: CFG, rectified, optimal (the paper calls it golden); how far they are apart, and what each
+approximation of REG costs.
 
 A `Direction` is a function of (x, t) like a prediction; guided predictions are `ε_c + w · direction` (`guided`). The
-golden shift `-√(1-ᾱ_t) ∇ log E_t` contains w already. Predictions are ε; the same functions serve exact scores and
+optimal shift `-√(1-ᾱ_t) ∇ log E_t` contains w already. Predictions are ε; the same functions serve exact scores and
 networks.
 """
 
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.deprecation import renamed_names
 from companion.exact.chain import NoiseSchedule, Prediction
 from companion.exact.grids import Grid, evaluate
 from companion.exact.rewards import Reward
@@ -24,13 +26,13 @@ Field = Float[Tensor, "steps+1 *grid dim"]
 """A direction on a grid for t = 0 … T; t = 0 is zero."""
 
 
-def everyday_direction(conditional: Prediction, reference: Prediction) -> Direction:
+def cfg_direction(conditional: Prediction, reference: Prediction) -> Direction:
     """`Δ = ε_c - ε_u`: classifier-free guidance, autoguidance."""
     return lambda x, t: conditional(x, t) - reference(x, t)
 
 
 def reward_direction(reward: Reward, schedule: NoiseSchedule) -> Direction:
-    """`-√(1-ᾱ_t) ∇ log R_t`, weight included: everyday guidance by any reward."""
+    """`-√(1-ᾱ_t) ∇ log R_t`, weight included: standard guidance by any reward."""
     return lambda x, t: -schedule.level(t)[1] * reward.gradient(x, *schedule.level(t))
 
 
@@ -67,17 +69,18 @@ def _at(direction: Direction, t: int, x: Float[Tensor, "batch dim"]) -> Float[Te
 
 
 def direction_error(
-    field: Field, golden: Field, densities: Float[Tensor, "steps+1 *grid"] | None = None
+    field: Field, optimal: Field, densities: Float[Tensor, "steps+1 *grid"] | None = None
 ) -> Float[Tensor, " steps"]:
-    """Mean Euclidean distance to the golden field for t = 1 … T, uniform over the grid or weighted by densities."""
-    return _average((field - golden).norm(dim=-1), densities)
+    """Mean Euclidean distance to the optimal field for t = 1 … T, uniform over the grid or weighted by densities."""
+    return _average((field - optimal).norm(dim=-1), densities)
 
 
 def win_ratio(
-    field: Field, other: Field, golden: Field, densities: Float[Tensor, "steps+1 *grid"] | None = None
+    field: Field, other: Field, optimal: Field, densities: Float[Tensor, "steps+1 *grid"] | None = None
 ) -> Float[Tensor, " steps"]:
-    """Share of the grid (or of the densities' mass) where `field` is closer to golden than `other`; ties count half."""
-    ours, theirs = (field - golden).norm(dim=-1), (other - golden).norm(dim=-1)
+    """Share of the grid (or of the densities' mass) where `field` is closer to the optimum than `other`; ties count
+    half."""
+    ours, theirs = (field - optimal).norm(dim=-1), (other - optimal).norm(dim=-1)
     return _average((ours < theirs).double() + 0.5 * (ours == theirs).double(), densities)
 
 
@@ -91,7 +94,7 @@ def _average(values: Tensor, densities: Tensor | None) -> Float[Tensor, " steps"
 
 @dataclass(frozen=True)
 class ErrorSplit:
-    """REG's shift minus the golden one, as a sum of what its three approximations contribute (fields t = 0 … T).
+    """REG's shift minus the optimal one, as a sum of what its three approximations contribute (fields t = 0 … T).
 
     Attributes:
         jensen: `R_0(x̂_0)` for `E_t`.
@@ -111,21 +114,21 @@ def error_split(
     conditional: Prediction,
     reward: Reward,
     schedule: NoiseSchedule,
-    golden: Field,
+    optimal: Field,
     product: Product = "ones",
-    everyday: Direction | None = None,
+    cfg: Direction | None = None,
 ) -> ErrorSplit:
     """Split a product's error exactly: the three parts telescope to the total.
 
     Args:
         conditional: ε_c, whose Jacobian is K.
-        reward: gives R_0; and R_t, unless `everyday` is given.
-        golden: from `DDPMChain.golden_direction`.
-        everyday: `w Δ` of networks, in place of `-√(1-ᾱ_t) ∇ log R_t`.
+        reward: gives R_0; and R_t, unless `cfg` is given.
+        optimal: from `DDPMChain.optimal_direction`.
+        cfg: `w Δ` of networks, in place of `-√(1-ᾱ_t) ∇ log R_t`.
     """
-    delta = reward_direction(reward, schedule) if everyday is None else everyday
+    delta = reward_direction(reward, schedule) if cfg is None else cfg
 
-    def pulled(gradient: Callable[[Tensor, int, Tensor], Tensor], kind: Product) -> Direction:
+    def k_direction(gradient: Callable[[Tensor, int, Tensor], Tensor], kind: Product) -> Direction:
         """product(K, gradient(x, t, x̂_0)) at the conditional branch."""
 
         def direction(x: Tensor, t: int) -> Tensor:
@@ -145,13 +148,16 @@ def error_split(
         return delta(x, t)
 
     steps = schedule.steps
-    looked_ahead = direction_field(grid, pulled(through_clean, "vjp"), steps)
-    chain_rule = direction_field(grid, pulled(at_noisy, "vjp"), steps)
-    final = direction_field(grid, pulled(at_noisy, product), steps)
-    return ErrorSplit(looked_ahead - golden, chain_rule - looked_ahead, final - chain_rule, final - golden)
+    looked_ahead = direction_field(grid, k_direction(through_clean, "vjp"), steps)
+    chain_rule = direction_field(grid, k_direction(at_noisy, "vjp"), steps)
+    final = direction_field(grid, k_direction(at_noisy, product), steps)
+    return ErrorSplit(looked_ahead - optimal, chain_rule - looked_ahead, final - chain_rule, final - optimal)
 
 
 def split_sizes(split: ErrorSplit, densities: Float[Tensor, "steps+1 *grid"]) -> dict[str, float]:
     """Mean Euclidean size of each part over the densities and t = 1 … T, by its name; parts may cancel one another."""
     parts = {"jensen": split.jensen, "surrogate": split.surrogate, "jacobian": split.jacobian, "total": split.total}
     return {name: float(_average(part.norm(dim=-1), densities).mean()) for name, part in parts.items()}
+
+
+__getattr__ = renamed_names(__name__, {"everyday_direction": "cfg_direction"})

@@ -1,6 +1,6 @@
 """Marginal scaling: the rewards R_t it asks for at every level, and the R_{t-1} that a kernel leaves no choice about.
 
-Everyday guidance reads `ε̄_t = ε_t - √(1-ᾱ_t) ∇ log R_t` as sampling from `p_t R_t / Z_t` at every t (REG, section 3).
+Standard guidance reads `ε̄_t = ε_t - √(1-ᾱ_t) ∇ log R_t` as sampling from `p_t R_t / Z_t` at every t (REG, section 3).
 But if x_t has that density, the guided kernel alone fixes the density of x_{t-1}, hence R_{t-1} (appendix B).
 """
 
@@ -15,7 +15,7 @@ from companion.exact.rewards import Reward
 
 
 def reward_levels(grid: Grid, reward: Reward, schedule: NoiseSchedule) -> Float[Tensor, "steps+1 *grid"]:
-    """log R_0 … log R_T on the grid: the rewards that everyday guidance uses, for `tilted_marginals`."""
+    """log R_0 … log R_T on the grid: the rewards that standard guidance uses, for `tilted_marginals`."""
 
     def at(t: int) -> Float[Tensor, "*grid"]:
         return evaluate(grid, lambda x: reward.log(x, *schedule.level(t)))

@@ -1,7 +1,7 @@
-"""Every way to guide mixture data, by the name that figures show: everyday, interval, the products of K, and the
+"""Every guidance method for mixture data, by the name that figures show: CFG, interval, the products of K, and the
 estimates of the Gaussian formula `K_c [K_u + w (K_u - K_c)]⁻¹ Δ`.
 
-Both branches' K are closed forms here, so that a chain costs little more than everyday guidance's.
+Both branches' K are closed forms here, so that a chain costs little more than CFG's.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.deprecation import renamed_names
 from companion.exact.chain import DDPMChain
 from companion.exact.comparison import CHUNK, METHODS, Comparison, multiply
 from companion.exact.covariance import covariance_direction
@@ -36,41 +37,41 @@ ESTIMATES: dict[str, dict[str, Any]] = {
 """The formula's estimates and what they ask `covariance_direction` for: "bracket" raises its eigenvalues to 0.1,
 "capped" never guides more than CFG, "Rayleigh" is one capped factor per sample."""
 
-WAYS = ("CFG", "interval", *METHODS[1:], *ESTIMATES)
+ALL_METHODS = ("CFG", "interval", *METHODS[1:], *ESTIMATES)
 
 
-def way(name: str, comparison: Comparison) -> Direction:
+def method_direction(name: str, comparison: Comparison) -> Direction:
     """A guidance direction, without the weight, from exact scores.
 
     Raises:
         ValueError: the name is unknown.
     """
-    if name not in WAYS:
-        raise ValueError(f"name must be one of {', '.join(WAYS)}, got {name!r}")
+    if name not in ALL_METHODS:
+        raise ValueError(f"name must be one of {', '.join(ALL_METHODS)}, got {name!r}")
     return lambda x, t: _directions([name], comparison, t, x)[:, 0]
 
 
-def ways_to_guide(comparison: Comparison, names: Iterable[str] = WAYS) -> dict[str, DDPMChain]:
-    """The chains of the named ways, `unguided` first and `golden` last."""
+def method_chains(comparison: Comparison, names: Iterable[str] = ALL_METHODS) -> dict[str, DDPMChain]:
+    """The chains of the named methods, `unguided` first and `optimal` last."""
     chain, weight = comparison.chain, comparison.weight
-    predictions = {name: guided(chain.prediction, way(name, comparison), weight) for name in names}
-    predictions["golden"] = chain.golden_prediction(comparison.grid, comparison.golden)
+    predictions = {name: guided(chain.prediction, method_direction(name, comparison), weight) for name in names}
+    predictions["optimal"] = chain.optimal_prediction(comparison.grid, comparison.optimal)
     return {"unguided": chain, **{name: chain.with_prediction(found) for name, found in predictions.items()}}
 
 
-def ways_on_grid(comparison: Comparison, names: Sequence[str] = WAYS) -> dict[str, Field]:
-    """The named ways' shifts on the comparison's grid for t = 0 … T, the weight in them."""
+def method_fields(comparison: Comparison, names: Sequence[str] = ALL_METHODS) -> dict[str, Field]:
+    """The named methods' shifts on the comparison's grid for t = 0 … T, the weight in them."""
     steps = range(1, comparison.chain.steps + 1)
     fields = [evaluate(comparison.grid, partial(_directions, names, comparison, t), chunk=CHUNK) for t in steps]
     stacked = comparison.weight * torch.stack([torch.zeros_like(fields[0]), *fields])
     return dict(zip(names, stacked.unbind(dim=-2), strict=True))
 
 
-def errors_of_ways(comparison: Comparison, names: Sequence[str] = WAYS) -> dict[str, float]:
-    """Mean distance of each way's shift to the golden one, in units of ε, over `p(x_t|y)` and t = 1 … T."""
+def method_errors(comparison: Comparison, names: Sequence[str] = ALL_METHODS) -> dict[str, float]:
+    """Mean distance of each method's shift to the optimal one, in units of ε, over `p(x_t|y)` and t = 1 … T."""
     return {
-        name: float(direction_error(field, comparison.golden, comparison.densities).mean())
-        for name, field in ways_on_grid(comparison, names).items()
+        name: float(direction_error(field, comparison.optimal, comparison.densities).mean())
+        for name, field in method_fields(comparison, names).items()
     }
 
 
@@ -119,8 +120,8 @@ def excess(comparison: Comparison) -> Float[Tensor, "steps+1 *grid"]:
 
 def _directions(
     names: Sequence[str], comparison: Comparison, t: int, x: Float[Tensor, "batch dim"]
-) -> Float[Tensor, "batch ways dim"]:
-    """All named ways at one level, with one Δ and one K of each branch for all of them."""
+) -> Float[Tensor, "batch methods dim"]:
+    """All named methods at one level, with one Δ and one K of each branch for all of them."""
     weight, level = comparison.weight, comparison.chain.schedule.level(t)
     conditional, reference = comparison.data.classes[comparison.label], comparison.data.unconditional
     delta = conditional.noise(x, *level) - reference.noise(x, *level)
@@ -140,3 +141,15 @@ def _directions(
         return covariance_direction(k_c, k_c if k_u is None else k_u, delta, weight, **options)
 
     return torch.stack([one(name) for name in names], dim=1)
+
+
+__getattr__ = renamed_names(
+    __name__,
+    {
+        "WAYS": "ALL_METHODS",
+        "way": "method_direction",
+        "ways_to_guide": "method_chains",
+        "ways_on_grid": "method_fields",
+        "errors_of_ways": "method_errors",
+    },
+)

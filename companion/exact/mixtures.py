@@ -1,6 +1,6 @@
 """Gaussian mixtures: data whose noisy densities, scores, denoisers and posterior covariances are closed forms.
 
-If `x_0 ~ Σ_k w_k N(m_k, C_k)` and `x = α x_0 + σ ε`, then `x ~ Σ_k w_k N(α m_k, α² C_k + σ² I)`. A covariance is kept
+If `x_0 ~ Σ_k w_k N(m_k, C_k)` and `x = α x_0 + σ ε`, then `x ~ Σ_k w_k N(α m_k, α² C_k + σ² I)`. A covariance is stored
 as its eigendecomposition `C_k = U_k diag(λ_k) U_kᵀ`, so every level costs one product with the U_k and divisions. All
 in float64.
 """
@@ -24,7 +24,7 @@ class GaussianMixture:
     """A mixture of Gaussians in any dimension; methods take the noise level (alpha, sigma), clean data by default.
 
     Args:
-        weights: positive, any scale; kept normalised.
+        weights: positive, any scale; stored normalised.
         means: one per component.
         covariances: symmetric positive semi-definite, one per component.
 
@@ -328,8 +328,8 @@ def alphas_cumprod_levels(alphas_cumprod: Float[Tensor, " steps"]) -> Levels:
     table = alphas_cumprod.to(torch.float64)
 
     def levels(timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        kept = table[timesteps.round().long()]
-        return kept.sqrt(), (1 - kept).sqrt()
+        alpha_bar = table[timesteps.round().long()]
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     return levels
 

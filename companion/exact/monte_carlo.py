@@ -1,4 +1,5 @@
-"""The golden direction by sampling, as published code computes it: rollouts to x_0 and backpropagation through them."""
+"""The optimal direction (the paper calls it golden) by sampling, as published code computes it: rollouts to x_0 and
+backpropagation through them."""
 
 from typing import NamedTuple
 
@@ -6,10 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.deprecation import renamed_names
 from companion.exact.chain import DDPMChain, LogReward
 
 
-class MonteCarloGolden(NamedTuple):
+class MonteCarloOptimum(NamedTuple):
     """Estimates at a batch of points, each with its standard error (delta method)."""
 
     log_expected: Float[Tensor, " batch"]
@@ -18,7 +20,7 @@ class MonteCarloGolden(NamedTuple):
     direction_error: Float[Tensor, "batch dim"]
 
 
-def monte_carlo_golden(
+def monte_carlo_optimum(
     chain: DDPMChain,
     x: Float[Tensor, "batch dim"],
     t: int,
@@ -26,7 +28,7 @@ def monte_carlo_golden(
     generator: torch.Generator,
     *,
     rollouts: int = 100,
-) -> MonteCarloGolden:
+) -> MonteCarloOptimum:
     """`log E_t` and `-√(1-ᾱ_t) ∇ log E_t` at x from `rollouts` reparametrised runs of the chain per point.
 
     Raises:
@@ -51,9 +53,14 @@ def monte_carlo_golden(
     scale = rollouts**0.5
     residual = shares[..., None] * (slopes - slope)
     sigma = chain.schedule.level(t)[1]
-    return MonteCarloGolden(
+    return MonteCarloOptimum(
         logs.logsumexp(dim=0) - torch.log(torch.tensor(rollouts, dtype=logs.dtype)),
         shares.std(dim=0) / scale,
         -sigma * slope,
         sigma * residual.std(dim=0) / scale,
     )
+
+
+__getattr__ = renamed_names(
+    __name__, {"MonteCarloGolden": "MonteCarloOptimum", "monte_carlo_golden": "monte_carlo_optimum"}
+)

@@ -100,8 +100,8 @@ def train_toy_denoiser(
     steps_per_epoch = math.ceil(len(points) / training.batch)
     optimizer = torch.optim.AdamW(model.parameters(), training.learning_rate, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.epochs * steps_per_epoch)
-    kept = schedule.alphas_cumprod.float()
-    alphas, sigmas = kept.sqrt()[:, None], (1 - kept).sqrt()[:, None]
+    alpha_bar = schedule.alphas_cumprod.float()
+    alphas, sigmas = alpha_bar.sqrt()[:, None], (1 - alpha_bar).sqrt()[:, None]
     for _ in range(training.epochs):
         order = torch.randperm(len(points), generator=generator)
         noise = torch.randn(points.shape, generator=generator)

@@ -1,4 +1,4 @@
-"""Rewards whose expectation guidance should follow: `R_0(x_0, y)` and, for everyday guidance, the same ratio at level
+"""Rewards whose expectation guidance should follow: `R_0(x_0, y)` and, for standard guidance, the same ratio at level
 t.
 
 The weight w is the paper's (0 is no guidance) and is part of the reward.
@@ -86,5 +86,5 @@ def logits_reward(
 def callable_reward(
     log_value: Callable[[Float[Tensor, "batch dim"]], Float[Tensor, " batch"]], weight: float = 1.0
 ) -> Reward:
-    """Any log-reward of clean points; everyday guidance then uses it at x_t as it stands."""
+    """Any log-reward of clean points; standard guidance then uses it at x_t as it stands."""
     return Reward(lambda x, alpha, sigma: log_value(x), weight)

@@ -1,4 +1,4 @@
-"""Toy data as Gaussian mixtures, so that scores, golden gradients and targets are exact.
+"""Toy data as Gaussian mixtures, so that scores, optimal gradients and targets are exact.
 
 Every 2D set is scaled to about unit size (variance-preserving chains end in N(0, I)) and split into classes; the
 unconditional data mix all classes equally unless said otherwise.

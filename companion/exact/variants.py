@@ -115,8 +115,8 @@ def variant_samples(
     x = start
     for ratio, following in zip(ratios, [*ratios[1:], 0.0], strict=True):
         alpha, sigma = level("preserving", ratio)
-        own, beside = conditional.noise(x, alpha, sigma), reference.noise(x, alpha, sigma)
-        noise = guided_noise(variant, own, beside, x, weight=weight, ratio=ratio, following=following)
+        own, other = conditional.noise(x, alpha, sigma), reference.noise(x, alpha, sigma)
+        noise = guided_noise(variant, own, other, x, weight=weight, ratio=ratio, following=following)
         if rectification != "none":
             noise = own + _rectified(rectification, conditional, reference, x, alpha, sigma, noise - own, weight)
         after, remaining = level("preserving", following)
@@ -141,8 +141,8 @@ def _rectified(
         case "diagonal":
             return direction * k.diagonal(dim1=1, dim2=2)
         case "covariance":
-            beside = reference.rectification_matrix(x, alpha, sigma)
-            return covariance_direction(k, beside, direction, weight, estimate="direction_rayleigh")
+            k_reference = reference.rectification_matrix(x, alpha, sigma)
+            return covariance_direction(k, k_reference, direction, weight, estimate="direction_rayleigh")
         case _:
             return (k @ direction[..., None])[..., 0]
 
@@ -162,7 +162,7 @@ def ddim_ratios(schedule: NoiseSchedule, steps: int) -> list[float]:
 def surrounded(data: Toy, dimension: int, std: float, *, seed: int = 0) -> tuple[Toy, Float[Tensor, "dimension own"]]:
     """A toy in a random subspace of more dimensions; in the others all its classes are the same N(0, std²).
 
-    What guidance should generate is then the toy's own target in that subspace, and N(0, std²) beside it.
+    What guidance should generate is then the toy's own target in that subspace, and N(0, std²) outside it.
 
     Args:
         dimension: of the whole space, at least the toy's.
@@ -181,10 +181,10 @@ def surrounded(data: Toy, dimension: int, std: float, *, seed: int = 0) -> tuple
     generator = torch.Generator().manual_seed(seed)
     rotation = torch.linalg.qr(torch.randn(dimension, dimension, dtype=torch.float64, generator=generator)).Q
     basis, rest = rotation[:, :own], rotation[:, own:]
-    beside = std**2 * rest @ rest.T
+    surroundings = std**2 * rest @ rest.T
 
     def inside(mixture: GaussianMixture) -> GaussianMixture:
-        covariances = basis @ mixture.covariances @ basis.T + beside
+        covariances = basis @ mixture.covariances @ basis.T + surroundings
         return GaussianMixture(mixture.weights, mixture.means @ basis.T, 0.5 * (covariances + covariances.mT))
 
     classes = tuple(map(inside, data.classes))
@@ -255,6 +255,6 @@ def guided_problem(
     generator = torch.Generator().manual_seed(seed)
     target = sample_density(grid, density, 4 * count, generator)
     start = torch.randn(count, basis.shape[1], dtype=torch.float64, generator=generator) @ basis.T
-    beside = torch.randn(count, len(basis), dtype=torch.float64, generator=generator)
-    start = start + beside - beside @ basis @ basis.T  # in the plane it is the same with and without surroundings
+    noise = torch.randn(count, len(basis), dtype=torch.float64, generator=generator)
+    start = start + noise - noise @ basis @ basis.T  # in the plane it is the same with and without surroundings
     return GuidedProblem(*branches, basis, grid, density, target, start)

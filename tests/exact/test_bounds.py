@@ -42,12 +42,12 @@ def test_moments_of_tilted_gaussians():
 
 
 def test_both_shifts_of_a_mixture():
-    """Everyday is w Δ in closed form; golden is the slope of log E_t, integrated by scipy."""
+    """Everyday is w Δ in closed form; optimal is the slope of log E_t, integrated by scipy."""
     data, weight, x, h = toy("paper_1d"), 1.5, 0.3, 1e-3
     c, u = data.classes[0], data.unconditional
     point = torch.tensor([[x]]).double()
     found = extrapolation_error(c, u, point, ALPHA, SIGMA, weight)
-    torch.testing.assert_close(found.everyday, weight * (c.noise(point, ALPHA, SIGMA) - u.noise(point, ALPHA, SIGMA)))
+    torch.testing.assert_close(found.cfg, weight * (c.noise(point, ALPHA, SIGMA) - u.noise(point, ALPHA, SIGMA)))
 
     def log_expected(at):
         def integrand(clean, power):
@@ -58,8 +58,8 @@ def test_both_shifts_of_a_mixture():
         above, below = (integrate.quad(integrand, -3, 4, (power,), epsabs=0, epsrel=1e-9)[0] for power in (weight, 0))
         return math.log(above / below)
 
-    golden = -SIGMA * (log_expected(x + h) - log_expected(x - h)) / (2 * h)
-    assert float(found.golden) == pytest.approx(golden, abs=1e-5)
+    optimal = -SIGMA * (log_expected(x + h) - log_expected(x - h)) / (2 * h)
+    assert float(found.optimal) == pytest.approx(optimal, abs=1e-5)
 
 
 @settings(max_examples=20, deadline=None)
@@ -107,15 +107,15 @@ def test_defect_bound():
     reward = classifier_free_reward(data.classes[0], data.unconditional)
     chain = DDPMChain(conditional, schedule, "beta")
     expected = chain.expected_reward(grid, reward)
-    golden = torch.stack([gradient(grid, values)[:, 0] for values in expected])
-    everyday = torch.stack([reward.gradient(grid.points, *schedule.level(t))[:, 0] for t in range(21)])
+    optimal = torch.stack([gradient(grid, values)[:, 0] for values in expected])
+    ratio_gradient = torch.stack([reward.gradient(grid.points, *schedule.level(t))[:, 0] for t in range(21)])
     inside = (grid.points[:, 0] > -1.5) & (grid.points[:, 0] < 2.5)
-    found = defect_bound(chain, grid, expected, everyday)
+    found = defect_bound(chain, grid, expected, ratio_gradient)
     assert (found.error[:, inside] <= found.bound[:, inside] + 1e-5).all()
     assert found.error[4:, inside].mean() > 0.1
-    # The golden gradient itself has no defect (∇ log E_t = J_t E_q[∇ log E_{t-1}]); a shift of it has.
-    exact = defect_bound(chain, grid, expected, golden)
+    # The optimal gradient itself has no defect (∇ log E_t = J_t E_q[∇ log E_{t-1}]); a shift of it has.
+    exact = defect_bound(chain, grid, expected, optimal)
     assert exact.defect[:, inside].max() < 1e-5
     assert exact.bound[:, inside].max() < 1e-4
-    shifted = defect_bound(chain, grid, expected, golden + 1.0)
+    shifted = defect_bound(chain, grid, expected, optimal + 1.0)
     assert (shifted.error[:, inside] <= shifted.bound[:, inside] + 1e-5).all()

@@ -18,7 +18,7 @@ from companion.exact import (
     linear_schedule,
     mass,
     mixture_prediction,
-    monte_carlo_golden,
+    monte_carlo_optimum,
     tilted_marginals,
     total_variation,
     toy,
@@ -38,13 +38,13 @@ def paper_chain(weight=1.0, variance="posterior", schedule=SCHEDULE):
 def linear_kernels(chain, mean, variance):
     """(slope, offset, variance) of each kernel mean `slope x + offset` for data N(mean, variance)."""
     kernels = {}
-    kept = 1.0
+    alpha_bar = 1.0
     for t, beta in enumerate(chain.schedule.betas.tolist(), 1):
-        before, kept = kept, kept * (1 - beta)
-        total = kept * variance + 1 - kept
-        step = beta * (1 - before) / (1 - kept) if chain.variance == "posterior" else beta
+        before, alpha_bar = alpha_bar, alpha_bar * (1 - beta)
+        total = alpha_bar * variance + 1 - alpha_bar
+        step = beta * (1 - before) / (1 - alpha_bar) if chain.variance == "posterior" else beta
         root = math.sqrt(1 - beta)
-        kernels[t] = ((1 - beta / total) / root, beta / total * math.sqrt(kept) * mean / root, step)
+        kernels[t] = ((1 - beta / total) / root, beta / total * math.sqrt(alpha_bar) * mean / root, step)
     return kernels
 
 
@@ -57,7 +57,7 @@ def test_gaussian_data_and_reward_match_the_closed_form(variance, curvature, slo
     grid = Grid.line(-3, 4, 500)
     x = grid.points[:, 0]
     log_expected = chain.expected_reward(grid, lambda z: -curvature * z[:, 0] ** 2 / 2 + slope * z[:, 0])
-    golden = chain.golden_direction(grid, log_expected)[..., 0]
+    optimal = chain.optimal_direction(grid, log_expected)[..., 0]
     a, b, c = curvature, slope, 0.0
     for t, (p, q, s2) in linear_kernels(chain, mean, spread).items():
         d = 1 + a * s2
@@ -65,7 +65,7 @@ def test_gaussian_data_and_reward_match_the_closed_form(variance, curvature, slo
         a, b, c = a * p * p, b * p - a * p * q, c + b * q - a * q * q / 2
         torch.testing.assert_close(log_expected[t], -a * x**2 / 2 + b * x + c, atol=1e-8, rtol=1e-10)
         sigma = chain.schedule.level(t)[1]
-        torch.testing.assert_close(golden[t], -sigma * (b - a * x), atol=1e-8, rtol=1e-8)
+        torch.testing.assert_close(optimal[t], -sigma * (b - a * x), atol=1e-8, rtol=1e-8)
 
 
 def test_gaussian_closed_form_in_2d():
@@ -121,17 +121,17 @@ def test_monte_carlo_agrees_within_four_standard_errors(variance, weight):
     chain, reward = paper_chain(weight, variance)
     grid = Grid.line(-3, 4, 1001)
     log_expected = chain.expected_reward(grid, reward)
-    golden = chain.golden_direction(grid, log_expected)
+    optimal = chain.optimal_direction(grid, log_expected)
     places = slice(450, 800, 25)
     for t in (1, 5, 12, 20):
-        estimate = monte_carlo_golden(
+        estimate = monte_carlo_optimum(
             chain, grid.points[places], t, reward, torch.Generator().manual_seed(t), rollouts=4000
         )
         # At t = 1 the posterior kernel has no variance: what is left is the grid's own error.
         floor = 1e-6
         gap = (estimate.log_expected - log_expected[t][places]).abs()
         assert (gap <= 4 * estimate.log_expected_error + floor).all()
-        gap = (estimate.direction - golden[t][places]).abs()
+        gap = (estimate.direction - optimal[t][places]).abs()
         assert (gap <= 4 * estimate.direction_error + floor).all()
 
 
@@ -141,15 +141,15 @@ def test_monte_carlo_agrees_in_2d():
     reward = classifier_free_reward(data.classes[0], data.unconditional, 1.0)
     grid = Grid.square(-3, 3, 161)
     log_expected = chain.expected_reward(grid, reward)
-    golden = chain.golden_direction(grid, log_expected)
+    optimal = chain.optimal_direction(grid, log_expected)
     index = torch.tensor([[60, 60], [75, 85], [80, 100], [95, 70], [110, 90]])
     x = torch.stack([grid.axes[0][index[:, 0]], grid.axes[1][index[:, 1]]], dim=1)
     for t in (2, 6, 10):
-        estimate = monte_carlo_golden(chain, x, t, reward, torch.Generator().manual_seed(t), rollouts=4000)
+        estimate = monte_carlo_optimum(chain, x, t, reward, torch.Generator().manual_seed(t), rollouts=4000)
         rows = index.unbind(dim=1)
         gap = (estimate.log_expected - log_expected[t][rows]).abs()
         assert (gap <= 4 * estimate.log_expected_error + 1e-4).all()
-        assert ((estimate.direction - golden[t][rows]).abs() <= 4 * estimate.direction_error + 1e-3).all()
+        assert ((estimate.direction - optimal[t][rows]).abs() <= 4 * estimate.direction_error + 1e-3).all()
 
 
 @cache
@@ -179,9 +179,9 @@ def test_joint_scaling(weight):
 
 def test_without_guidance_every_distance_is_at_rounding_level():
     chain, reward, grid, log_expected, densities = tilted(0.0)
-    golden = chain.golden_direction(grid, log_expected)
-    assert golden.abs().max() < 1e-10
-    pushed = chain.with_prediction(chain.golden_prediction(grid, golden)).push_forward(grid)
+    optimal = chain.optimal_direction(grid, log_expected)
+    assert optimal.abs().max() < 1e-10
+    pushed = chain.with_prediction(chain.optimal_prediction(grid, optimal)).push_forward(grid)
     claimed = tilted_marginals(grid, densities, torch.stack([reward(grid.points)] * 21))
     for p, q, r in zip(pushed, densities, claimed, strict=True):
         for other in (p, r):
@@ -191,16 +191,16 @@ def test_without_guidance_every_distance_is_at_rounding_level():
 
 
 def test_marginal_scaling_fails_by_more_with_weight():
-    """Everyday guidance does not produce p_t R_t / Z_t (section 3)."""
+    """Standard guidance does not produce p_t R_t / Z_t (section 3)."""
     gaps = []
     for weight in (1.0, 3.0):
         chain, reward, grid, _, densities = tilted(weight)
 
-        def everyday(x, t, chain=chain, reward=reward):
+        def standard(x, t, chain=chain, reward=reward):
             alpha, sigma = chain.schedule.level(t)
             return chain.prediction(x, t) - sigma * reward.gradient(x, alpha, sigma)
 
-        produced = chain.with_prediction(everyday).push_forward(grid)
+        produced = chain.with_prediction(standard).push_forward(grid)
         levels = [reward.log(grid.points, *chain.schedule.level(t)) for t in range(21)]
         claimed = tilted_marginals(grid, densities, torch.stack(levels))
         gaps.append(kl(grid, produced[0], claimed[0]))
@@ -213,8 +213,8 @@ def test_golden_chain_approaches_the_target_with_steps():
         chain, reward = paper_chain(schedule=linear_schedule(steps, 1e-4, 10 / steps))
         grid = Grid.line(-6, 6, 801)
         log_expected = chain.expected_reward(grid, reward)
-        golden = chain.golden_prediction(grid, chain.golden_direction(grid, log_expected))
-        produced = chain.with_prediction(golden).push_forward(grid)
+        optimal = chain.optimal_prediction(grid, chain.optimal_direction(grid, log_expected))
+        produced = chain.with_prediction(optimal).push_forward(grid)
         target = tilted_marginals(grid, chain.push_forward(grid), log_expected)
         gaps.append(kl(grid, produced[0], target[0]))
     assert gaps[1] < gaps[0] / 2
@@ -228,19 +228,19 @@ def test_accuracy_report_bounds_the_error():
     truth = DDPMChain(chain.prediction, SCHEDULE, nodes=128).expected_reward(fine, reward)
     error = (chain.expected_reward(grid, reward) - truth[:, ::8]).abs().max()
     assert error < report.log_expected < 1e-2
-    assert report.golden < 1e-3
-    assert len(report.golden_per_step) == 20
+    assert report.optimal < 1e-3
+    assert len(report.optimal_per_step) == 20
     wide = accuracy(chain, Grid.line(-6, 6, 801), reward, densities=True)
     assert wide.density < 1e-3
 
 
-def test_golden_direction_is_within_a_thousandth_of_its_rms():
+def test_optimal_direction_is_within_a_thousandth_of_its_rms():
     """At the benchmark's size, 1,000 points x 20 steps, against four times the points and nodes."""
     chain, reward = paper_chain()
-    golden = chain.golden_direction(Grid.line(-1, 2, 1000), chain.expected_reward(Grid.line(-1, 2, 1000), reward))
+    optimal = chain.optimal_direction(Grid.line(-1, 2, 1000), chain.expected_reward(Grid.line(-1, 2, 1000), reward))
     fine, precise = Grid.line(-1, 2, 3997), DDPMChain(chain.prediction, SCHEDULE, nodes=128)
-    truth = precise.golden_direction(fine, precise.expected_reward(fine, reward))[:, ::4]
-    assert (golden - truth)[1:].square().mean().sqrt() < 1e-3 * truth[1:].square().mean().sqrt()
+    truth = precise.optimal_direction(fine, precise.expected_reward(fine, reward))[:, ::4]
+    assert (optimal - truth)[1:].square().mean().sqrt() < 1e-3 * truth[1:].square().mean().sqrt()
 
 
 def test_rewards_with_cliffs_stay_bounded():
@@ -333,6 +333,6 @@ def test_errors_say_what_to_change():
     with pytest.raises(ValueError, match="narrower"):
         chain.tilted_kernel(grid, torch.zeros(21, 200, dtype=torch.float64), 1)
     with pytest.raises(ValueError, match="rollouts"):
-        monte_carlo_golden(chain, grid.points, 3, lambda x: x[:, 0], torch.Generator(), rollouts=1)
+        monte_carlo_optimum(chain, grid.points, 3, lambda x: x[:, 0], torch.Generator(), rollouts=1)
     with pytest.raises(ValueError, match="t must be in"):
-        monte_carlo_golden(chain, grid.points, 0, lambda x: x[:, 0], torch.Generator())
+        monte_carlo_optimum(chain, grid.points, 0, lambda x: x[:, 0], torch.Generator())

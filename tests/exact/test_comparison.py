@@ -58,21 +58,21 @@ def test_fields_and_chains_are_those_of_automatic_differentiation(pair, product)
 def test_golden_chain_follows_the_golden_field(pair):
     comparison = pair[1]
     chains = guided_chains(comparison)
-    assert list(chains) == ["unguided", *METHODS, "golden"]
+    assert list(chains) == ["unguided", *METHODS, "optimal"]
     grid = comparison.grid
-    shift = chains["golden"].prediction(grid.points, 4) - comparison.chain.prediction(grid.points, 4)
-    torch.testing.assert_close(shift.reshape(*grid.shape, 2), comparison.golden[4], atol=1e-10, rtol=1e-10)
+    shift = chains["optimal"].prediction(grid.points, 4) - comparison.chain.prediction(grid.points, 4)
+    torch.testing.assert_close(shift.reshape(*grid.shape, 2), comparison.optimal[4], atol=1e-10, rtol=1e-10)
     reward = classifier_free_reward(comparison.data.classes[0], comparison.data.unconditional, 1.5)
     # By Bayes' rule R_0 is at most 2^w with two classes.
     bound = float(evaluate(grid, reward).max()) + 0.1
     assert bound == pytest.approx(1.5 * math.log(2) + 0.1, abs=1e-3)
-    golden = comparison.chain.golden_direction(grid, comparison.chain.expected_reward(grid, reward, bound=bound))
-    torch.testing.assert_close(comparison.golden, golden)
+    optimal = comparison.chain.optimal_direction(grid, comparison.chain.expected_reward(grid, reward, bound=bound))
+    torch.testing.assert_close(comparison.optimal, optimal)
 
 
 def test_without_weight_nothing_is_guided(pair):
     comparison = pair[0]
-    assert comparison.golden.abs().max() < 1e-12
+    assert comparison.optimal.abs().max() < 1e-12
     assert all(mean_errors(comparison, name, weighted=True)["all"] < 1e-12 for name in METHODS)
     chains = guided_chains(comparison)
     x = comparison.grid.points[::37]
@@ -118,7 +118,7 @@ def test_table_holds_the_win_ratios(pair):
     # By hand for the noisiest third (t = 5, 6), without the library's averages.
     comparison, shares = pair[1], []
     for t in (5, 6):
-        ours, theirs = ((comparison.fields[m] - comparison.golden)[t].norm(dim=-1) for m in ("jvp", "CFG"))
+        ours, theirs = ((comparison.fields[m] - comparison.optimal)[t].norm(dim=-1) for m in ("jvp", "CFG"))
         shares.append(float(comparison.densities[t][ours < theirs].sum() / comparison.densities[t].sum()))
     assert table[3, 4] == pytest.approx(sum(shares) / 2)
 
@@ -154,7 +154,7 @@ def test_cliffs_narrower_than_the_spacing_do_not_ring():
     """A checkerboard's R_0 is at most 2^w, so no expectation of it is larger: coarse grids agree with finer ones."""
     schedule = linear_schedule(30, 1e-3, 0.3)
     coarse, fine = (compare(toy("checkerboard"), [3.0], Grid.square(-3, 3, n), schedule)[0] for n in (64, 91))
-    assert coarse.golden.isfinite().all()
+    assert coarse.optimal.isfinite().all()
     assert win_ratios(coarse, "jvp", weighted=True)["all"] == pytest.approx(
         win_ratios(fine, "jvp", weighted=True)["all"], abs=0.03
     )

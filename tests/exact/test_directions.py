@@ -8,6 +8,7 @@ from companion.exact import (
     Grid,
     autoguidance_reward,
     callable_reward,
+    cfg_direction,
     classifier_free_reward,
     classifier_reward,
     covariance_direction,
@@ -15,7 +16,6 @@ from companion.exact import (
     direction_error,
     direction_field,
     error_split,
-    everyday_direction,
     guided,
     interval,
     jacobian_matrix,
@@ -51,9 +51,9 @@ def test_rewards_of_one_problem_agree():
     free = classifier_free_reward(data.classes[0], data.unconditional, weight)
     constant = weight * torch.log(torch.tensor(0.5, dtype=torch.float64))
     torch.testing.assert_close(classifier.log(x, 0.8, 0.6), free.log(x, 0.8, 0.6) + constant)
-    everyday = everyday_direction(conditional, unconditional)
+    delta = cfg_direction(conditional, unconditional)
     for reward in (classifier, free):
-        torch.testing.assert_close(reward_direction(reward, SCHEDULE)(x, 9), weight * everyday(x, 9))
+        torch.testing.assert_close(reward_direction(reward, SCHEDULE)(x, 9), weight * delta(x, 9))
     uneven = classifier_reward(data.classes, 0, weight, priors=[0.2, 0.6])
     mixed = classifier_free_reward(data.classes[0], mixture_of(data.classes, [1, 3]), weight)
     torch.testing.assert_close(uneven.gradient(x, 0.8, 0.6), mixed.gradient(x, 0.8, 0.6))
@@ -101,18 +101,18 @@ def fields():
     grid, weight = Grid.square(-3, 3, 48), 1.0
     chain = DDPMChain(conditional, SCHEDULE)
     reward = classifier_free_reward(data.classes[0], data.unconditional, weight)
-    golden = chain.golden_direction(grid, chain.expected_reward(grid, reward))
+    optimal = chain.optimal_direction(grid, chain.expected_reward(grid, reward))
     densities = torch.stack(
         [data.classes[0].log_prob(grid.points, *SCHEDULE.level(t)).exp().reshape(grid.shape) for t in range(21)]
     )
-    return grid, conditional, unconditional, reward, golden, densities
+    return grid, conditional, unconditional, reward, optimal, densities
 
 
 @pytest.mark.parametrize("product", ["none", "ones", "diagonal", "vjp"])
 def test_error_split_telescopes(fields, product):
-    grid, conditional, unconditional, reward, golden, _ = fields
-    split = error_split(grid, conditional, reward, SCHEDULE, golden, product)
-    total = direction_field(grid, rectified_direction(conditional, unconditional, SCHEDULE, product), 20) - golden
+    grid, conditional, unconditional, reward, optimal, _ = fields
+    split = error_split(grid, conditional, reward, SCHEDULE, optimal, product)
+    total = direction_field(grid, rectified_direction(conditional, unconditional, SCHEDULE, product), 20) - optimal
     torch.testing.assert_close(split.total, total, atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(split.jensen + split.surrogate + split.jacobian, total, atol=1e-9, rtol=1e-9)
     assert (split.jacobian.abs().max() < 1e-9) == (product == "vjp")
@@ -121,10 +121,10 @@ def test_error_split_telescopes(fields, product):
 
 
 def test_split_sizes_agree_with_the_direction_error(fields):
-    grid, conditional, unconditional, reward, golden, densities = fields
-    sizes = split_sizes(error_split(grid, conditional, reward, SCHEDULE, golden, "diagonal"), densities)
+    grid, conditional, unconditional, reward, optimal, densities = fields
+    sizes = split_sizes(error_split(grid, conditional, reward, SCHEDULE, optimal, "diagonal"), densities)
     field = direction_field(grid, rectified_direction(conditional, unconditional, SCHEDULE, "diagonal"), 20)
-    assert sizes["total"] == pytest.approx(float(direction_error(field, golden, densities).mean()))
+    assert sizes["total"] == pytest.approx(float(direction_error(field, optimal, densities).mean()))
     assert sizes["total"] <= sizes["jensen"] + sizes["surrogate"] + sizes["jacobian"]
 
 
@@ -134,25 +134,25 @@ def test_no_jensen_gap_for_an_affine_log_reward():
     grid, chain = Grid.line(-3, 3, 100), DDPMChain(conditional, SCHEDULE)
     for slope, gap in ((0.0, False), (8.0, True)):
         reward = callable_reward(lambda x, slope=slope: 2.0 * x[:, 0] - slope * x[:, 0] ** 2)
-        golden = chain.golden_direction(grid, chain.expected_reward(grid, reward))
-        split = error_split(grid, conditional, reward, SCHEDULE, golden, "vjp")
+        optimal = chain.optimal_direction(grid, chain.expected_reward(grid, reward))
+        split = error_split(grid, conditional, reward, SCHEDULE, optimal, "vjp")
         assert (split.jensen.abs().max() > 0.1) == gap
         assert gap or split.jensen.abs().max() < 1e-9
 
 
 def test_rectified_is_closer_to_golden(fields):
-    grid, conditional, unconditional, _, golden, densities = fields
-    plain = direction_field(grid, everyday_direction(conditional, unconditional), 20)
+    grid, conditional, unconditional, _, optimal, densities = fields
+    plain = direction_field(grid, cfg_direction(conditional, unconditional), 20)
     better = direction_field(grid, rectified_direction(conditional, unconditional, SCHEDULE, "jvp"), 20)
-    assert direction_error(better, golden, densities).mean() < 0.5 * direction_error(plain, golden, densities).mean()
-    ratio = win_ratio(better, plain, golden, densities)
+    assert direction_error(better, optimal, densities).mean() < 0.5 * direction_error(plain, optimal, densities).mean()
+    ratio = win_ratio(better, plain, optimal, densities)
     assert ratio.shape == (20,)
     assert ratio.mean() > 0.7
     torch.testing.assert_close(
-        win_ratio(better, plain, golden) + win_ratio(plain, better, golden), torch.ones(20).double()
+        win_ratio(better, plain, optimal) + win_ratio(plain, better, optimal), torch.ones(20).double()
     )
-    assert (win_ratio(plain, plain, golden) == 0.5).all()
-    assert (direction_error(golden, golden) == 0).all()
+    assert (win_ratio(plain, plain, optimal) == 0.5).all()
+    assert (direction_error(optimal, optimal) == 0).all()
 
 
 def test_interval():

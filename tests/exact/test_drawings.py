@@ -58,12 +58,12 @@ def test_heat_map_shows_every_ratio():
 
 
 def test_intervals_below_the_floor_stay_visible(axis):
-    draw_intervals(axis, {"CFG": Interval(0.01, 0.02, 0.04), "golden": Interval(-0.001, 0.0, 0.001)}, 0.003)
+    draw_intervals(axis, {"CFG": Interval(0.01, 0.02, 0.04), "optimal": Interval(-0.001, 0.0, 0.001)}, 0.003)
     left, right = axis.get_xlim()
     places = [line.get_xdata()[0] for line in axis.lines if len(line.get_xdata()) == 1]
     assert places == pytest.approx([0.02, 0.001])
     assert all(left < place < right for place in places)
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["CFG", "golden"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["CFG", "optimal"]
 
 
 def test_a_floor_below_zero_still_gives_an_axis(axis):

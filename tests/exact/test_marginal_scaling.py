@@ -42,7 +42,7 @@ def test_levels_are_density_ratios():
         torch.testing.assert_close(levels[t], 2 * (log[0] - log[1]), atol=1e-10, rtol=1e-12)
 
 
-def test_gaussians_of_one_variance_imply_the_everyday_reward():
+def test_gaussians_of_one_variance_imply_the_standard_reward():
     """Data N(m, 1) against N(0, 1): R_t = exp(w α_t m x), and the kernels with variance β_t imply exactly that."""
     m, weight = 0.8, 1.5
     mixture, reference = (GaussianMixture.isotropic([1.0], [[mean]], 1.0) for mean in (m, 0.0))
@@ -72,7 +72,7 @@ def test_a_constant_reward_stays_constant(variance):
         log_reward = torch.where(implied.isnan(), 0.0, implied)
 
 
-def test_everyday_rewards_contradict_one_another():
+def test_standard_rewards_contradict_one_another():
     chain, data = paper_chain()
     densities = chain.push_forward(GRID)
     log_rewards = reward_levels(GRID, classifier_free_reward(data.classes[0], data.unconditional), SCHEDULE)

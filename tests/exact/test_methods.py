@@ -1,4 +1,4 @@
-"""Every way by its name against the same direction written out, and the bracket's own warning."""
+"""Every method by its name against the same direction written out, and the bracket's own warning."""
 
 import pytest
 import torch
@@ -16,15 +16,15 @@ from companion.exact import (
 )
 from companion.exact.comparison import compare, guided_chains, target_density
 from companion.exact.methods import (
+    ALL_METHODS,
     ESTIMATES,
     INTERVAL,
-    WAYS,
-    errors_of_ways,
     excess,
+    method_chains,
+    method_direction,
+    method_errors,
+    method_fields,
     produced,
-    way,
-    ways_on_grid,
-    ways_to_guide,
 )
 
 SCHEDULE = linear_schedule(8, 0.01, 0.5)
@@ -46,39 +46,39 @@ def test_estimates_are_those_of_automatic_differentiation(comparison, x, name):
     options = ESTIMATES[name] | ({"power": 2.5} if name == "K^(1+w)" else {})
     expected = covariance_guidance(*branches, SCHEDULE, 1.5, **options)
     for t in (1, 4, 8):
-        torch.testing.assert_close(way(name, comparison)(x, t), expected(x, t), atol=1e-8, rtol=1e-8)
+        torch.testing.assert_close(method_direction(name, comparison)(x, t), expected(x, t), atol=1e-8, rtol=1e-8)
 
 
-def test_known_ways_are_those_of_the_comparison(comparison, x):
-    chains, known = ways_to_guide(comparison), guided_chains(comparison)
-    assert list(chains) == ["unguided", *WAYS, "golden"]
+def test_known_methods_are_those_of_the_comparison(comparison, x):
+    chains, known = method_chains(comparison), guided_chains(comparison)
+    assert list(chains) == ["unguided", *ALL_METHODS, "optimal"]
     for name, chain in known.items():
         torch.testing.assert_close(chains[name].mean(x, 5), chain.mean(x, 5))
-    fields = ways_on_grid(comparison, ["Rayleigh", "CFG", "jvp"])
+    fields = method_fields(comparison, ["Rayleigh", "CFG", "jvp"])
     torch.testing.assert_close(fields["CFG"], comparison.fields["CFG"])
     torch.testing.assert_close(fields["jvp"], comparison.fields["jvp"])
     points = comparison.grid.points[::50]
     flat = fields["Rayleigh"][3].reshape(-1, 2)[::50]
-    torch.testing.assert_close(flat, 1.5 * way("Rayleigh", comparison)(points, 3))
+    torch.testing.assert_close(flat, 1.5 * method_direction("Rayleigh", comparison)(points, 3))
     with pytest.raises(ValueError, match="Rayleigh"):
-        way("bracketed", comparison)
+        method_direction("bracketed", comparison)
 
 
 def test_interval_guides_inside_only(comparison, x):
-    everyday, interval = way("CFG", comparison), way("interval", comparison)
+    cfg, interval = method_direction("CFG", comparison), method_direction("interval", comparison)
     inside = []
     for t in range(1, 9):
         alpha, sigma = SCHEDULE.level(t)
         inside.append(INTERVAL[0] <= sigma / alpha <= INTERVAL[1])
-        torch.testing.assert_close(interval(x, t), everyday(x, t) if inside[-1] else torch.zeros_like(x))
+        torch.testing.assert_close(interval(x, t), cfg(x, t) if inside[-1] else torch.zeros_like(x))
     assert any(inside) and not all(inside)
 
 
-def test_capped_ways_never_guide_more_than_everyday(comparison, x):
+def test_capped_methods_never_guide_more_than_cfg(comparison, x):
     for t in (1, 4, 8):
-        longest = way("CFG", comparison)(x, t).norm(dim=1)
+        longest = method_direction("CFG", comparison)(x, t).norm(dim=1)
         for name in ("capped diagonal", "Rayleigh"):
-            assert (way(name, comparison)(x, t).norm(dim=1) <= longest * (1 + 1e-12)).all()
+            assert (method_direction(name, comparison)(x, t).norm(dim=1) <= longest * (1 + 1e-12)).all()
 
 
 def gaussians(std_c, std_u):
@@ -87,17 +87,17 @@ def gaussians(std_c, std_u):
 
 
 def test_formula_generates_the_target_of_gaussians():
-    """A Gaussian class in a broader Gaussian: the formula is the golden direction; its chain tends to the target."""
+    """A Gaussian class in a broader Gaussian: the formula is the optimal direction; its chain tends to the target."""
     data, schedule, grid = gaussians(0.5, 0.9), linear_schedule(100, 1e-3, 0.1), Grid.line(-7, 7, 401)
     [comparison] = compare(data, (2.0,), grid, schedule)
-    target, chains = target_density(comparison, grid), ways_to_guide(comparison, ("CFG", "bracket", "capped"))
+    target, chains = target_density(comparison, grid), method_chains(comparison, ("CFG", "bracket", "capped"))
     found = {name: produced(chain, grid, target) for name, chain in chains.items()}
     density = chains["capped"].push_forward(grid)[0]
     assert found["capped"].kl == pytest.approx(kl(grid, density, target))
     assert found["capped"].wasserstein == pytest.approx(wasserstein1(grid, density, target))
     assert found["capped"].kl < 0.02 < 0.05 < found["CFG"].kl
     assert found["bracket"].kl == pytest.approx(found["capped"].kl, rel=1e-3)  # its floor is felt in the noise
-    errors = errors_of_ways(comparison, ("CFG", "capped"))
+    errors = method_errors(comparison, ("CFG", "capped"))
     assert errors["capped"] < 0.05 * errors["CFG"]
     lost = produced(chains["unguided"], Grid.line(0, 3, 100), torch.full((100,), 1 / 3, dtype=torch.float64))
     assert lost.kl == lost.wasserstein == float("inf")

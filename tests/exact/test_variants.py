@@ -30,7 +30,7 @@ def normal(*shape, seed=0):
 
 
 @pytest.mark.parametrize("product", ["none", "jvp", "ones", "diagonal"])
-def test_everyday_guidance_is_the_sampler_of_coordinates(product):
+def test_cfg_is_the_sampler_of_coordinates(product):
     ratios, start = ddim_ratios(SCHEDULE, 12), normal(20, 2)
     path = guided_trajectories(CONDITIONAL, REFERENCE, ratios, start, weight=2.0, product=product)
     # There the noise at the first level is σ times the start; the levels are so noisy that this hardly matters.
@@ -46,9 +46,9 @@ def test_levels_and_steps_are_those_of_ddim():
     scheduler.set_timesteps(20)
     x = start = normal(5, 2)
     for timestep in scheduler.timesteps:
-        kept = scheduler.alphas_cumprod[timestep].double()
-        own, beside = (data.noise(x, kept.sqrt(), (1 - kept).sqrt()) for data in (CONDITIONAL, REFERENCE))
-        x = scheduler.step(own + 1.5 * (own - beside), timestep, x).prev_sample
+        alpha_bar = scheduler.alphas_cumprod[timestep].double()
+        own, reference = (data.noise(x, alpha_bar.sqrt(), (1 - alpha_bar).sqrt()) for data in (CONDITIONAL, REFERENCE))
+        x = scheduler.step(own + 1.5 * (own - reference), timestep, x).prev_sample
     found = variant_samples(CONDITIONAL, REFERENCE, ddim_ratios(SCHEDULE, 20), start, weight=1.5)
     assert torch.allclose(found, x, atol=1e-4)  # the scheduler's levels are of float32
 
@@ -66,15 +66,15 @@ def test_no_guidance_is_the_same_for_all():
         assert torch.allclose(same, plain), rectification
 
 
-def test_cfg_plus_plus_is_everyday_guidance_on_geometric_levels():
+def test_cfg_plus_plus_is_cfg_on_geometric_levels():
     ratios, start = [50 * 0.7**i for i in range(30)], normal(10, 2)
     strength, scale = 0.6, 0.6 / (1 - 0.7)
     found = variant_samples(CONDITIONAL, REFERENCE, ratios, start, variant="CFG++", weight=strength)
     x, (alpha, sigma) = start, (1 / (1 + 50**2) ** 0.5, 50 / (1 + 50**2) ** 0.5)
     for ratio, following in zip(ratios, [*ratios[1:], 0.0], strict=True):
-        own, beside = CONDITIONAL.noise(x, alpha, sigma), REFERENCE.noise(x, alpha, sigma)
+        own, reference = CONDITIONAL.noise(x, alpha, sigma), REFERENCE.noise(x, alpha, sigma)
         weight = (scale if following else strength) - 1  # the last step goes to clean data, which have no noise
-        noise = guided_noise("CFG", own, beside, x, weight=weight, ratio=ratio, following=following)
+        noise = guided_noise("CFG", own, reference, x, weight=weight, ratio=ratio, following=following)
         clean = (x - sigma * noise) / alpha
         alpha, sigma = 1 / (1 + following**2) ** 0.5, following / (1 + following**2) ** 0.5
         x = alpha * clean + sigma * noise
@@ -91,7 +91,7 @@ def test_on_a_line_projections_leave_nothing():
         assert torch.allclose(same, plain), variant
 
 
-def test_surrounded_data_are_the_toy_and_noise_beside_it():
+def test_surrounded_data_are_the_toy_and_noise_outside_it():
     wide, basis = surrounded(DATA, 6, 0.5)
     assert torch.allclose(basis.T @ basis, torch.eye(2, dtype=torch.float64))
     x = normal(30, 6)
@@ -100,7 +100,7 @@ def test_surrounded_data_are_the_toy_and_noise_beside_it():
     shared = stats.norm.logpdf(0, scale=0.5) * 4 - 0.5 * (rest / 0.5) ** 2
     assert torch.allclose(wide.classes[0].log_prob(x), CONDITIONAL.log_prob(inside) + shared)
     assert torch.allclose(wide.unconditional.log_prob(x), REFERENCE.log_prob(inside) + shared)
-    # Everyday guidance, and K times it, run inside the subspace as they do without what surrounds it.
+    # Standard guidance, and K times it, run inside the subspace as they do without what surrounds it.
     ratios = ddim_ratios(SCHEDULE, 8)
     for rectification in ("none", "jvp", "covariance"):
         options = {"weight": 2.0, "rectification": rectification}
@@ -115,9 +115,9 @@ def test_with_more_dimensions_the_projection_leaves_more():
     for dimension in (2, 8, 64):
         wide, _ = surrounded(DATA, dimension, 0.5)
         x = wide.classes[0].sample(400, torch.Generator().manual_seed(0), 0.7, 0.7)
-        own, beside = wide.classes[0].noise(x, 0.7, 0.7), wide.unconditional.noise(x, 0.7, 0.7)
-        moved = guided_noise("APG", own, beside, x, weight=1.0, ratio=1.0, following=0.9) - own
-        shares.append(float(moved.norm(dim=1).sum() / (own - beside).norm(dim=1).sum()))
+        own, reference = wide.classes[0].noise(x, 0.7, 0.7), wide.unconditional.noise(x, 0.7, 0.7)
+        moved = guided_noise("APG", own, reference, x, weight=1.0, ratio=1.0, following=0.9) - own
+        shares.append(float(moved.norm(dim=1).sum() / (own - reference).norm(dim=1).sum()))
     assert shares[0] < shares[1] < shares[2] and shares[2] > 0.9
 
 

@@ -1,0 +1,38 @@
+"""Old public names: they go on working for one version, and warn with the new name."""
+
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def renamed_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A module's `__getattr__` that finds old names.
+
+    Args:
+        module: the module's `__name__`.
+        names: old name -> new name in the same module.
+    """
+
+    def get(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        _warn(f"{module}.{name}", names[name])
+        return getattr(sys.modules[module], names[name])
+
+    return get
+
+
+class RenamedAttribute:
+    """In a class body, `old = RenamedAttribute("old", "new")`: reading `old` warns and reads `new`."""
+
+    def __init__(self, old: str, new: str) -> None:
+        self.old, self.new = old, new
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        _warn(f"{owner.__name__}.{self.old}", self.new)
+        return getattr(owner if instance is None else instance, self.new)
+
+
+def _warn(old: str, new: str) -> None:
+    warnings.warn(f"{old} is deprecated: it is now called {new}", DeprecationWarning, stacklevel=3)

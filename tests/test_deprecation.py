@@ -1,0 +1,43 @@
+"""Old public names work and warn with the new ones."""
+
+import importlib
+
+import pytest
+
+from companion import exact
+from companion.exact import comparison, methods
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        (exact, "everyday_direction", "cfg_direction"),
+        (exact, "MonteCarloGolden", "MonteCarloOptimum"),
+        (exact, "monte_carlo_golden", "monte_carlo_optimum"),
+        (methods, "WAYS", "ALL_METHODS"),
+        (methods, "way", "method_direction"),
+        (methods, "ways_to_guide", "method_chains"),
+        (methods, "ways_on_grid", "method_fields"),
+        (methods, "errors_of_ways", "method_errors"),
+    ],
+)
+def test_renamed_names_warn(module, old, new):
+    with pytest.warns(DeprecationWarning, match=f"{old} is deprecated: it is now called {new}"):
+        assert getattr(importlib.import_module(module.__name__), old) is getattr(module, new)
+
+
+def test_renamed_attributes_warn():
+    schedule, data = exact.linear_schedule(6, 0.02, 0.5), exact.toy("paper_1d")
+    [found] = comparison.compare(data, [1.0], data.grid(64), schedule)
+    with pytest.warns(DeprecationWarning, match=r"Comparison\.golden is deprecated: it is now called optimal"):
+        assert found.golden is found.optimal
+    with pytest.warns(DeprecationWarning, match=r"DDPMChain\.golden_direction .* optimal_direction"):
+        assert found.chain.golden_direction == found.chain.optimal_direction
+    error = exact.extrapolation_error(data.classes[0], data.unconditional, found.grid.points[:2], 0.8, 0.6, 1.0)
+    with pytest.warns(DeprecationWarning, match=r"ExtrapolationError\.everyday .* cfg"):
+        assert error.everyday is error.cfg
+
+
+def test_unknown_names_stay_unknown():
+    with pytest.raises(AttributeError, match="no attribute 'goldener'"):
+        _ = exact.goldener
