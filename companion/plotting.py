@@ -1,28 +1,76 @@
-"""One look for every figure: sizes that print, colours that the colour-blind can tell apart."""
+"""One look for every figure: sizes that print, one colour and one line style a method, told apart by the colour-blind.
+
+REG is blue, CFG orange, the optimum green, this package's own rules purple, no guidance grey and the target black. The
+products of K are shades of REG's blue. Nothing else may use these colours: other series take `OTHER_COLOURS`, which
+are also matplotlib's cycle after `set_style`.
+"""
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import matplotlib.pyplot as plt
 import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image
 
-PALETTE = sns.color_palette("colorblind")
-# One colour per method in every figure.
-COLOURS = {
-    "target": (0.0, 0.0, 0.0),
-    "unguided": PALETTE[7],
-    "CFG": PALETTE[1],
-    "golden": PALETTE[2],
-    "none": PALETTE[1],
-    "ones": PALETTE[0],
-    "diagonal": PALETTE[9],
-    "vjp": PALETTE[4],
-    "jvp": PALETTE[3],
-    "finite_difference": PALETTE[6],
-    "covariance": PALETTE[5],
+
+@dataclass(frozen=True)
+class Style:
+    """How a method is drawn in every figure: a colour and matplotlib's line style."""
+
+    colour: str
+    line: Any = "-"
+
+
+_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#0173b2", "#de8f05", "#029e73", "#a05cb5", "#949494"
+_DASHES = {"REG": "-.", "CFG": "--", "ours": (0, (5, 1, 1, 1, 1, 1))}
+
+STYLES: dict[str, Style] = {
+    "target": Style("#000000"),
+    "unguided": Style(_GREY, ":"),
+    "optimal": Style(_GREEN),
+    "CFG": Style(_ORANGE, _DASHES["CFG"]),
+    "none": Style(_ORANGE, _DASHES["CFG"]),
+    "interval": Style("#f0b95a", (0, (2, 1))),
+    "REG": Style(_BLUE, _DASHES["REG"]),
+    "finite_difference": Style(_BLUE, _DASHES["REG"]),
+    "jvp": Style(_BLUE, _DASHES["REG"]),
+    "ones": Style("#013a5c", (0, (4, 1, 1, 1))),
+    "vjp": Style("#4aa3d9", (0, (6, 1, 1, 1))),
+    "diagonal": Style("#8ec7ea", (0, (3, 1, 1, 1))),
+    "auto": Style("#5b7fdb", (0, (2, 1, 1, 1))),
+    "covariance": Style(_PURPLE, _DASHES["ours"]),
+    "K^(1+w)": Style("#5d2f6d", (0, (5, 1, 1, 1))),
+    "bracket": Style("#7b4391", (0, (3, 1))),
+    "capped": Style(_PURPLE, _DASHES["ours"]),
+    "capped diagonal": Style("#b67cc9", (0, (1, 1))),
+    "capped ones": Style("#c89ad7", (0, (4, 2))),
+    "K × Rayleigh": Style("#d9b8e4", (0, (3, 1, 1, 1, 1, 1))),
+    "Rayleigh": Style("#8e3fa8", (0, (2, 2))),
 }
+"""Methods by the names that code uses: `none` is the product, so CFG; `unguided` is no guidance."""
+
+COLOURS = {name: style.colour for name, style in STYLES.items()}
+"""The colours alone."""
+COLOURS["golden"] = COLOURS["optimal"]  # its name in this package's first version
+
+OTHER_COLOURS = (
+    "#d55e00", "#ca9161", "#fbafe4", "#5e5e5e", "#ece133", "#8b1a1a", "#7d7d00", "#e0607e", "#3a3a3a",
+)  # fmt: skip
+"""For series that are no method: schedules, noise levels, losses, settings."""
+
+
+def line_of(name: str) -> dict[str, Any]:
+    """A method's colour and line style as matplotlib's options: `axis.plot(x, y, **line_of("CFG"))`.
+
+    Raises:
+        ValueError: the method has no style; the message lists those that have.
+    """
+    if name not in STYLES:
+        raise ValueError(f"name must be one of {', '.join(STYLES)}, got {name!r}")
+    return {"color": STYLES[name].colour, "linestyle": STYLES[name].line}
 
 
 def profile() -> str:
@@ -39,7 +87,7 @@ def profile() -> str:
 
 def set_style() -> None:
     """Apply the look to all figures made from here on."""
-    sns.set_theme(context="notebook", style="ticks", palette="colorblind")
+    sns.set_theme(context="notebook", style="ticks", palette=list(OTHER_COLOURS))
     plt.rcParams.update(
         {
             "figure.dpi": 110,

@@ -21,7 +21,7 @@ _LOOKS = {  # method -> colour, marker, filled
     "REG, diagonal": (plotting.COLOURS["diagonal"], "D", True),
     "REG, vjp": (plotting.COLOURS["vjp"], "<", True),
     "REG, jvp": (plotting.COLOURS["jvp"], ">", True),
-    "REG, auto": (plotting.PALETTE[8], "P", True),
+    "REG, auto": (plotting.COLOURS["auto"], "P", True),
     "covariance": (plotting.COLOURS["covariance"], "*", True),
 }
 
