@@ -17,12 +17,13 @@ top of the two evaluations that guidance makes anyway:
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from companion.guidance.parametrization import KCoefficients
 
@@ -148,9 +149,21 @@ def _diagonal(output: Tensor, leaf: Tensor, probes: int | None, generator: torch
 
 
 def _forward_mode(denoiser: Denoiser, x: Tensor, direction: Tensor) -> Tensor:
+    point, tangent = (
+        value.detach().clone(memory_format=torch.contiguous_format) for value in (x, direction.to(x.dtype))
+    )
     # Fused attention kernels have no forward-mode derivative.
-    with sdpa_kernel(SDPBackend.MATH):
-        return torch.func.jvp(denoiser, (x.detach(),), (direction.to(x.dtype),))[1]
+    with sdpa_kernel(SDPBackend.MATH), _ContiguousNorms():
+        return torch.func.jvp(denoiser, (point,), (tangent,))[1]
+
+
+class _ContiguousNorms(TorchFunctionMode):
+    """Gives `group_norm` contiguous inputs: its forward-mode derivative fails where input or tangent is strided."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (torch.group_norm, torch.nn.functional.group_norm) and args:
+            args = (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def _finite_difference(

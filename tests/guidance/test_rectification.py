@@ -339,3 +339,34 @@ def test_finite_difference_near_the_origin_in_one_dimension():
         for product in ("jvp", "finite_difference")
     ]
     assert torch.allclose(*directions, rtol=1e-6)
+
+
+class TokensFirst(nn.Module):
+    """Normalises a transposed view of its tokens, as the attention of diffusers' autoencoders and U-Nets does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mix = nn.GroupNorm(2, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.mix(x.permute(0, 2, 3, 1)).flatten(1, 2)
+        return self.norm(tokens.transpose(1, 2)).reshape(x.shape)
+
+
+@pytest.mark.parametrize("network", [nn.GroupNorm(2, 4), TokensFirst()])
+@pytest.mark.parametrize("strided", ["neither", "input", "direction", "both"])
+def test_forward_mode_takes_any_strides(network, strided):
+    """PyTorch's forward-mode group_norm reshapes by view, which channels-last inputs and tangents do not allow."""
+    x, reference = torch.randn(2, 3, 4, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    network = network.double()
+    if strided in ("input", "both"):
+        x = x.to(memory_format=torch.channels_last)
+    if strided in ("direction", "both"):
+        reference = reference.to(memory_format=torch.channels_last)
+    rectified = rectify(network, x, reference, COEFFICIENTS, product="jvp").direction
+    delta = network(x).detach() - reference
+    dense = torch.func.vmap(torch.func.jacrev(lambda point: network(point[None])[0]))(x.contiguous())
+    want = COEFFICIENTS.identity * delta.flatten(1) + COEFFICIENTS.jacobian * torch.einsum(
+        "bij,bj->bi", dense.reshape(len(x), delta[0].numel(), -1), delta.flatten(1)
+    )
+    assert torch.allclose(rectified.flatten(1), want, atol=1e-10)
