@@ -10,6 +10,7 @@ Lengths are in pixels, y points down, angles are in radians, colours are RGB in 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -32,10 +33,13 @@ COLOURS = {
 TEXTURES = ("plain", "striped", "dotted")
 RELATIONS = ("left of", "right of", "above", "below")
 
-_SINGLE_RADIUS = (11.0, 20.0)
+SINGLE_RADIUS = (11.0, 20.0)
 _PAIR_RADIUS = (8.0, 11.5)
 LARGE = 16.0
 MARGIN = 1.5
+ROTATION = math.pi / 6  # largest, in radians, to either side
+TONE, TINT = (0.2, 0.6), 0.09  # of the ground's first colour: grey, and a channel's largest deviation from it
+SHIFT, FAR = (0.12, 0.30), (0.05, 0.85)  # from the ground's first colour to the second, and the second's limits
 _NUMBERS = 32  # uniform draws that one scene may use; a fixed count keeps every field independent of the others
 
 
@@ -105,10 +109,10 @@ def scene(seed: int, index: int, objects: int | None = None) -> Scene:
 
     count_draw = next(uniform)
     count = objects if objects is not None else 1 + (count_draw < 0.5)
-    tone, tint = between(0.2, 0.6), [between(-0.09, 0.09) for _ in range(3)]
+    tone, tint = between(*TONE), [between(-TINT, TINT) for _ in range(3)]
     base = [tone + channel for channel in tint]  # muted, so that every object colour stands out
-    shift = between(0.12, 0.30) * (1 if next(uniform) < 0.5 else -1)
-    far = tuple(min(0.85, max(0.05, channel + shift)) for channel in base)
+    shift = between(*SHIFT) * (1 if next(uniform) < 0.5 else -1)
+    far = tuple(min(FAR[1], max(FAR[0], channel + shift)) for channel in base)
     ground_angle = between(0.0, 2 * math.pi)
 
     def item(radius: float, centre: tuple[float, float]) -> SceneObject:
@@ -118,7 +122,7 @@ def scene(seed: int, index: int, objects: int | None = None) -> Scene:
             texture=choice(TEXTURES),
             radius=radius,
             centre=centre,
-            rotation=between(-math.pi / 6, math.pi / 6),
+            rotation=between(-ROTATION, ROTATION),
             light=between(0.0, 2 * math.pi),
         )
 
@@ -128,7 +132,7 @@ def scene(seed: int, index: int, objects: int | None = None) -> Scene:
     relation: str | None = choice(RELATIONS)
     placed: tuple[SceneObject, ...]
     if count == 1:
-        radius = between(*_SINGLE_RADIUS)
+        radius = between(*SINGLE_RADIUS)
         placed = (item(radius, (inside(radius), inside(radius))),)
         relation = None
     else:
@@ -148,6 +152,29 @@ def scene(seed: int, index: int, objects: int | None = None) -> Scene:
     return Scene(placed, (tuple(base), far), ground_angle, relation)
 
 
+class SceneParameters(NamedTuple):
+    """What one object and its ground are drawn from, as tensors in the units above: pictures have gradients in them.
+
+    They broadcast to (batch, height, width), the three colours to (batch, 3, height, width); so a parameter may be one
+    number a picture, or one a pixel.
+    """
+
+    centre_x: Tensor
+    centre_y: Tensor
+    radius: Tensor
+    rotation: Tensor
+    light: Tensor
+    near: Tensor
+    far: Tensor
+    ground_angle: Tensor
+    colour: Tensor
+
+
+def _length(x: Tensor, y: Tensor) -> Tensor:
+    """`hypot` with the gradient 0 where both are 0, instead of NaN."""
+    return torch.hypot(torch.where((x == 0) & (y == 0), 1e-12, x), y)
+
+
 def _polygon(x: Tensor, y: Tensor, corners: Sequence[tuple[float, float]]) -> Tensor:
     """Signed distance to a simple polygon: nearest edge, with the sign of the even-odd rule."""
     distance = torch.full_like(x, math.inf)
@@ -155,7 +182,7 @@ def _polygon(x: Tensor, y: Tensor, corners: Sequence[tuple[float, float]]) -> Te
     for (ax, ay), (bx, by) in zip(corners, [*corners[1:], corners[0]], strict=True):
         ex, ey = bx - ax, by - ay
         along = (((x - ax) * ex + (y - ay) * ey) / (ex * ex + ey * ey)).clamp(0, 1)
-        distance = torch.minimum(distance, torch.hypot(x - ax - along * ex, y - ay - along * ey))
+        distance = torch.minimum(distance, _length(x - ax - along * ex, y - ay - along * ey))
         if ey != 0:
             inside ^= ((y < by) != (y < ay)) & (x < ax + (y - ay) * (ex / ey))
     return torch.where(inside, -distance, distance)
@@ -170,7 +197,7 @@ def _ring_of(count: int, radii: Sequence[float], turn: float = -math.pi / 2) -> 
 def _heart(x: Tensor, y: Tensor) -> Tensor:
     """Two discs over a triangle whose upper sides run through their centres."""
     y = y + 0.12
-    disc = torch.hypot(x.abs() - 0.44, y + 0.33) - 0.50
+    disc = _length(x.abs() - 0.44, y + 0.33) - 0.50
     return torch.minimum(
         disc, _polygon(x, y, [(0.0, -0.5), (0.44, -0.33), (0.86, -0.08), (0.0, 1.06), (-0.86, -0.08), (-0.44, -0.33)])
     )
@@ -178,22 +205,22 @@ def _heart(x: Tensor, y: Tensor) -> Tensor:
 
 def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
     dx, dy = x.abs() - half_width, y.abs() - half_height
-    return torch.hypot(dx.clamp(min=0), dy.clamp(min=0)) + torch.maximum(dx, dy).clamp(max=0)
+    return _length(dx.clamp(min=0), dy.clamp(min=0)) + torch.maximum(dx, dy).clamp(max=0)
 
 
 # Signed distance (negative inside) in the object's own coordinates, where its radius is 1. All are mirror images of
 # themselves.
 _DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "circle": lambda x, y: torch.hypot(x, y) - 0.9,
+    "circle": lambda x, y: _length(x, y) - 0.9,
     "square": lambda x, y: _box(x, y, 0.78, 0.78),
     "triangle": lambda x, y: _polygon(x, y - 0.18, _ring_of(3, [1.1])),
     "star": lambda x, y: _polygon(x, y, _ring_of(10, [1.0, 0.42])),
     "heart": _heart,
     "cross": lambda x, y: torch.minimum(_box(x, y, 0.95, 0.3), _box(x, y, 0.3, 0.95)),
-    "ring": lambda x, y: (torch.hypot(x, y) - 0.72).abs() - 0.22,
-    "crescent": lambda x, y: torch.maximum(torch.hypot(x, y) - 0.95, 0.78 - torch.hypot(x - 0.48, y)),
+    "ring": lambda x, y: (_length(x, y) - 0.72).abs() - 0.22,
+    "crescent": lambda x, y: torch.maximum(_length(x, y) - 0.95, 0.78 - _length(x - 0.48, y)),
     "flower": lambda x, y: torch.stack(
-        [torch.hypot(x - px, y - py) - 0.38 for px, py in _ring_of(5, [0.58])] + [torch.hypot(x, y) - 0.40]
+        [_length(x - px, y - py) - 0.38 for px, py in _ring_of(5, [0.58])] + [_length(x, y) - 0.40]
     ).amin(0),
     "arrow": lambda x, y: _polygon(
         x, y, [(0, -1.0), (0.8, -0.1), (0.3, -0.1), (0.3, 0.95), (-0.3, 0.95), (-0.3, -0.1), (-0.8, -0.1)]
@@ -208,27 +235,86 @@ def _textured(texture: str, x: Tensor, y: Tensor) -> Tensor:
     if texture == "dotted":
         cell = 0.5
         u, v = (torch.remainder(axis + cell / 2, cell) - cell / 2 for axis in (x, y))
-        return torch.sigmoid(34 * (0.145 - torch.hypot(u, v)))
+        return torch.sigmoid(34 * (0.145 - _length(u, v)))
     return torch.zeros_like(x)
 
 
 def _painted(
-    image: Float[Tensor, "batch 3 height width"], items: Sequence[SceneObject], x: Tensor, y: Tensor
+    image: Float[Tensor, "batch 3 height width"],
+    shape: str,
+    texture: str,
+    item: SceneParameters,
+    x: Tensor,
+    y: Tensor,
+    softness: float = 1.0,
 ) -> Float[Tensor, "batch 3 height width"]:
     """The pictures with one object drawn into each; all objects have one shape and one texture."""
+    dx, dy = (x - item.centre_x) / item.radius, (y - item.centre_y) / item.radius
+    cosine, sine = item.rotation.cos(), item.rotation.sin()
+    u, v = dx * cosine + dy * sine, dy * cosine - dx * sine
+    cover = (0.5 - _DISTANCES[shape](u, v) * (item.radius / softness)).clamp(0, 1)
+    lit = (dx * item.light.cos() + dy * item.light.sin()).clamp(-1, 1)
+    shade = 1 + 0.22 * lit - 0.55 * _textured(texture, u, v)
+    return torch.lerp(image, (item.colour * shade.unsqueeze(1)).clamp(0, 1), cover.unsqueeze(1))
+
+
+def _graded(near: Tensor, far: Tensor, angle: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The ground: colours (broadcast to batch, 3, height, width) and an angle (to batch, height, width)."""
+    ramp = 0.5 + ((x - SIZE / 2) * angle.cos() + (y - SIZE / 2) * angle.sin()) / (SIZE * math.sqrt(2))
+    return near + (far - near) * ramp.unsqueeze(1)
+
+
+def _pixel_centres(stride: int = 1) -> tuple[Float[Tensor, "height width"], Float[Tensor, "height width"]]:
+    rows = torch.arange(SIZE, dtype=torch.float32)[::stride] + 0.5
+    y, x = torch.meshgrid(rows, rows, indexing="ij")
+    return x, y
+
+
+def render_parameters(
+    shape: str, texture: str, parameters: SceneParameters, *, softness: float = 1.0, stride: int = 1
+) -> Float[Tensor, "batch 3 height width"]:
+    """Pictures in [-1, 1] of scenes of one object, with gradients in the parameters; `render` where softness is 1.
+
+    Args:
+        shape, texture: of all objects, from `SHAPES` and `TEXTURES`.
+        parameters: of the scenes, float32.
+        softness: width of the objects' edges in pixels, above 0. Soft edges have gradients farther from the object.
+        stride: only every so many rows and columns are drawn.
+
+    Raises:
+        ValueError: shape or texture is unknown, or softness or stride is not positive.
+    """
+    for name, value, known in (("shape", shape, SHAPES), ("texture", texture, TEXTURES)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if not softness > 0 or stride < 1:
+        raise ValueError(f"softness must be above 0 and stride at least 1, got {softness} and {stride}")
+    x, y = _pixel_centres(stride)
+    ground = _graded(parameters.near, parameters.far, parameters.ground_angle, x, y)
+    return _painted(ground, shape, texture, parameters, x, y, softness) * 2 - 1
+
+
+def object_parameters(scenes: Sequence[Scene], place: int = 0) -> SceneParameters:
+    """The parameters of each scene's object number `place`, one number a picture; shape and texture are left out."""
+    items = [s.objects[place] for s in scenes]
 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values).view(-1, 1, 1)
 
-    radius, turn = column([item.radius for item in items]), column([item.rotation for item in items])
-    light = column([item.light for item in items])
-    dx = (x - column([item.centre[0] for item in items])) / radius
-    dy = (y - column([item.centre[1] for item in items])) / radius
-    u, v = dx * turn.cos() + dy * turn.sin(), dy * turn.cos() - dx * turn.sin()
-    cover = (0.5 - _DISTANCES[items[0].shape](u, v) * radius).clamp(0, 1)
-    shade = 1 + 0.22 * (dx * light.cos() + dy * light.sin()).clamp(-1, 1) - 0.55 * _textured(items[0].texture, u, v)
-    colour = torch.tensor([COLOURS[item.colour] for item in items]).view(-1, 3, 1, 1)
-    return torch.lerp(image, (colour * shade.unsqueeze(1)).clamp(0, 1), cover.unsqueeze(1))
+    def colours(values: Sequence[Sequence[float]]) -> Tensor:
+        return torch.tensor(values).view(-1, 3, 1, 1)
+
+    return SceneParameters(
+        centre_x=column([item.centre[0] for item in items]),
+        centre_y=column([item.centre[1] for item in items]),
+        radius=column([item.radius for item in items]),
+        rotation=column([item.rotation for item in items]),
+        light=column([item.light for item in items]),
+        near=colours([s.ground[0] for s in scenes]),
+        far=colours([s.ground[1] for s in scenes]),
+        ground_angle=column([s.ground_angle for s in scenes]),
+        colour=colours([COLOURS[item.colour] for item in items]),
+    )
 
 
 def render(scenes: Sequence[Scene]) -> Float[Tensor, "batch 3 64 64"]:
@@ -236,22 +322,20 @@ def render(scenes: Sequence[Scene]) -> Float[Tensor, "batch 3 64 64"]:
 
     Objects of the same shape are drawn together, so a large batch costs well under a millisecond a picture.
     """
-    rows = torch.arange(SIZE, dtype=torch.float32) + 0.5
-    y, x = torch.meshgrid(rows, rows, indexing="ij")
+    x, y = _pixel_centres()
     angle = torch.tensor([s.ground_angle for s in scenes]).view(-1, 1, 1)
     near, far = (torch.tensor([s.ground[end] for s in scenes]).view(-1, 3, 1, 1) for end in (0, 1))
-    ramp = 0.5 + ((x - SIZE / 2) * angle.cos() + (y - SIZE / 2) * angle.sin()) / (SIZE * math.sqrt(2))
-    image = near + (far - near) * ramp.unsqueeze(1)
+    image = _graded(near, far, angle, x, y)
 
     # One pass for the first objects and one for the second: within a pass each picture is written at most once.
     for place in range(max((len(s.objects) for s in scenes), default=0)):
         items = [(row, s.objects[place]) for row, s in enumerate(scenes) if place < len(s.objects)]
         for shape in SHAPES:
             for texture in TEXTURES:
-                found = [(row, item) for row, item in items if (item.shape, item.texture) == (shape, texture)]
+                found = [row for row, item in items if (item.shape, item.texture) == (shape, texture)]
                 if found:
-                    index = torch.tensor([row for row, _ in found])
-                    image[index] = _painted(image[index], [item for _, item in found], x, y)
+                    index, parameters = torch.tensor(found), object_parameters([scenes[row] for row in found], place)
+                    image[index] = _painted(image[index], shape, texture, parameters, x, y)
     return image * 2 - 1
 
 
