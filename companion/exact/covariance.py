@@ -10,7 +10,16 @@ quadratic over N(x̂_c, C_c) turns a gradient g into `(I - H C_c)⁻¹ g`, that 
 REG keeps `K_c Δ`.
 
 The bracket is `K_c + (1+w) (K_u - K_c)`. Where data are not Gaussian K_u may be the smaller one, and the bracket
-shrinks or turns negative; the *capped* formula keeps only the positive part of `K_u - K_c`: never more than CFG.
+shrinks or turns negative; the *capped* formula keeps only the positive part of `K_u - K_c`, taken relative to K_c:
+
+    Δ_capped = K_c^½ [I + (1+w) P₊]⁻¹ K_c^-½ Δ,      P = K_c^-½ K_u K_c^-½ - I.
+
+It does not depend on the coordinates (a positive part of `K_u - K_c` itself would), is the exact formula where
+`K_u ⪰ K_c`, and never guides more than CFG in the norm `‖v‖² = ⟨v, K_c⁻¹ v⟩`; in the Euclidean norm it may.
+
+Related work: characteristic guidance (2312.07586) solves for a shift of x whose solution, for Gaussian data, is the
+uncapped formula. Gibbs-like guidance (2505.21101) names what CFG lacks as the gradient of a Rényi divergence; feedback
+guidance (2506.06085) derives another weight for every sample and step, from a posterior of the condition.
 """
 
 from typing import Literal, get_args
@@ -69,7 +78,7 @@ def covariance_direction(
         delta: conditional minus reference prediction.
         weight: the paper's w.
         floor: smallest eigenvalue, or element, of the bracket; positive. None caps instead: K_u - K_c counts only where
-            it is positive.
+            it is positive, for matrices relative to K_c.
         power: exponent for `power`.
 
     Raises:
@@ -81,11 +90,12 @@ def covariance_direction(
         raise ValueError(f"floor must be positive, or None to cap, got {floor}")
     k_c, k_u = (0.5 * (k + k.mT) for k in (conditional, reference))
     match estimate:
-        case "matrix":
+        case "matrix" | "reference_identity":
+            if estimate == "reference_identity":
+                k_u = torch.eye(k_c.shape[-1], dtype=k_c.dtype).expand_as(k_c)
+            if floor is None:
+                return _capped(k_c, k_u, delta, weight)
             return _apply(k_c, _solve_bracket(k_c, k_u, delta, weight, floor))
-        case "reference_identity":
-            identity = torch.eye(k_c.shape[-1], dtype=k_c.dtype).expand_as(k_c)
-            return _apply(k_c, _solve_bracket(k_c, identity, delta, weight, floor))
         case "diagonal" | "ones":
             reduce = (lambda k: k.diagonal(dim1=-2, dim2=-1)) if estimate == "diagonal" else (lambda k: k.sum(dim=-1))
             c, u = reduce(k_c), reduce(k_u)
@@ -132,13 +142,25 @@ def _solve_bracket(
     reference: Float[Tensor, "batch dim dim"],
     vector: Float[Tensor, "batch dim"],
     weight: float,
-    floor: float | None,
+    floor: float,
 ) -> Float[Tensor, "batch dim"]:
-    """`[K_u + w (K_u - K_c)]⁻¹` times a vector, its eigenvalues raised to `floor`, or capped."""
-    excess = reference - conditional
-    if floor is None:
-        values, vectors = torch.linalg.eigh(excess)
-        excess = (vectors * values.clamp(min=0)[:, None]) @ vectors.mT
-        floor = torch.finfo(vector.dtype).eps
-    values, vectors = torch.linalg.eigh(conditional + (1 + weight) * excess)
+    """`[K_u + w (K_u - K_c)]⁻¹` times a vector, its eigenvalues raised to `floor`."""
+    values, vectors = torch.linalg.eigh(conditional + (1 + weight) * (reference - conditional))
     return _apply(vectors, _apply(vectors.mT, vector) / values.clamp(min=floor))
+
+
+def _capped(
+    conditional: Float[Tensor, "batch dim dim"],
+    reference: Float[Tensor, "batch dim dim"],
+    vector: Float[Tensor, "batch dim"],
+    weight: float,
+) -> Float[Tensor, "batch dim"]:
+    """`K_c^½ [I + (1+w) P₊]⁻¹ K_c^-½` times a vector, `P = K_c^-½ K_u K_c^-½ - I`."""
+    values, axes = torch.linalg.eigh(conditional)
+    largest = values[..., -1:].clamp(min=torch.finfo(values.dtype).tiny)
+    roots = values.clamp(min=torch.finfo(values.dtype).eps * largest).sqrt()
+    in_axes = axes.mT @ reference @ axes / (roots[..., :, None] * roots[..., None, :])
+    excess, turned = torch.linalg.eigh(0.5 * (in_axes + in_axes.mT))
+    inside = _apply(turned.mT, _apply(axes.mT, vector) / roots)
+    inside = inside / (1 + (1 + weight) * (excess - 1).clamp(min=0))
+    return _apply(axes, roots * _apply(turned, inside))

@@ -134,12 +134,8 @@ class GaussianMixture:
         self, x: Float[Tensor, "batch dim"], alpha: Level, sigma: Level
     ) -> Float[Tensor, "batch dim dim"]:
         """`Cov[x_0 | x]`; symmetric and positive semi-definite."""
-        offsets, variances = self._project(x, alpha, sigma)
-        shares = self._log_joint(offsets, variances).softmax(dim=1)
-        gain = _column(alpha, x)[..., None] * self._eigenvalues / variances
-        means = self.means + torch.einsum("kde,nke->nkd", self._axes, gain * offsets)
+        shares, means, within = self._posteriors(x, alpha, sigma)
         centred = means - torch.einsum("nk,nkd->nd", shares, means)[:, None]
-        within = self._eigenvalues * _column(sigma, x)[..., None] ** 2 / variances
         within = torch.einsum("kde,nke,kfe->ndf", self._axes, shares[..., None] * within, self._axes)
         return within + torch.einsum("nk,nkd,nkf->ndf", shares, centred, centred)
 
@@ -149,6 +145,35 @@ class GaussianMixture:
         """`K = α ∂x̂_0/∂x = (α²/σ²) Cov[x_0 | x]` (Tweedie's second-order formula); needs `sigma > 0`."""
         ratio = _column(alpha, x) / _column(sigma, x)
         return ratio[..., None] ** 2 * self.posterior_covariance(x, alpha, sigma)
+
+    def rectification_product(
+        self, x: Float[Tensor, "batch dim"], vector: Float[Tensor, "batch dim"], alpha: Level, sigma: Level
+    ) -> Float[Tensor, "batch dim"]:
+        """`K v` without forming K: a few products with the axes of the components, whatever the dimension."""
+        shares, means, within = self._posteriors(x, alpha, sigma)
+        pulled = within * (vector @ self._flat_axes).reshape(means.shape)
+        centred = means - torch.einsum("nk,nkd->nd", shares, means)[:, None]
+        along = shares * torch.einsum("nkd,nd->nk", centred, vector)
+        product = self._average(pulled, shares) + torch.einsum("nk,nkd->nd", along, centred)
+        return (_column(alpha, x) / _column(sigma, x)) ** 2 * product
+
+    def rectification_diagonal(
+        self, x: Float[Tensor, "batch dim"], alpha: Level, sigma: Level
+    ) -> Float[Tensor, "batch dim"]:
+        """The diagonal of K, without forming K."""
+        shares, means, within = self._posteriors(x, alpha, sigma)
+        centred = means - torch.einsum("nk,nkd->nd", shares, means)[:, None]
+        diagonal = torch.einsum("nk,kde,nke->nd", shares, self._axes**2, within.expand_as(means))
+        diagonal = diagonal + torch.einsum("nk,nkd->nd", shares, centred**2)
+        return (_column(alpha, x) / _column(sigma, x)) ** 2 * diagonal
+
+    def _posteriors(self, x: Tensor, alpha: Level, sigma: Level) -> tuple[Tensor, Tensor, Tensor]:
+        """Each component's share of the posterior, its mean, and its variances along the component's axes."""
+        offsets, variances = self._project(x, alpha, sigma)
+        shares = self._log_joint(offsets, variances).softmax(dim=1)
+        gain = _column(alpha, x)[..., None] * self._eigenvalues / variances
+        means = self.means + torch.einsum("kde,nke->nkd", self._axes, gain * offsets)
+        return shares, means, self._eigenvalues * _column(sigma, x)[..., None] ** 2 / variances
 
     def _project(self, x: Tensor, alpha: Level, sigma: Level) -> tuple[Tensor, Tensor]:
         """x - α m_k along each component's axes, and the variances there: broadcast to (batch, components, dim)."""
