@@ -1,0 +1,1 @@
+"""The ranking: any guidance rule against the exact optimum (docs/ranking.md)."""
