@@ -34,8 +34,8 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from companion.evaluation.sampling.folder import write_json
 from companion.evaluation.sampling.memory import peak_memory
+from companion.files import write_json
 from companion.networks.edm2 import EDM2UNet
 from companion.pipelines.edm2.pipeline import EDM2Pipeline
 from companion.pipelines.hook import RectifiedGuidanceConfig, rectified_guidance

@@ -261,7 +261,7 @@ def file_digest(path: Path) -> str:
 @lru_cache(maxsize=256)
 def _digest_of(path: str, size: int, changed: int) -> str:
     with open_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -168,7 +168,7 @@ class _Machine:
         self.memory: dict[int, Any] = {}
 
     def run(self, file: BinaryIO) -> Any:
-        for instruction, argument, _ in pickletools.genops(_Bounded(file)):
+        for instruction, argument, _ in pickletools.genops(_Bounded(file)):  # type: ignore[arg-type]
             name = instruction.name
             if isinstance(argument, int) and argument.bit_length() > _LONGEST_INTEGER:
                 raise RefusedError(f"it holds an integer of {argument.bit_length():,} bits")
@@ -179,9 +179,9 @@ class _Machine:
             elif name in _CONSTANTS:
                 self.stack.append(_CONSTANTS[name]())
             elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-                self.memory[int(argument)] = self.stack[-1]
+                self.memory[int(str(argument))] = self.stack[-1]
             elif name in ("GET", "BINGET", "LONG_BINGET"):
-                self.stack.append(self.memory[int(argument)])
+                self.stack.append(self.memory[int(str(argument))])
             elif name not in ("PROTO", "FRAME"):
                 step = getattr(self, f"_{name.lower()}", None)
                 if step is None:

@@ -42,7 +42,7 @@ def checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     if dtype is None:
         return torch.float32
     found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+    if not isinstance(found, torch.dtype) or found not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, as torch's or by name, got {dtype!r}")
     return found
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from companion.errors import check_name, explained
 from companion.evaluation.sampling.folder import MANIFEST, Pixels, read_batches, read_manifest
 from companion.evaluation.sampling.settings import coco_captions
+from companion.files import array_names, open_file, read_arrays, read_text
 
 _SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
 _BATCH = 100
@@ -44,8 +46,7 @@ class ImageSet:
             for images, _ in read_batches(self.path):
                 yield images
         elif self.kind == "array":
-            with np.load(self.path, allow_pickle=False) as arrays:
-                images = arrays[_image_array(self.path, arrays.files)]
+            images = _array(self.path)
             for first in range(0, len(images), _BATCH):
                 yield images[first : first + _BATCH]
         else:
@@ -88,24 +89,22 @@ def _opened(path: Path) -> ImageSet:
         return ImageSet(path, "files", len(files), size)
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a folder of pictures, a sampling run or a npz file")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images = arrays[_image_array(path, arrays.files)]
-    except (OSError, ValueError, EOFError, AttributeError) as error:
-        raise ValueError(f"{path} is no npz file of pictures: {error}") from error
+    images = _array(path)
+    return ImageSet(path, "array", len(images), (images.shape[2], images.shape[1]))
+
+
+def _array(path: Path) -> Pixels:
+    """The pictures of a npz file."""
+    found = read_arrays(path, ("images", "arr_0"))
+    if not found:
+        raise ValueError(f"{path} holds {', '.join(array_names(path)) or 'nothing'}, and no images or arr_0")
+    images = next(iter(found.values()))
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(
             f"{path} must hold uint8 pictures of shape (number, height, width, 3), "
             f"got {images.dtype} of shape {images.shape}"
         )
-    return ImageSet(path, "array", len(images), (images.shape[2], images.shape[1]))
-
-
-def _image_array(path: Path, names: list[str]) -> str:
-    for name in ("images", "arr_0"):
-        if name in names:
-            return name
-    raise ValueError(f"{path} holds {', '.join(names) or 'nothing'}, and no images or arr_0")
+    return images
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -113,12 +112,19 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
 
 
+def open_picture(file: Path) -> Image.Image:
+    """A picture in RGB.
+
+    Raises:
+        ValueError: it cannot be read; larger ones than Pillow takes for an attack are refused.
+    """
+    what = explained(f"{file} cannot be read as a picture")
+    with open_file(file, "picture") as content, what, Image.open(content) as picture:
+        return picture.convert("RGB")
+
+
 def _pixels(file: Path) -> np.ndarray:
-    try:
-        with Image.open(file) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} cannot be read as a picture: {error}") from error
+    return np.asarray(open_picture(file))
 
 
 def captioned_files(captions: Path, folder: Path) -> list[tuple[Path, str]]:
@@ -128,13 +134,7 @@ def captioned_files(captions: Path, folder: Path) -> list[tuple[Path, str]]:
         ValueError: a line is not of that form or names a picture that is not in the folder, a picture has two captions
             or none; file and line are named.
     """
-    try:
-        text = captions.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"caption file {captions} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"caption file {captions}, line {line}, is not UTF-8 text") from error
+    text = read_text(captions, "caption file")
     if captions.suffix == ".json":
         pairs = [(f"caption file {captions}", name, said) for name, said in coco_captions(captions, text)]
     else:
@@ -143,6 +143,7 @@ def captioned_files(captions: Path, folder: Path) -> list[tuple[Path, str]]:
             name, tab, said = row.partition("\t")
             if not (name.strip() and tab and said.strip()):
                 raise ValueError(f"caption file {captions}, line {number}, is not NAME<tab>CAPTION: {row[:60]!r}")
+            check_name(name.strip(), f"caption file {captions}, line {number}: picture")
             pairs.append((f"caption file {captions}, line {number},", name.strip(), said.strip()))
     known: dict[str, str] = {}
     for where, name, said in pairs:

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from companion.evaluation.metrics.evaluators import CaptionJudge, ClassJudge, Reference
 from companion.evaluation.metrics.features import FeatureNetwork, extract
-from companion.evaluation.metrics.image_sets import ImageSet, captioned_files, open_images
+from companion.evaluation.metrics.image_sets import ImageSet, captioned_files, open_images, open_picture
 from companion.evaluation.metrics.metrics import ClipNetwork
 from companion.evaluation.metrics.reference_statistics import read_statistics, statistics_of
 from companion.evaluation.sampling.folder import Pixels
+from companion.files import read_arrays
 
 COCO_SIZE = 512  # side of the square that a picture of COCO is cut and scaled to
 _BATCH = 50
@@ -76,10 +77,11 @@ def _features_of_pictures_in(file: Path, network: FeatureNetwork) -> Tensor | No
     """Features of the pictures that ADM's files hold next to their statistics; None where there are none."""
     if file.suffix != ".npz":
         return None
-    with np.load(file, allow_pickle=False) as arrays:
-        if "arr_0" not in arrays.files:
-            return None
-        pictures = arrays["arr_0"]
+    pictures = read_arrays(file, ("arr_0",), "statistics file").get("arr_0")
+    if pictures is None:
+        return None
+    if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[3] != 3:
+        raise ValueError(f"statistics file {file} holds no pictures but {pictures.dtype} of shape {pictures.shape}")
     return extract(network, (pictures[first : first + _BATCH] for first in range(0, len(pictures), _BATCH))).features
 
 
@@ -134,11 +136,7 @@ def central_square(file: Path, side: int) -> np.ndarray:
     Raises:
         ValueError: it cannot be read.
     """
-    try:
-        with Image.open(file) as opened:
-            picture = opened.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} cannot be read as a picture: {error}") from error
+    picture = open_picture(file)
     width, height = picture.size
     short = min(width, height)
     left, top = (width - short) // 2, (height - short) // 2

@@ -5,27 +5,35 @@
     images/00000000.png  one file per sample, or
     shards/00000000.npz  one file per batch, named after its first sample: `images` (uint8) and `conditions`
     batches/00000000.json  one record per finished batch: its conditions, and the SHA-256 of each of its files
-    .lock                held by every process of the run that is alive
+    .lock, .lock-1, ...  held by the run's processes, as long as they are alive
 
 Every file is written under another name and renamed, and a batch's record comes last: whatever is killed at whatever
 moment leaves batches that are finished or not begun. Nothing but provenance.json depends on when or how often a run was
-interrupted. The lock is the operating system's (flock), so it ends with the process that holds it.
+interrupted. The locks are the operating system's, so each ends with the process that holds it.
 """
 
-import fcntl
+from __future__ import annotations
+
 import hashlib
 import io
 import json
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+
+from companion.errors import explained
+from companion.files import read_arrays, read_bytes, read_json, take_lock, write_bytes, write_json
+
+if TYPE_CHECKING:
+    from companion.evaluation.sampling.settings import SamplingSettings
 
 MANIFEST, PROVENANCE = "manifest.json", "provenance.json"
 _VERSION = 1
@@ -33,81 +41,40 @@ _VERSION = 1
 Pixels = UInt8[np.ndarray, "batch height width 3"]
 
 
-class Unwritable(ValueError):
-    """A file could not be written; the message says which and what to do."""
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all.
-
-    Raises:
-        Unwritable: the disk is full, or the file cannot be written for another reason.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise Unwritable(
-            f"{path} cannot be written ({error.strerror}): make room and give the same command again, "
-            "it goes on where it was"
-        ) from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """As `write_atomically`, readable, the same bytes for the same value."""
-    write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def read_json(path: Path) -> Any:
-    """Raises:
-    ValueError: the file is not there or damaged.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged, it is not JSON: {error}") from error
-
-
 class Lock:
-    """The right to write to a folder: taken alone by who begins a run, then shared by all its processes.
+    """The right to write to a folder: each process of a run has a lock of its own, and a run begins while none is held.
+
+    Args:
+        folder: of the run.
+        process: number of this process in the run; the main one is 0.
 
     Raises:
-        ValueError: a living process of another run holds it.
+        ValueError: a living process of another run holds one.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._file = (folder / ".lock").open("a+b")
-
-    def alone(self) -> None:
-        self._take(fcntl.LOCK_EX)
-
-    def share(self) -> None:
-        self._take(fcntl.LOCK_SH)
+    def __init__(self, folder: Path, process: int = 0) -> None:
+        self._held = f"{folder} is in use by another run{_holder(folder)}; wait for it, or give another folder"
+        self._lock = take_lock(folder / (".lock" if process == 0 else f".lock-{process}"), self._held)
+        try:
+            for other in () if process else folder.glob(".lock-*"):
+                take_lock(other, self._held).release()
+        except ValueError:
+            self.release()
+            raise
 
     def release(self) -> None:
-        self._file.close()
+        if Path(self._lock.lock_file).name != ".lock":
+            with suppress(OSError):  # Windows removes no file that is open
+                os.unlink(self._lock.lock_file)
+        self._lock.release()
 
-    def _take(self, kind: int) -> None:
-        try:
-            fcntl.flock(self._file, kind | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise ValueError(
-                f"{self.folder} is in use by another run{self._holder()}; wait for it, or give another folder"
-            ) from error
 
-    def _holder(self) -> str:
-        try:
-            last = read_json(self.folder / PROVENANCE)["sessions"][-1]
-            return f" (process {last['process']} on {last['host']}, since {last['started']})"
-        except (ValueError, KeyError, IndexError, TypeError):
-            return ""
+def _holder(folder: Path) -> str:
+    try:
+        last = read_json(folder / PROVENANCE)["sessions"][-1]
+        return f" (process {last['process']} on {last['host']}, since {last['started']})"
+    except (ValueError, KeyError, IndexError, TypeError):
+        return ""
 
 
 @dataclass(frozen=True)
@@ -119,8 +86,8 @@ class Begun:
     finished: bool
 
 
-def begin(folder: Path, identity: dict[str, Any], samples_of: Callable[[int], range], batches: Sequence[int]) -> Begun:
-    """Begin a run in a folder, or find where one with the same settings stopped. The caller holds the lock alone.
+def begin(folder: Path, identity: dict[str, Any], settings: SamplingSettings) -> Begun:
+    """Begin a run in a folder, or find where one with the same settings stopped. The caller holds the lock.
 
     Damaged files are removed, named in the remarks, and their batches are to be drawn again.
 
@@ -128,7 +95,7 @@ def begin(folder: Path, identity: dict[str, Any], samples_of: Callable[[int], ra
         ValueError: the folder holds something else, or a run with other settings, which are named.
     """
     path = folder / MANIFEST
-    inside = {entry.name for entry in folder.iterdir()} - {".lock"}
+    inside = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".lock")}
     if path.exists():
         manifest = read_json(path)
         _compare(folder, manifest, identity)
@@ -142,13 +109,14 @@ def begin(folder: Path, identity: dict[str, Any], samples_of: Callable[[int], ra
     for left in folder.rglob(".*.tmp"):
         left.unlink()
     missing, remarks = [], []
-    for first in batches:
-        wrong = _damage(folder, first, len(samples_of(first)))
+    for first in settings.batches():
+        samples = settings.samples(first)
+        wrong = _damage(folder, samples, identity["image_format"], [settings.condition(i) for i in samples])
         if wrong is None:
             continue
         missing.append(first)
         if wrong:
-            last = samples_of(first)[-1]
+            last = samples[-1]
             remarks.append(f"{wrong}; samples {first} to {last} are drawn again")
             _record_path(folder, first).unlink(missing_ok=True)
     finished = bool(manifest.get("finished"))
@@ -185,16 +153,24 @@ def _record_path(folder: Path, first: int) -> Path:
     return folder / "batches" / f"{first:08d}.json"
 
 
-def _damage(folder: Path, first: int, number: int) -> str | None:
-    """None for a whole batch, "" for one that is not drawn yet, else what is wrong with it."""
-    path = _record_path(folder, first)
+def _damage(
+    folder: Path, samples: range, image_format: str, conditions: Sequence[int | str] | None = None
+) -> str | None:
+    """None for a whole batch, "" for one that is not drawn yet, else what is wrong with it.
+
+    Args:
+        conditions: that it must have; None where nobody knows them any more.
+    """
+    path = _record_path(folder, samples[0])
     if not path.exists():
         return ""
     try:
         record = read_json(path)
-        files = dict(record["files"])
-        if record["first"] != first or len(record["conditions"]) != number or not files:
-            return f"{path} is damaged: it does not describe samples {first} to {first + number - 1}"
+        files, nfe, drawn = record["files"], record["nfe"], record["conditions"]
+        described = record["first"] == samples[0] and list(files) == _names(samples, image_format)
+        described = described and len(drawn) == len(samples) and (conditions is None or drawn == list(conditions))
+        if not described or not isinstance(nfe, (int, float)) or not (math.isfinite(nfe) and nfe > 0):
+            return f"{path} is damaged: it does not describe samples {samples[0]} to {samples[-1]} of this run"
     except ValueError as error:
         return str(error)
     except (KeyError, TypeError):
@@ -206,11 +182,17 @@ def _damage(folder: Path, first: int, number: int) -> str | None:
     return None
 
 
-def _file_damage(path: Path, checksum: str) -> str:
+def _names(samples: range, image_format: str) -> list[str]:
+    if image_format == "npz":
+        return [f"shards/{samples[0]:08d}.npz"]
+    return [f"images/{sample:08d}.png" for sample in samples]
+
+
+def _file_damage(path: Path, checksum: Any) -> str:
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        return f"{path} cannot be read ({error.strerror})"
+        content = read_bytes(path)
+    except ValueError as error:
+        return str(error)
     return "" if hashlib.sha256(content).hexdigest() == checksum else f"{path} is damaged: its checksum is another"
 
 
@@ -225,18 +207,19 @@ def write_batch(
     files: dict[str, str] = {}
 
     def put(name: str, content: bytes) -> None:
-        write_atomically(folder / name, content)
+        write_bytes(folder / name, content)
         files[name] = hashlib.sha256(content).hexdigest()
 
+    names = _names(range(first, first + len(images)), image_format)
     if image_format == "npz":
         buffer = io.BytesIO()
         np.savez(buffer, images=images, conditions=np.array(conditions))
-        put(f"shards/{first:08d}.npz", buffer.getvalue())
+        put(names[0], buffer.getvalue())
     else:
-        for sample, pixels in enumerate(images, start=first):
+        for name, pixels in zip(names, images, strict=True):
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, format="png")
-            put(f"images/{sample:08d}.png", buffer.getvalue())
+            put(name, buffer.getvalue())
     record = {"first": first, "nfe": nfe, "conditions": list(conditions), "files": files}
     write_json(_record_path(folder, first), record)
 
@@ -272,6 +255,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or not manifest.get("finished"):
         raise ValueError(f"{folder} holds a run that is not finished; give its command again")
+    settings = manifest.get("settings")
+    numbers = [settings.get(name) for name in ("num_samples", "batch_size")] if isinstance(settings, dict) else [None]
+    if not all(type(number) is int and number > 0 for number in numbers) or "image_format" not in manifest["settings"]:
+        raise ValueError(f"{folder / MANIFEST} is damaged: it has no settings of a run")
     return manifest
 
 
@@ -282,15 +269,17 @@ def read_batches(folder: Path) -> Iterator[tuple[Pixels, list[int] | list[str]]]
         ValueError: the run is not finished, or a file is missing or damaged; it is named.
     """
     settings = read_manifest(folder)["settings"]
-    for first in range(0, settings["num_samples"], settings["batch_size"]):
-        number = min(settings["batch_size"], settings["num_samples"] - first)
-        wrong = _damage(folder, first, number)
+    number, size, kind = settings["num_samples"], settings["batch_size"], settings["image_format"]
+    for first in range(0, number, size):
+        samples = range(first, min(first + size, number))
+        wrong = _damage(folder, samples, kind)
         if wrong is not None:
             raise ValueError(f"{wrong or _record_path(folder, first)}; give the run's command again to repair it")
         record = read_json(_record_path(folder, first))
-        if settings["image_format"] == "npz":
-            [name] = record["files"]
-            with np.load(folder / name, allow_pickle=False) as shard:
-                yield shard["images"], record["conditions"]
-        else:
-            yield np.stack([np.asarray(Image.open(folder / name)) for name in record["files"]]), record["conditions"]
+        files = [folder / name for name in _names(samples, kind)]
+        with explained(f"batch {first} of {folder} cannot be read"):
+            if kind == "npz":
+                images = read_arrays(files[0], ("images",))["images"]
+            else:
+                images = np.stack([np.asarray(Image.open(file)) for file in files])
+        yield images, record["conditions"]

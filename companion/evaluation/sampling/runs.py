@@ -26,19 +26,17 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env  # type:
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from companion.errors import check_name, printable, reason
 from companion.evaluation.sampling.evaluations import EvaluationCount
 from companion.evaluation.sampling.folder import (
     PROVENANCE,
     Begun,
     Lock,
     Pixels,
-    Unwritable,
     batches_drawn,
     begin,
     finish,
-    read_json,
     write_batch,
-    write_json,
 )
 from companion.evaluation.sampling.settings import (
     WEIGHT_SYNTAX,
@@ -50,13 +48,13 @@ from companion.evaluation.sampling.settings import (
     model_defaults,
     with_scheduler,
 )
+from companion.files import Unwritable, read_json, write_json
 from companion.pipelines.edm2.pipeline import Reference
 from companion.pipelines.hook import SAMPLING_PRODUCTS, GuidanceStep, rectified_guidance
 from companion.pipelines.registry import load
+from companion.pipelines.saved import DTYPES
 from companion.provenance import provenance
 from companion.seeding import sample_generators
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Diverged(ValueError):
@@ -198,16 +196,14 @@ def _begin_together(
     lock: Lock | None = None
     if state.is_main_process:
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            check_name(out, "folder").mkdir(parents=True, exist_ok=True)
             lock = Lock(out)
-            lock.alone()
-            begun = begin(out, settings.identity(pipe), settings.samples, settings.batches())
+            begun = begin(out, settings.identity(pipe), settings)
             for remark in begun.remarks:
                 print(remark, file=sys.stderr)
-            lock.share()
             message = [begun]
         except OSError as error:
-            message = [f"folder {out} cannot be used: {error.strerror}"]
+            message = [f"folder {printable(out)} cannot be used: {reason(error)}"]
         except ValueError as error:
             message = [str(error)]
     message = broadcast_object_list(message)
@@ -217,8 +213,7 @@ def _begin_together(
             lock.release()
         raise ValueError(begun_or_error)
     if lock is None:
-        lock = Lock(out)
-        lock.share()
+        lock = Lock(out, state.process_index)
     return lock, begun_or_error
 
 

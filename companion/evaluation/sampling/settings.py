@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
+from companion.errors import check_name, reason
+from companion.files import parse_json, read_text
 from companion.guidance.classifier.scores import ClassifierScore
 from companion.guidance.weights import (
     ConstantWeight,
@@ -22,6 +25,7 @@ from companion.guidance.weights import (
 )
 from companion.pipelines.adm.pipeline import ADMPipeline
 from companion.pipelines.capabilities import (
+    MAX_STEPS,
     check_call,
     check_guidance_scale,
     check_reference,
@@ -37,6 +41,7 @@ from companion.pipelines.paper_models import PAPER_MODELS
 from companion.seeding import sample_seed
 
 Format = Literal["png", "npz"]
+_MOST = {"num_samples": 10_000_000, "batch_size": 100_000, "steps": MAX_STEPS}
 
 WEIGHT_SYNTAX = (
     "constant[:W], linear[:FIRST,LAST], power-cosine[:POWER[,PEAK]], interval:LOW,HIGH[:SCHEDULE]; "
@@ -87,9 +92,9 @@ class SamplingSettings:
 
     Args:
         model: the name the pipeline was loaded under.
-        num_samples: at least 1.
+        num_samples: 1 to 10,000,000.
         conditions: class numbers or prompts, repeated in this order for as long as there are samples.
-        batch_size: at least 1.
+        batch_size: 1 to 100,000.
         steps: 1 to 1000.
         seed: a non-negative integer.
         guidance_scale: diffusers' s = 1 + w.
@@ -121,10 +126,10 @@ class SamplingSettings:
         object.__setattr__(self, "conditions", tuple(self.conditions))
         if not self.conditions:
             raise ValueError("conditions must hold at least one class or prompt")
-        for name in ("num_samples", "batch_size", "steps"):
+        for name, most in _MOST.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(f"{name} must be an integer from 1 to {most:,}, got {value!r}")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number, got {self.guidance_scale!r}")
         if self.image_format not in get_args(Format):
@@ -190,16 +195,29 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+_FINGERPRINTS: WeakKeyDictionary[DiffusionPipeline, tuple[list[Any], str]] = WeakKeyDictionary()
+
+
 def weights_fingerprint(pipe: DiffusionPipeline) -> str:
-    """Tells retrained weights from the ones a run began with: names, shapes and both ends of every tensor, hashed."""
+    """Tells other weights from the ones a run began with: SHA-256 of every tensor's name, shape, dtype and bytes.
+
+    It is computed once for a pipeline, and again when a tensor was written to or replaced.
+    """
+    tensors = [
+        (f"{part}.{name}", tensor.detach())
+        for part, module in sorted(pipe.components.items())
+        if isinstance(module, torch.nn.Module)
+        for name, tensor in sorted(module.state_dict().items())
+    ]
+    state = [(name, tensor.data_ptr(), tensor._version, tensor.shape, tensor.dtype) for name, tensor in tensors]
+    known = _FINGERPRINTS.get(pipe)
+    if known is not None and known[0] == state:
+        return known[1]
     digest = hashlib.sha256()
-    for part, module in sorted(pipe.components.items()):
-        if not isinstance(module, torch.nn.Module):
-            continue
-        for name, tensor in sorted(module.state_dict().items()):
-            flat = tensor.detach().flatten()
-            ends = torch.cat([flat[:16], flat[-16:]]).double().cpu().numpy().tobytes()
-            digest.update(f"{part}.{name} {tuple(tensor.shape)} ".encode() + ends)
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    _FINGERPRINTS[pipe] = state, digest.hexdigest()
     return digest.hexdigest()
 
 
@@ -271,13 +289,7 @@ def read_prompts(file: Path) -> tuple[str, ...]:
     Raises:
         ValueError: no such file, not UTF-8, an empty line (its number is named), or an image without a caption.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"prompts file {file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"prompts file {file}, line {line}, is not UTF-8 text") from error
+    text = read_text(file, "prompts file")
     if file.suffix == ".json":
         return tuple(caption for _, caption in coco_captions(file, text))
     lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
@@ -292,18 +304,17 @@ def coco_captions(file: Path, text: str) -> list[tuple[str, str]]:
     Raises:
         ValueError: not JSON (its line is named), not of COCO's form, or an image without a caption.
     """
+    described = parse_json(text, f"caption file {file}")
     try:
-        described = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"caption file {file}, line {error.lineno}, is not JSON: {error.msg}") from error
-    try:
-        names = {int(image["id"]): str(image["file_name"]) for image in described["images"]}
-        said = [(int(a["id"]), int(a["image_id"]), str(a["caption"]).strip()) for a in described["annotations"]]
+        names = {_id(image["id"]): _text(image["file_name"]) for image in described["images"]}
+        said = [(_id(a["id"]), _id(a["image_id"]), _text(a["caption"]).strip()) for a in described["annotations"]]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f'caption file {file} is not of COCO\'s form, {{"images": [{{"id", "file_name"}}], '
-            f'"annotations": [{{"id", "image_id", "caption"}}]}}: {error!r}'
+            f'"annotations": [{{"id", "image_id", "caption"}}]}}: {reason(error)}'
         ) from error
+    for name in names.values():
+        check_name(name, f"caption file {file}: picture")
     captions: dict[int, str] = {}
     for _, image, caption in sorted(said):
         if image not in names:
@@ -313,3 +324,15 @@ def coco_captions(file: Path, text: str) -> list[tuple[str, str]]:
         if not captions.get(image):
             raise ValueError(f"caption file {file} has no caption of image {image} ({names[image]})")
     return [(names[image], captions[image]) for image in sorted(names)]
+
+
+def _id(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"an id must be a whole number, got {value!r:.40}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"names and captions must be texts, got {value!r:.40}")
+    return value

@@ -28,8 +28,8 @@ from companion.evaluation.metrics.clip_score import PaperClip, SceneClip
 from companion.evaluation.metrics.evaluators import Judge, scene_caption_judge, scene_judge
 from companion.evaluation.metrics.features import FeatureNetwork, InceptionFeatures, SceneFeatures
 from companion.evaluation.metrics.references import coco_judge, imagenet_judge
-from companion.evaluation.sampling.folder import PROVENANCE, Unwritable, read_json, read_manifest
-from companion.evaluation.sampling.runs import DTYPES, sample
+from companion.evaluation.sampling.folder import PROVENANCE, read_manifest
+from companion.evaluation.sampling.runs import sample
 from companion.evaluation.sampling.settings import SamplingSettings, check_sampling
 from companion.evaluation.studies import classifier_table
 from companion.evaluation.studies.classifier_rows import Plan as ClassifierPlan
@@ -45,9 +45,11 @@ from companion.evaluation.tables.results import (
     write_cells,
 )
 from companion.evaluation.tables.text import as_markdown
+from companion.files import Unwritable, read_json
 from companion.pipelines.edm2.loading import load_edm2
 from companion.pipelines.edm2.presets import EDM2_PRESETS
 from companion.pipelines.registry import load
+from companion.pipelines.saved import DTYPES
 from companion.provenance import provenance
 
 

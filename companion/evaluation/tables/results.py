@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from companion.evaluation.sampling.folder import read_json, write_json
+from companion.files import read_json, write_json
 
 _VERSION = 1
 

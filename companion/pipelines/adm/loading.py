@@ -100,7 +100,9 @@ def _embedded(classifier: nn.Module | str | Path | None, dtype: torch.dtype) -> 
     if isinstance(classifier, (str, Path)):
         name = EMBEDDED_NOISY if classifier == NOISY else classifier
         classifier = off_the_shelf_classifier(name, dtype=dtype)
-    return load_pipeline(ADMPipeline, WEIGHTS / MINI_ADM, dtype, classifier=classifier)
+    pipe = load_pipeline(ADMPipeline, WEIGHTS / MINI_ADM, dtype, classifier=None)
+    pipe.register_modules(classifier=classifier)
+    return pipe
 
 
 def _noise_aware(known: ADMPreset, preset: str, folder: Path, download: bool, dtype: torch.dtype) -> nn.Module | None:

@@ -9,6 +9,7 @@ from companion.evaluation.metrics.clip_score import SceneClip
 from companion.evaluation.metrics.evaluators import REFERENCE_SEED, scene_batches, scene_caption_judge, scene_judge
 from companion.evaluation.metrics.features import SceneFeatures
 from companion.evaluation.sampling.folder import begin, finish, write_batch
+from companion.evaluation.sampling.settings import SamplingSettings
 from companion.minis.scenes import scene
 
 NUMBER = 150
@@ -22,9 +23,10 @@ def scenes() -> list:
 def run_of(folder: Path, scenes: list, conditions: list) -> Path:
     """A finished run whose samples are the scenes themselves."""
     folder.mkdir()
+    given = SamplingSettings("scenes", NUMBER, tuple(conditions), image_format="npz")
     settings = {"num_samples": NUMBER, "batch_size": 50, "image_format": "npz"}
     firsts = range(0, NUMBER, 50)
-    begin(folder, settings, lambda first: range(first, first + 50), firsts)
+    begin(folder, settings, given)
     for first, images in zip(firsts, scene_batches(scenes, 50), strict=True):
         write_batch(folder, first, images, conditions[first : first + 50], "npz", 1.0)
     finish(folder, firsts)

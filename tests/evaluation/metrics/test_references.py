@@ -111,7 +111,7 @@ def broken_json(coco: Path) -> None:
         (lambda coco: coco.rename(coco.parent / "gone"), "there is no reference folder .*coco; give one with --data"),
         (lambda coco: (coco / "val2017").rename(coco / "x"), "coco holds no folder val2017"),
         (lambda coco: (coco / "annotations").rename(coco / "x"), "captions are missing: neither .*captions_val2017"),
-        (broken_json, r"captions_val2017.json, line \d+, is not JSON"),
+        (broken_json, r"captions_val2017.json, line \d+, is damaged, it is not JSON"),
         (spoil(lambda d: d["annotations"].pop(0) and d["annotations"].pop(0)), "has no caption of image 0"),
         (spoil(lambda d: d["images"][4].update(file_name="z.png")), "caption of z.png, which is not in .*val2017"),
         (spoil(lambda d: (d["images"].pop(), d["annotations"].pop(), d["annotations"].pop())),

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 import resource
 import signal
 import sys
@@ -23,7 +24,8 @@ from PIL import Image
 from companion import ConstantWeight, IntervalWeight, LinearWeight, PowerCosineWeight, sample_generators
 from companion.cli.main import main as command_line
 from companion.evaluation.sampling import runs
-from companion.evaluation.sampling.folder import Lock, Unwritable, begin, read_batches, read_manifest
+from companion.evaluation.sampling import settings as sampling_settings
+from companion.evaluation.sampling.folder import Lock, begin, read_batches, read_manifest
 from companion.evaluation.sampling.runs import add_arguments, draw, main, sample, settings_from
 from companion.evaluation.sampling.settings import (
     SamplingSettings,
@@ -34,6 +36,7 @@ from companion.evaluation.sampling.settings import (
     read_prompts,
     weights_fingerprint,
 )
+from companion.files import Unwritable
 from tests.evaluation.sampling.separate_processes import (
     ROOT,
     SETTINGS,
@@ -347,7 +350,7 @@ def test_prompts_and_classes(tmp_path):
     file.write_bytes(b"a star\na \xff ring\n")
     with pytest.raises(ValueError, match=r"p\.txt, line 2, is not UTF-8"):
         read_prompts(file)
-    with pytest.raises(ValueError, match="cannot be read: No such file"):
+    with pytest.raises(ValueError, match="cannot be opened: No such file"):
         read_prompts(tmp_path / "q.txt")
     coco = tmp_path / "captions.json"
     images = [{"id": 2, "file_name": "2.jpg"}, {"id": 1, "file_name": "1.jpg"}]
@@ -364,7 +367,7 @@ def test_prompts_and_classes(tmp_path):
         with pytest.raises(ValueError, match=words):
             read_prompts(coco)
     coco.write_text('{"images":\n[,]}')
-    with pytest.raises(ValueError, match="line 2, is not JSON"):
+    with pytest.raises(ValueError, match="line 2, is damaged, it is not JSON"):
         read_prompts(coco)
 
 
@@ -399,21 +402,81 @@ def test_the_command_line(tmp_path, capsys):
     assert settings_from(options, runs.load(folder)).steps == 50
 
 
-def test_a_lock_is_alone_or_shared(tmp_path):
-    first, second = Lock(tmp_path), Lock(tmp_path)
-    first.alone()
+def test_a_run_begins_while_no_process_of_another_is_alive(tmp_path):
+    main, worker = Lock(tmp_path), Lock(tmp_path, 1)
     with pytest.raises(ValueError, match="in use by another run; wait"):
-        second.share()
-    first.share()
-    third = Lock(tmp_path)
-    third.share()
+        Lock(tmp_path)
     with pytest.raises(ValueError, match="in use"):
-        Lock(tmp_path).alone()
-    first.release()
-    third.release()
+        Lock(tmp_path, 1)
+    main.release()
+    with pytest.raises(ValueError, match="in use"):  # its worker still draws
+        Lock(tmp_path)
+    worker.release()
     last = Lock(tmp_path)
-    last.alone()
-    assert begin(tmp_path, SETTINGS.identity(tiny_dit()), SETTINGS.samples, SETTINGS.batches()).missing == tuple(
-        range(0, 11, 2)
-    )
+    assert begin(tmp_path, SETTINGS.identity(tiny_dit()), SETTINGS).missing == tuple(range(0, 11, 2))
     last.release()
+    lock = next(tmp_path.glob(".lock*"), tmp_path / ".lock")
+    lock.unlink(missing_ok=True)
+    os.mkfifo(lock)
+    with pytest.raises(ValueError, match="is no regular file"):
+        Lock(tmp_path)
+
+
+def test_every_weight_counts_and_is_read_once(monkeypatch):
+    pipe = tiny_dit()
+    known = weights_fingerprint(pipe)
+    hashed = []
+    monkeypatch.setattr(sampling_settings.hashlib, "sha256", lambda *given: hashed.append(1) or hashlib.new("sha256"))
+    assert weights_fingerprint(pipe) == known and not hashed
+    weight = max(pipe.transformer.parameters(), key=torch.numel)
+    with torch.no_grad():
+        weight.view(-1)[weight.numel() // 2] += 1e-3  # neither end of it
+    changed = weights_fingerprint(pipe)
+    assert hashed and changed != known
+    weight.data = weight.data.clone()
+    assert weights_fingerprint(pipe) == changed and weights_fingerprint(tiny_dit()) == known
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record.pop("nfe"),
+        lambda record: record.update(nfe="four"),
+        lambda record: record.update(nfe=0),
+        lambda record: record["files"].popitem(),
+        lambda record: record.update(conditions=[5, 5]),
+        lambda record: record.update(files={"../../manifest.json": "0"}),
+    ],
+)
+def test_a_record_that_does_not_describe_its_batch_is_no_whole_batch(tmp_path, capsys, change):
+    out = run(tmp_path / "run", num_samples=4)
+    before, path = checksums(out), out / "batches" / "00000002.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    run(out, num_samples=4)
+    assert "samples 2 to 3 are drawn again" in capsys.readouterr().err
+    assert checksums(out) == before
+
+
+@pytest.mark.parametrize("name", ["num_samples", "batch_size", "steps"])
+def test_absurd_numbers_are_refused_before_memory_is_filled(name):
+    with pytest.raises(ValueError, match=rf"{name} must be an integer from 1 to [0-9,]+, got 1000000000"):
+        replace(SETTINGS, **{name: 10**9})
+
+
+def test_names_that_are_no_text_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="not UTF-8"):
+        run(tmp_path / os.fsdecode(b"run-\xff"))
+    with pytest.raises(ValueError, match="longer than a file's can be"):
+        run(tmp_path / ("x" * 300))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_bytes(b"\xef\xbb\xbfa star\na ring\n")
+    assert read_prompts(file) == ("a star", "a ring")
+    file = tmp_path / "p.json"
+    described = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"id": 1, "image_id": 1, "caption": "a"}]}
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(described).encode())
+    assert read_prompts(file) == ("a",)
