@@ -19,6 +19,8 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from companion.arguments import check_integer
+
 # E[silu(n)²]^½ of a unit normal n, to the three digits that the published networks were trained with.
 _SILU_MAGNITUDE = 0.596
 
@@ -178,7 +180,8 @@ class EDM2UNet(ModelMixin, ConfigMixin):
         folded: whether the convolutions' weights are stored normalised (see `fold_weights`).
 
     Raises:
-        ValueError: the sample size cannot be halved often enough.
+        ValueError: a size or a number of channels or blocks is not positive, there are no levels, or the sample size
+            cannot be halved often enough.
     """
 
     @register_to_config
@@ -203,6 +206,12 @@ class EDM2UNet(ModelMixin, ConfigMixin):
         folded: bool = False,
     ) -> None:
         super().__init__()
+        sizes = {"sample_size": sample_size, "in_channels": in_channels, "model_channels": model_channels}
+        sizes |= {"channels_per_head": channels_per_head, "num_blocks": num_blocks}
+        for name, value in {**sizes, **{f"channel_mult[{i}]": mult for i, mult in enumerate(channel_mult)}}.items():
+            check_integer(name, value, 1, 1 << 16)
+        if not 1 <= len(channel_mult) <= 16:
+            raise ValueError(f"channel_mult must name 1 to 16 levels, got {channel_mult}")
         widths = [model_channels * mult for mult in channel_mult]
         if sample_size % 2 ** (len(widths) - 1):
             raise ValueError(f"sample_size must be a multiple of {2 ** (len(widths) - 1)}, got {sample_size}")

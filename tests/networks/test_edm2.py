@@ -177,3 +177,19 @@ def test_published_sizes(channels, millions):
     with torch.device("meta"):
         network = EDM2UNet(model_channels=channels)
     assert math.isclose(sum(p.numel() for p in network.parameters()) / 1e6, millions, rel_tol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"channels_per_head": 0}, "channels_per_head must be an integer from 1 to 65,536, got 0"),
+        ({"channel_mult": []}, r"channel_mult must name 1 to 16 levels, got \[\]"),
+        ({"channel_mult": [1, 0]}, r"channel_mult\[1\] must be an integer"),
+        ({"num_blocks": 10**7}, "num_blocks must be an integer from 1 to 65,536, got 10000000"),
+        ({"sample_size": -8}, "sample_size must be an integer"),
+        ({"model_channels": 2.5}, r"model_channels must be an integer from 1 to 65,536, got 2\.5"),
+    ],
+)
+def test_impossible_networks(change, words):
+    with pytest.raises(ValueError, match=words):
+        EDM2UNet(**{**TINY, **change})

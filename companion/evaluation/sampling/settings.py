@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
+from companion.arguments import check_choice, check_integer, check_number
 from companion.errors import check_name, reason
 from companion.files import parse_json, read_text
 from companion.guidance.classifier.scores import ClassifierScore
@@ -127,13 +127,9 @@ class SamplingSettings:
         if not self.conditions:
             raise ValueError("conditions must hold at least one class or prompt")
         for name, most in _MOST.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise ValueError(f"{name} must be an integer from 1 to {most:,}, got {value!r}")
-        if not math.isfinite(self.guidance_scale):
-            raise ValueError(f"guidance_scale must be a finite number, got {self.guidance_scale!r}")
-        if self.image_format not in get_args(Format):
-            raise ValueError(f"image_format must be one of {', '.join(get_args(Format))}, got {self.image_format!r}")
+            check_integer(name, getattr(self, name), 1, most)
+        check_number("guidance_scale", self.guidance_scale)
+        check_choice("image_format", self.image_format, get_args(Format))
         parse_weight(self.weight)
         check_sampling_product(self.product)
         sample_seed(self.seed, 0)

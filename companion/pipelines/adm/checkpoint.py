@@ -6,6 +6,7 @@ file: the number of attention heads, and whether an attention's rows are ordered
 (qkv, head, channel); those are part of the architecture.
 """
 
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from companion.arguments import check_integer
+from companion.errors import explained
+from companion.files import check_archive, open_file
 from companion.networks.adm import ADMUNet, NoisyClassifier
 
 State = dict[str, Tensor]
@@ -53,6 +57,12 @@ class ADMArchitecture:
     in_channels: int = 3
 
     def __post_init__(self) -> None:
+        for name in ("image_size", "model_channels", "layers", "head_channels", "in_channels"):
+            check_integer(name, getattr(self, name), 1, 1 << 16)
+        if self.heads is not None:
+            check_integer("heads", self.heads, 1, 1 << 16)
+        if len(self.channel_mult) > 16 or not all(mult > 0 for mult in self.channel_mult):
+            raise ValueError(f"channel_mult must be up to 16 positive numbers, got {self.channel_mult}")
         if not self.channel_mult or self.image_size % 2 ** (len(self.channel_mult) - 1):
             raise ValueError(
                 f"image_size must be divisible by 2 as often as there are levels below the first, got "
@@ -127,20 +137,21 @@ def read_adm_checkpoint(path: str | Path) -> State:
     Raises:
         ValueError: there is no such file, torch refuses it as anything but plain tensors, or it is no state dict.
     """
-    try:
-        with open(path, "rb"):
-            pass
-    except OSError as error:
-        raise ValueError(f"checkpoint {str(path)!r} cannot be opened: {error.strerror or error}") from error
-    try:
+    what = f"checkpoint {str(path)!r}"
+    with open_file(path, "checkpoint") as file, explained(f"{what} is not a file of plain tensors"):
+        if zipfile.is_zipfile(file):
+            check_archive(file)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file can raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"checkpoint {str(path)!r} is not a file of plain tensors: {reason}") from error
     named = isinstance(state, dict) and bool(state) and all(isinstance(name, str) for name in state)
-    if not named or not all(isinstance(value, Tensor) and value.is_floating_point() for value in state.values()):
-        raise ValueError(f"checkpoint {str(path)!r} must hold tensors by their names, a state dict; it does not")
+    if not named or not all(_is_plain(value) for value in state.values()):
+        raise ValueError(f"{what} must hold dense floating-point tensors by their names, a state dict; it does not")
     return dict(state)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it holds numbers: no tensor without data ("meta"), no sparse or quantised one."""
+    plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    return plain and value.is_floating_point() and value.itemsize > 1
 
 
 def unet_from_checkpoint(

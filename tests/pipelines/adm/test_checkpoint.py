@@ -1,7 +1,9 @@
 """OpenAI's checkpoints against a reference that evaluates the published format by its own names, tensor by tensor."""
 
 import math
+import os
 import pickle
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -296,12 +298,30 @@ def test_hostile_damaged_and_foreign_files(tmp_path):
         {},
         {"step": torch.tensor(3)},
         {1: torch.zeros(2)},
+        {"a": torch.zeros(2, device="meta")},
+        {"a": torch.zeros(2, 2).to_sparse()},
+        {"a": torch.zeros(4, 4).to_sparse_csr()},
+        {"a": torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8)},
     ):
         torch.save(content, file)
-        refused("must hold tensors by their names")
+        refused("must hold dense floating-point tensors by their names")
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:  # 200 MB in 200 kB
+        archive.writestr("archive/data.pkl", bytes(200_000_000))
+    refused("would unpack to 200,000,000 bytes")
+    file.unlink()
+    os.mkfifo(file)
+    refused("is a pipe, socket or device")
     file.unlink()
     file.mkdir()
     refused("cannot be opened")
+
+
+def test_a_refusal_has_none_of_pytorchs_advice(tmp_path):
+    torch.save({"a": _Hostile(tmp_path / "touched")}, tmp_path / "file.pt")
+    with pytest.raises(ValueError) as caught:
+        read_adm_checkpoint(tmp_path / "file.pt")
+    said = str(caught.value)
+    assert "weights_only" not in said and "\x1b" not in said and said.endswith("it holds more than tensors")
 
 
 @pytest.mark.parametrize(
@@ -310,6 +330,10 @@ def test_hostile_damaged_and_foreign_files(tmp_path):
         ({"image_size": 15}, "image_size must be divisible"),
         ({"channel_mult": ()}, "image_size must be divisible"),
         ({"model_channels": 48}, "48 channels cannot be divided"),
+        ({"head_channels": 0}, "head_channels must be an integer from 1"),
+        ({"heads": 0}, "heads must be an integer from 1"),
+        ({"layers": 10**9}, "layers must be an integer from 1"),
+        ({"channel_mult": (1, -1)}, "must be up to 16 positive numbers"),
         ({"heads": 7}, "64 channels cannot be divided"),
     ],
 )
