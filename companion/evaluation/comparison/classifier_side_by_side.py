@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from companion.evaluation.comparison.side_by_side import SideName, Way
+from companion.evaluation.comparison.side_by_side import Method, SideName
 from companion.guidance.classifier.scores import PLAIN, ClassifierScore
 from companion.pipelines.adm.classifier import class_count
 from companion.pipelines.adm.guidance import GradientAt
@@ -96,15 +96,15 @@ class ClassifierSettings:
         if self.unconditional and adm.config.null_class is None and adm.unet.config.num_class_embeds:
             raise ValueError("this network has no null class, so it must be told the class: unconditional must be off")
 
-    def ways(self) -> Mapping[SideName, Way]:
+    def methods(self) -> Mapping[SideName, Method]:
         """Of both sides."""
         sides: dict[SideName, tuple[SamplingProduct, ClassifierScore, float]] = {
             "without": (self.product, PLAIN, 0.0) if self.compared == "score" else ("none", self.score, self.tilt),
             "with_reg": (self.product, self.score, self.tilt),
         }
-        return {name: self._way(*side) for name, side in sides.items()}
+        return {name: self._method(*side) for name, side in sides.items()}
 
-    def _way(self, product: SamplingProduct, score: ClassifierScore, tilt: float) -> Way:
+    def _method(self, product: SamplingProduct, score: ClassifierScore, tilt: float) -> Method:
         call: dict[str, Any] = {
             "sampler": self.sampler,
             "classifier_scale": self.classifier_scale,
@@ -115,7 +115,7 @@ class ClassifierSettings:
         call |= {"gradient_at": self.gradient_at} if self.gradient_at is not None else {}
         call |= {"unconditional": True} if self.unconditional else {}
         kind = (self.gradient_at, self.classifier_scale > 0, score.strength > 0, score.entropy > 0)
-        return Way(RectifiedGuidanceConfig(product=product), call, 2.0, kind)
+        return Method(RectifiedGuidanceConfig(product=product), call, 2.0, kind)
 
 
 def classifier_guided(pipe: DiffusionPipeline) -> ADMPipeline:

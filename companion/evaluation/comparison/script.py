@@ -38,7 +38,7 @@ def as_python(
     options = _options(device, dtype)
     extra = "".join(f", {key}={value!r}" for key, value in scheduler_options(scheduler).items())
     lines = [
-        '"""Pictures without and with rectified gradient guidance (REG), from the same noise."""',
+        '"""Pictures with CFG (without-*.png) and with rectified gradient guidance (with-*.png), same noise."""',
         "",
         *(["import torch"] if "torch." in options else []),
         *([f"from diffusers import {scheduler}"] if scheduler != own else []),
@@ -76,18 +76,18 @@ def classifier_as_python(
         classifier: name of the classifier in the place of the pipeline's own; None is its own.
     """
     options = _options(device, dtype)
-    ways = settings.ways()
+    methods = settings.methods()
     common = {
         name: value
-        for name, value in ways["with_reg"].call.items()
-        if all(way.call[name] == value for way in ways.values())
+        for name, value in methods["with_reg"].call.items()
+        if all(method.call[name] == value for method in methods.values())
     }
     # `ClassifierScore` is always in it: the score is said even where it is the plain one.
     names = ["ClassifierScore", "RectifiedGuidanceConfig", "rectified_guidance", "sample_generators"]
     shared = "".join(f", {name}={_written(value)}" for name, value in common.items())
     guide = f"off_the_shelf_classifier({_quoted(classifier or '')}{_options('cpu', dtype)})"
     lines = [
-        '"""Pictures under classifier guidance, two ways from the same noise."""',
+        '"""Pictures under classifier guidance, by two methods from the same noise."""',
         "",
         *(["import torch", ""] if "torch." in options else []),
         "import companion",
@@ -97,15 +97,15 @@ def classifier_as_python(
         f"pipe = companion.load({_quoted(model)}{options})",
         *([f"pipe.register_modules(classifier={guide}.to(pipe.device))"] if classifier else []),
         f"labels = {_listed(settings.conditions)}{_comment(pipe, settings.conditions)}",
-        "ways = {",
+        "methods = {",
         *(
-            f"    {_quoted(side)}: ({_quoted(way.config.product)}, "
-            f"{_dictionary({name: value for name, value in way.call.items() if name not in common})}),"
-            for side, way in (("without", ways["without"]), ("with", ways["with_reg"]))
+            f"    {_quoted(side)}: ({_quoted(method.config.product)}, "
+            f"{_dictionary({name: value for name, value in method.call.items() if name not in common})}),"
+            for side, method in (("without", methods["without"]), ("with", methods["with_reg"]))
         ),
         "}",
         "",
-        "for side, (product, different) in ways.items():",
+        "for side, (product, different) in methods.items():",
         f"    noise = sample_generators({settings.seed}, range(len(labels)))",
         "    with rectified_guidance(pipe, RectifiedGuidanceConfig(product=product)):",
         "        images = pipe(",

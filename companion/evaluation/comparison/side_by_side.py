@@ -1,19 +1,17 @@
 """The same pictures without and with rectified guidance, from the same noise: for the demo, the quickstart and scripts.
 
 Both sides make the same calls of the same pipeline, with the same generators, schedule and weight over time; only the
-product differs (`none` is everyday guidance). Watching does not change the pictures: previews draw no random numbers,
+product differs (`none` is CFG). Watching does not change the pictures: previews draw no random numbers,
 and are taken only so often that they cost a small share of the time.
 
 What is compared is exchangeable: `Settings` compares the products of classifier-free guidance, and
 `companion.evaluation.comparison.classifier_side_by_side` those and the scores of classifier guidance.
 """
 
-import queue
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -25,10 +23,11 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from companion.evaluation.comparison.previews import PreviewSchedule, decode_preview
+from companion.evaluation.comparison.streaming import stream_states
 from companion.evaluation.sampling.memory import peak_memory
 from companion.guidance.weights import GuidanceWeight
 from companion.minis.scenes import SHAPES, SIZE
-from companion.pipelines.adm.pipeline import ADMPipeline
 from companion.pipelines.capabilities import (
     check_call,
     check_guidance_scale,
@@ -37,7 +36,6 @@ from companion.pipelines.capabilities import (
     scheduler_for,
     takes_prompts,
 )
-from companion.pipelines.edm2.pipeline import EDM2Pipeline
 from companion.pipelines.hook import (
     GuidanceStep,
     RectifiedGuidanceConfig,
@@ -48,14 +46,12 @@ from companion.pipelines.hook import (
 from companion.seeding import sample_generators
 
 SideName = Literal["without", "with_reg"]
-Judge = Callable[[Float[Tensor, "batch 3 height width"]], Float[Tensor, "batch shapes"]]
+Evaluator = Callable[[Float[Tensor, "batch 3 height width"]], Float[Tensor, "batch shapes"]]
 """Pictures in [-1, 1] -> logits over `SHAPES`."""
-
-PREVIEW_SHARE = 0.05
 
 
 @dataclass(frozen=True)
-class Way:
+class Method:
     """How one side is drawn.
 
     Args:
@@ -85,6 +81,9 @@ class Comparison(Protocol):
         ...
 
     @property
+    def product(self) -> SamplingProduct: ...
+
+    @property
     def steps(self) -> int: ...
 
     @property
@@ -96,7 +95,7 @@ class Comparison(Protocol):
         """Raises `ValueError` for what this pipeline cannot do, before any time is spent on it."""
         ...
 
-    def ways(self) -> Mapping[SideName, Way]:
+    def methods(self) -> Mapping[SideName, Method]:
         """Of both sides."""
         ...
 
@@ -139,12 +138,12 @@ class Settings:
         """See `check_call`."""
         check_call(pipe, self.conditions, scheduler=self.scheduler, steps=self.steps)
 
-    def ways(self) -> Mapping[SideName, Way]:
-        """Everyday guidance, and the product."""
+    def methods(self) -> Mapping[SideName, Method]:
+        """CFG, and the product."""
         products: dict[SideName, SamplingProduct] = {"without": "none", "with_reg": self.product}
         scale = self.guidance_scale
         return {
-            name: Way(
+            name: Method(
                 RectifiedGuidanceConfig(product=product, weight=self.weight),
                 {"guidance_scale": scale},
                 scale,
@@ -218,22 +217,24 @@ OnProgress = Callable[[SideBySide], None]
 _peaks: "weakref.WeakKeyDictionary[DiffusionPipeline, dict[tuple, int]]" = weakref.WeakKeyDictionary()
 
 
-class Cancelled(Exception):
-    """The sampling was ended on request."""
-
-
 def compare(
-    pipe: DiffusionPipeline, settings: Comparison, *, judge: Judge | None = None, on_progress: OnProgress | None = None
+    pipe: DiffusionPipeline,
+    settings: Comparison,
+    *,
+    evaluator: Evaluator | None = None,
+    on_progress: OnProgress | None = None,
+    sides: Sequence[SideName] = ("without", "with_reg"),
 ) -> SideBySide:
     """Sample both sides, first without and then with REG (or whatever the settings compare).
 
     Args:
         pipe: a pipeline of a supported family; it is left as it was, whatever happens.
         settings: what to sample.
-        judge: a classifier of `SHAPES` in 64x64 pictures; asked only about a model that draws scenes of known shapes,
-            at that size or half of it.
+        evaluator: a classifier of `SHAPES` in 64x64 pictures; asked only about a model that draws scenes of known
+            shapes, at that size or half of it.
         on_progress: called after every denoiser call and every finished side, on the calling thread; with it, previews
             are made. An exception in it ends the sampling and is passed on.
+        sides: to sample; the other one stays empty.
 
     Raises:
         ValueError: see `check_call`.
@@ -245,9 +246,9 @@ def compare(
         pipe.scheduler = scheduler_for(pipe, settings.scheduler)
     pipe.set_progress_bar_config(disable=True)
     try:
-        ways = settings.ways()
-        peaks = {name: _peak_bytes(pipe, settings, way) for name, way in ways.items()}
-        for name, way in ways.items():
+        methods = {name: method for name, method in settings.methods().items() if name in sides}
+        peaks = {name: _peak_bytes(pipe, settings, method) for name, method in methods.items()}
+        for name, method in methods.items():
             watch = None
             if on_progress is not None:
 
@@ -256,7 +257,7 @@ def compare(
                     state = replace(state, **{name: view})
                     on_progress(state)
 
-            state = replace(state, **{name: _sample(pipe, settings, way, peaks[name], judge, watch)})
+            state = replace(state, **{name: _sample(pipe, settings, method, peaks[name], evaluator, watch)})
             if on_progress is not None:
                 on_progress(state)
     finally:
@@ -273,71 +274,45 @@ def stream(
     pipe: DiffusionPipeline,
     settings: Comparison,
     *,
-    judge: Judge | None = None,
+    evaluator: Evaluator | None = None,
     cancelled: threading.Event | None = None,
-    every: float = 0.15,
+    every: float = 0.5,
 ) -> Iterator[SideBySide]:
     """`compare` on a thread of its own, as an iterator over what there is to see; the last item is finished.
 
     Args:
-        pipe, settings, judge: as for `compare`.
-        cancelled: ends the sampling at its next denoiser call once it is set. Closing the iterator does the same.
-        every: seconds between items at the least; a slow reader misses items, never delays the sampling.
+        pipe, settings, evaluator: as for `compare`.
+        cancelled, every: as for `stream_states`.
 
     Raises:
         Cancelled: `cancelled` was set.
         ValueError: see `check_call`; like any exception of the sampling, at the next item.
     """
-    cancelled = cancelled or threading.Event()
-    latest: queue.Queue[SideBySide | BaseException] = queue.Queue(maxsize=1)
 
-    def put(item: SideBySide | BaseException) -> None:
-        with suppress(queue.Empty):
-            latest.get_nowait()
-        latest.put_nowait(item)
+    def work(report: OnProgress) -> SideBySide:
+        def unfinished(state: SideBySide) -> None:
+            if not state.finished:  # the finished one comes as the result
+                report(state)
 
-    def report(state: SideBySide) -> None:
-        if cancelled.is_set():
-            raise Cancelled
-        if not state.finished:  # a finished state goes last, and as the result
-            put(state)
+        return compare(pipe, settings, evaluator=evaluator, on_progress=unfinished)
 
-    def work() -> None:
-        try:
-            put(compare(pipe, settings, judge=judge, on_progress=report))
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=work, name="side-by-side", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item = latest.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-            if item.finished:
-                return
-            cancelled.wait(every)
-    finally:
-        cancelled.set()
-        thread.join()
+    return stream_states(work, cancelled=cancelled, every=every)
 
 
 def _sample(
     pipe: DiffusionPipeline,
     settings: Comparison,
-    way: Way,
+    method: Method,
     peak_bytes: int,
-    judge: Judge | None,
+    evaluator: Evaluator | None,
     watch: Callable[[View], None] | None,
 ) -> View:
     """One side. Time spent in `watch` and on previews is measured and taken off."""
     device = pipe._execution_device
-    view, aside, shown_at, preview_cost = View(), 0.0, 0.0, 0.0
+    view, aside, previews = View(), 0.0, PreviewSchedule(_now(device))
 
     def on_step(step: GuidanceStep) -> None:
-        nonlocal view, aside, shown_at, preview_cost
+        nonlocal view, aside
         if not step.prediction.isfinite().all() or (step.direction is not None and not step.direction.isfinite().all()):
             raise ValueError(
                 f"the sampling diverged at step {step.index + 1} of {step.total}: "
@@ -347,43 +322,40 @@ def _sample(
             return
         began = _now(device)
         view = replace(view, step=step.index + 1, total=step.total)
-        # The first preview waits until there is something to see; each later one until its cost is a small share.
-        due = began - shown_at >= preview_cost / PREVIEW_SHARE and step.index >= step.total // 10
-        if due and view.step < view.total and step.sample.ndim == 4:  # tokens and videos have no quick preview
-            view = replace(view, images=_preview(pipe, step.clean(way.clean_scale)))
-            shown_at = _now(device)
-            preview_cost = shown_at - began
+        if previews.due(step, began):
+            view = replace(view, images=decode_preview(pipe, step.clean(method.clean_scale)))
+            previews.made(began, _now(device))
         watch(view)
         aside += _now(device) - began
 
-    with rectified_guidance(pipe, way.config, on_step=on_step):
+    with rectified_guidance(pipe, method.config, on_step=on_step):
         began = _now(device)
-        images = _call(pipe, settings, way, settings.steps)
+        images = _call(pipe, settings, method, settings.steps)
         seconds = _now(device) - began - aside
-    side = Side(tuple(images), seconds, aside, peak_bytes, _judge(pipe, judge, settings, images))
+    side = Side(tuple(images), seconds, aside, peak_bytes, _verdicts(pipe, evaluator, settings, images))
     return replace(view, images=side.images, side=side)
 
 
-def _call(pipe: DiffusionPipeline, settings: Comparison, way: Way, steps: int) -> list[Image.Image]:
+def _call(pipe: DiffusionPipeline, settings: Comparison, method: Method, steps: int) -> list[Image.Image]:
     return pipe(
         list(settings.conditions),
-        **way.call,
+        **method.call,
         num_inference_steps=steps,
         generator=sample_generators(settings.seed, range(len(settings.conditions))),
     ).images
 
 
-def _peak_bytes(pipe: DiffusionPipeline, settings: Comparison, way: Way) -> int:
-    """Peak of one guided step, which the others repeat, and the decoding; measured once for a way and batch size.
+def _peak_bytes(pipe: DiffusionPipeline, settings: Comparison, method: Method) -> int:
+    """Peak of one guided step, which the others repeat, and the decoding; measured once for a method and batch size.
 
     It also pages the weights in and sets the kernels up, which belongs to the time of neither side.
     """
     known = _peaks.setdefault(pipe, {})
-    key = (way.config.product, len(settings.conditions), *way.kind)
+    key = (method.config.product, len(settings.conditions), *method.kind)
     if key not in known:
-        everywhere = replace(way.config, weight=None)
+        everywhere = replace(method.config, weight=None)
         with rectified_guidance(pipe, everywhere), peak_memory(pipe.device) as peak:
-            _call(pipe, settings, way, steps=1)
+            _call(pipe, settings, method, steps=1)
         known[key] = peak.bytes
     return known[key]
 
@@ -394,29 +366,16 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _preview(pipe: DiffusionPipeline, latents: Float[Tensor, "batch channels h w"]) -> tuple[Image.Image, ...]:
-    """Latents as pictures, the way pipelines decode their last ones."""
-    if isinstance(pipe, ADMPipeline):
-        decoded = latents / 2 + 0.5
-    elif isinstance(pipe, EDM2Pipeline):
-        decoded = pipe.decode(latents)
-    else:
-        centre = pipe.vae.config.get("shift_factor") or 0.0
-        decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor + centre).sample / 2 + 0.5
-    pixels = decoded.float().nan_to_num().clamp(0, 1).mul(255).round().byte()
-    return tuple(Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy())
-
-
-def _judge(
-    pipe: DiffusionPipeline, judge: Judge | None, settings: Comparison, images: Sequence[Image.Image]
+def _verdicts(
+    pipe: DiffusionPipeline, evaluator: Evaluator | None, settings: Comparison, images: Sequence[Image.Image]
 ) -> tuple[Verdict, ...] | None:
     asked = asked_shapes(pipe, settings.conditions)
-    if judge is None or asked is None or images[0].size not in ((SIZE, SIZE), (SIZE // 2, SIZE // 2)):
+    if evaluator is None or asked is None or images[0].size not in ((SIZE, SIZE), (SIZE // 2, SIZE // 2)):
         return None
     pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
     scaled = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
-        chances = judge(F.interpolate(scaled, (SIZE, SIZE), mode="bilinear")).softmax(dim=1)
+        chances = evaluator(F.interpolate(scaled, (SIZE, SIZE), mode="bilinear")).softmax(dim=1)
     confidence, seen = chances.max(dim=1)
     return tuple(
         Verdict(SHAPES[i], float(p), i == wanted) for i, p, wanted in zip(seen.tolist(), confidence, asked, strict=True)

@@ -63,7 +63,7 @@ def test_each_side_is_a_call_of_the_pipeline(pipe, compared):
     assert pipe._rectification is None and type(pipe.scheduler).__name__ == "DDPMScheduler"
 
 
-def test_the_judge_knows_half_size_scenes():
+def test_the_evaluator_knows_half_size_scenes():
     """Verdicts on enlarged pictures: the shipped classifier still tells the shapes apart."""
     chosen = [scene(55, i, 1) for i in range(60)]
     small = torch.nn.functional.avg_pool2d(render(chosen), 2)
@@ -76,7 +76,7 @@ def test_the_judge_knows_half_size_scenes():
     own = scene_adm()
     painter = Painter(own.unet, own.classifier, own.scheduler, null_class=10)
     settings = ClassifierSettings(labels(chosen).tolist(), steps=1)
-    found = compare(painter, settings, judge=load_classifier()).without.side
+    found = compare(painter, settings, evaluator=load_classifier()).without.side
     assert found.recognised >= 54
 
 

@@ -100,4 +100,4 @@ def test_scripts_of_classifier_guidance(tmp_path, monkeypatch, settings):
             for index, image in enumerate(view.side.images):
                 np.testing.assert_array_equal(np.asarray(Image.open(f"{name}-{index}.png")), np.asarray(image))
                 drawn.append(np.asarray(image))
-    assert len({picture.tobytes() for picture in drawn}) == len(drawn)  # ways and classifiers matter
+    assert len({picture.tobytes() for picture in drawn}) == len(drawn)  # methods and classifiers matter

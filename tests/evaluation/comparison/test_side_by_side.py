@@ -1,4 +1,4 @@
-"""Both sides against plain calls of the same pipeline; watching, cancelling, judging and refusing."""
+"""Both sides against plain calls of the same pipeline; watching, cancelling, evaluating and refusing."""
 
 import threading
 import time
@@ -9,15 +9,16 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 
-from companion.evaluation.comparison import side_by_side
+from companion.evaluation.comparison import previews, side_by_side
+from companion.evaluation.comparison.previews import decode_preview
 from companion.evaluation.comparison.side_by_side import (
-    Cancelled,
     Settings,
     SideBySide,
     asked_shapes,
     compare,
     stream,
 )
+from companion.evaluation.comparison.streaming import THREAD, Cancelled
 from companion.guidance.weights import LinearWeight
 from companion.minis.scenes import SHAPES
 from companion.networks.edm2 import EDM2UNet
@@ -41,8 +42,15 @@ def pixels(images) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images])
 
 
+@pytest.fixture
+def early_previews(monkeypatch):
+    """Previews at once: these runs are over before the first would be due."""
+    monkeypatch.setattr(previews, "PREVIEW_SECONDS", 0)
+    monkeypatch.setattr(previews, "PREVIEW_SHARE", 1)
+
+
 def plain_call(pipe, settings: Settings) -> np.ndarray:
-    """Everyday guidance, by the pipeline alone."""
+    """CFG, by the pipeline alone."""
     noise = sample_generators(settings.seed, range(len(settings.conditions)))
     images = pipe(
         list(settings.conditions),
@@ -62,7 +70,7 @@ def test_sides_are_the_pictures_of_plain_calls(pipe):
     assert (pixels(made.with_reg.side.images) != pixels(made.without.side.images)).any(axis=(1, 2, 3)).all()
 
 
-def test_a_pipeline_with_a_sampler_of_its_own():
+def test_a_pipeline_with_a_sampler_of_its_own(early_previews):
     torch.manual_seed(0)
     small = {"sample_size": 8, "in_channels": 3, "num_classes": 10, "channel_mult": (1, 1), "num_blocks": 1}
     unet = EDM2UNet(**small, model_channels=16, channels_per_head=16, attn_resolutions=())
@@ -80,6 +88,12 @@ def test_a_pipeline_with_a_sampler_of_its_own():
         compare(own, replace(SETTINGS, scheduler="DDIMScheduler"))
     with pytest.raises(ValueError, match="unknown class 'unicorn': the model draws circle, "):
         compare(own, replace(SETTINGS, conditions=["unicorn"]))
+
+
+def test_one_side_alone_is_the_same_as_beside_the_other(pipe):
+    both, alone = compare(pipe, SETTINGS), compare(pipe, SETTINGS, sides=["with_reg"])
+    np.testing.assert_array_equal(pixels(alone.with_reg.side.images), pixels(both.with_reg.side.images))
+    assert alone.without.side is None and not alone.without.images
 
 
 def test_both_sides_have_the_weight_over_time(pipe):
@@ -103,7 +117,7 @@ def test_watching_changes_no_pixel_and_sees_every_step(pipe):
     assert seen[0].without.total == 6 and seen[-1].finished and not seen[-2].finished
 
 
-def test_the_last_preview_is_close_to_the_picture(pipe):
+def test_the_last_preview_is_close_to_the_picture(pipe, early_previews):
     last = {}
 
     def keep(state: SideBySide) -> None:
@@ -116,8 +130,10 @@ def test_the_last_preview_is_close_to_the_picture(pipe):
     assert right < wrong / 2
 
 
-def test_previews_take_a_small_share_of_the_time_and_are_not_counted(pipe, monkeypatch):
-    clock = [0.0]  # seconds; a step takes 20 ms, a preview 90 ms, and the machine's load nothing
+@pytest.mark.parametrize("step_seconds", [0.02, 0.9])
+def test_previews_are_rare_and_cheap_and_are_not_counted(pipe, monkeypatch, step_seconds):
+    clock = [0.0]  # seconds; a preview takes 90 ms, and the machine's load nothing
+    shown: list[float] = []
 
     def taking(seconds, function):
         def timed(*arguments, **options):
@@ -126,16 +142,22 @@ def test_previews_take_a_small_share_of_the_time_and_are_not_counted(pipe, monke
 
         return timed
 
+    def watch(state: SideBySide) -> None:
+        if state.without.side is None and state.without.images is not seen[-1]:
+            seen.append(state.without.images)
+            shown.append(clock[0])
+
+    seen: list[tuple] = [()]
     compare(pipe, SETTINGS)
     monkeypatch.setattr(side_by_side, "_now", lambda device: clock[0])
-    monkeypatch.setattr(side_by_side, "_preview", taking(0.09, side_by_side._preview))
-    monkeypatch.setattr(pipe.transformer, "forward", taking(0.02, pipe.transformer.forward))
-    side = compare(pipe, replace(SETTINGS, steps=300), on_progress=lambda state: None).without.side
-    assert side.seconds == pytest.approx(300 * 0.02)
-    # The first is owed to the impatient; the others keep to their share.
-    previews = round(side.preview_seconds / 0.09)
-    assert side.preview_seconds == pytest.approx(previews * 0.09)
-    assert previews >= 3 and side.preview_seconds <= 0.09 + 0.05 * side.seconds
+    monkeypatch.setattr(side_by_side, "decode_preview", taking(0.09, decode_preview))
+    monkeypatch.setattr(pipe.transformer, "forward", taking(step_seconds, pipe.transformer.forward))
+    steps = round(10 / step_seconds)
+    side = compare(pipe, replace(SETTINGS, steps=steps), on_progress=watch).without.side
+    assert side.seconds == pytest.approx(steps * step_seconds)
+    assert side.preview_seconds == pytest.approx(len(shown) * 0.09)
+    assert len(shown) >= 3 and side.preview_seconds <= 0.05 * side.seconds
+    assert min(np.diff([0.0, *shown])) >= 1
 
 
 @pytest.mark.parametrize("stop", ["finish", "exception"])
@@ -197,7 +219,7 @@ def test_stream_ends_with_the_result_of_compare(pipe):
     )
 
 
-def test_cancelling_ends_the_sampling_at_its_next_step(pipe, monkeypatch):
+def test_cancelling_ends_the_sampling_at_its_next_step(pipe, monkeypatch, early_previews):
     compare(pipe, SETTINGS)
     calls, cancelled = count_calls(pipe, monkeypatch), threading.Event()
     states, asked = [], []
@@ -213,7 +235,7 @@ def test_cancelling_ends_the_sampling_at_its_next_step(pipe, monkeypatch):
         watch()
     assert states[-1].without.images  # what was there stays with the reader
     assert 0 < len(calls) < 800 and calls[-1] - asked[0] < 0.5
-    assert not [thread for thread in threading.enumerate() if thread.name == "side-by-side"]
+    assert not [thread for thread in threading.enumerate() if thread.name == THREAD]
 
 
 def test_closing_the_stream_ends_the_sampling(pipe, monkeypatch):
@@ -224,7 +246,7 @@ def test_closing_the_stream_ends_the_sampling(pipe, monkeypatch):
     made = len(calls)
     time.sleep(0.1)
     assert len(calls) == made < 800
-    assert not [thread for thread in threading.enumerate() if thread.name == "side-by-side"]
+    assert not [thread for thread in threading.enumerate() if thread.name == THREAD]
 
 
 def test_an_error_of_the_sampling_reaches_the_reader_of_the_stream(pipe):
@@ -233,16 +255,16 @@ def test_an_error_of_the_sampling_reaches_the_reader_of_the_stream(pipe):
     assert compare(pipe, SETTINGS).finished
 
 
-def test_the_judge_sees_the_pictures_and_is_believed(pipe):
+def test_the_evaluator_sees_the_pictures_and_is_believed(pipe):
     asked = []
 
-    def judge(images):
+    def evaluator(images):
         asked.append(images)
         logits = torch.zeros(len(images), len(SHAPES))
         logits[:, 4] = 3  # hearts, everywhere
         return logits
 
-    made = compare(pipe, SETTINGS, judge=judge)
+    made = compare(pipe, SETTINGS, evaluator=evaluator)
     np.testing.assert_array_equal(
         asked[1].numpy(), pixels(made.with_reg.side.images).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
     )
