@@ -1,4 +1,4 @@
-"""The demo: pictures without and with REG from the same noise, in the browser; `--help` lists the options.
+"""The demo: pictures with CFG and with REG from the same noise, in the browser; `--help` lists the options.
 
 Importing torch and diffusers takes seconds, so what can be refused without them is refused before.
 """
@@ -27,9 +27,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _arguments(argv: list[str] | None) -> tuple[_Parser, argparse.Namespace]:
-    parser = _Parser(prog="demo.py", description="Pictures without and with rectified gradient guidance, side by side.")
+    parser = _Parser(
+        prog="demo.py", description="Pictures with CFG and with rectified gradient guidance, side by side."
+    )
     parser.add_argument(
-        "--model", help='an embedded model, a local folder in diffusers\' format, or a hub name "owner/model"'
+        "--model",
+        help='an embedded model, a local folder in diffusers\' format, or a hub name "owner/model" (default: mini-sd)',
     )
     parser.add_argument("--device", default="cpu", help='where the model runs: "cpu" (default), "cuda", ...')
     parser.add_argument(
@@ -37,6 +40,14 @@ def _arguments(argv: list[str] | None) -> tuple[_Parser, argparse.Namespace]:
         default="float32",
         choices=("float32", "bfloat16", "float16", "float64"),
         help="of the model's weights (default: float32)",
+    )
+    parser.add_argument("--host", default=HOST, help=f"address to listen on (default: {HOST}; 0.0.0.0 is every one)")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also serve requests under this name, such as that of a proxy (may be given more than once)",
     )
     parser.add_argument("--port", type=int, default=7860, help="default: 7860")
     parser.add_argument("--share", action="store_true", help="also make a public link, through Gradio's service")
@@ -46,13 +57,20 @@ def _arguments(argv: list[str] | None) -> tuple[_Parser, argparse.Namespace]:
         parser.error(f"folder {chosen.model!r} holds no diffusers pipeline: it has no model_index.json")
     if not 1 <= chosen.port <= 65535:
         parser.error(f"--port must be from 1 to 65535, got {chosen.port}")
-    with socket.socket() as probe:
+    if any(not name or "*" in name.removeprefix("*.") for name in chosen.allow_host):
+        parser.error(f"--allow-host must be a name such as demo.example.org, got {', '.join(chosen.allow_host)!r}")
+    try:
+        family, *_, address = socket.getaddrinfo(chosen.host, chosen.port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError):
+        parser.error(f"--host must be an address of this machine, got {chosen.host!r}")
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, chosen.port))
+            probe.bind(address)
         except OSError as error:
             parser.error(
-                f"port {chosen.port} cannot be used ({os.strerror(error.errno or 0)}); choose another with --port"
+                f"port {chosen.port} of {chosen.host} cannot be used ({os.strerror(error.errno or 0)}); "
+                "choose another with --port, or another address with --host"
             )
     return parser, chosen
 
@@ -81,17 +99,16 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
 
-    from companion.page import Models, build_page, serve
+    from companion.page import Models, serve
 
     try:
         models = Models(name, pipe, device=chosen.device, dtype=pipe.dtype, local_only=chosen.share)
-        page = build_page(models)
-        server = serve(page, host=HOST, port=chosen.port, share=chosen.share)
+        page = serve(models, host=chosen.host, port=chosen.port, share=chosen.share, hosts=chosen.allow_host)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(f"Open {server.local_url} (Ctrl-C ends it)", flush=True)
-    if server.share_url:
-        print(f"Public for a week: {server.share_url}", flush=True)
+    print(f"Open {page.local_url} (Ctrl-C ends it)", flush=True)
+    if page.share_url:
+        print(f"Public for a week: {page.share_url}", flush=True)
     try:
         while True:
             time.sleep(3600)

@@ -4,28 +4,36 @@ The page samples nothing itself: a tab reads its controls into settings and show
 `companion.evaluation.comparison.side_by_side` yields.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from companion.page.classifier_tab import classifier_tab
-from companion.page.guidance_tab import guidance_tab, read
+from companion.page.guidance_tab import guidance_tab
+from companion.page.listeners import Listeners, allowed_hosts
 from companion.page.models import CLASSIFIER_TAB, Models
-from companion.page.queue import Turns
+from companion.page.queue import LONGEST_QUEUE, Queue
+from companion.page.sweep_tab import sweep_tab
 
-__all__ = ["Models", "build_page", "read", "serve"]
+__all__ = ["Models", "build_page", "serve"]
+
+_HOUR = 3600  # seconds
 
 _INTRODUCTION = """
-<h1>REG, side by side</h1>
-<p>Guidance pulls a picture towards what you asked for. <b>Rectified gradient guidance</b> (REG) multiplies that pull Δ
-by K, the derivative of the model's own guess of the finished picture: where the model is already certain, it is pulled
-less. Both sides start from the same noise.</p>
+<h1>CFG and REG, side by side</h1>
+<p>Classifier-free guidance (<b>CFG</b>) moves a picture along Δ, towards what you asked for; too much of it breaks
+shapes and colours. Rectified gradient guidance (<b>REG</b>) multiplies Δ by K, the derivative of the model's own
+estimate of the finished picture, and so leaves alone what the model is already certain of. Both sides start from the
+same noise.</p>
 <p>Papers: <a href="https://arxiv.org/abs/2501.18865" target="_blank" rel="noopener">REG, ICML 2025</a> ·
 <a href="https://arxiv.org/abs/2511.05844" target="_blank" rel="noopener">calibration and regularization, 2025</a></p>
 """
 
 _CSS = """
-.gradio-container { max-width: 1320px !important; margin: 0 auto !important; }
+.gradio-container { max-width: 1500px !important; margin: 0 auto !important; }
 #head h1 { font-size: 1.5rem; margin: 0; }
 #head p { margin: .25rem 0 0; color: var(--body-text-color-subdued); max-width: 62rem; line-height: 1.45; }
 #head a { color: var(--link-text-color); white-space: nowrap; }
@@ -33,11 +41,14 @@ _CSS = """
 .tab-container { flex-wrap: wrap !important; height: auto !important; }
 .title { font-weight: 600; margin: 0 0 .3rem; }
 .title span { font-weight: 400; color: var(--body-text-color-subdued); }
-.pictures .grid-wrap { min-height: 0 !important; max-height: none !important; padding: 0; }
-.pictures .grid-container {
-  grid-template-columns: repeat(auto-fill, minmax(min(88px, 45%), 1fr)) !important; gap: 6px; }
-.pictures .caption-label { font-size: .66rem; line-height: 1.2; padding: 1px 3px; left: 2px; right: auto; bottom: 2px;
-  max-width: calc(100% - 4px); white-space: normal; overflow: visible; }
+.pictures .grid-wrap { min-height: 0 !important; max-height: none !important; padding: 0; overflow: visible; }
+.pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(min(104px, 45%), 1fr)) !important;
+  grid-template-rows: none; grid-auto-rows: auto; gap: 8px; }
+.pictures .gallery-item, .pictures .thumbnail-item { height: auto; aspect-ratio: auto; overflow: visible; }
+.pictures .thumbnail-item { display: flex; flex-direction: column; background: none; box-shadow: none; }
+.pictures .thumbnail-item img { aspect-ratio: 1; height: auto; }
+.pictures .caption-label { position: static; max-width: none; white-space: normal; overflow-wrap: anywhere;
+  border: 0; background: none; font-size: .75rem; line-height: 1.25; padding: 3px 4px; opacity: 1 !important; }
 .pictures .empty { min-height: 9rem; }
 .status { padding: .5rem .75rem; border-radius: 8px; border-left: 4px solid var(--border-color-primary);
   background: var(--background-fill-secondary); min-height: 2.4rem; overflow-wrap: anywhere; }
@@ -45,7 +56,7 @@ _CSS = """
 .status.done { border-left-color: #009e73; }
 .status.error { border-left-color: #d55e00; font-weight: 600; }
 .bar { height: 8px; border-radius: 4px; overflow: hidden; background: var(--border-color-primary); }
-.bar > div { height: 100%; background: #0072b2; transition: width .15s linear; }
+.bar > div { height: 100%; background: #0072b2; }
 .steps { font-size: .85rem; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums;
   min-height: 1.4em; }
 table.measured { width: 100%; font-variant-numeric: tabular-nums; margin: 0; }
@@ -60,28 +71,43 @@ footer { opacity: .7; }
 """
 
 
-def build_page(models: Models) -> gr.Blocks:
-    """The page, ready to be served."""
-    turns = Turns()
-    with gr.Blocks(title="REG, side by side", analytics_enabled=False) as page:
+def build_page(models: Models, queue: Queue | None = None) -> gr.Blocks:
+    """The page, ready to be served.
+
+    Args:
+        models: to choose from.
+        queue: of all the page's runs.
+    """
+    queue = queue or Queue()
+    with gr.Blocks(title="CFG and REG, side by side", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as page:
         gr.HTML(_INTRODUCTION, elem_id="head", padding=False)
         with gr.Tabs():
-            with gr.Tab("Guidance with and without REG"):
-                guidance_tab(page, models, turns)
+            with gr.Tab("CFG and REG"):
+                guidance_tab(page, models, queue)
+            with gr.Tab("Scale sweep"):
+                sweep_tab(page, models, queue)
             with gr.Tab(CLASSIFIER_TAB):
-                classifier_tab(page, models, turns)
+                classifier_tab(page, models, queue)
     return page
 
 
-def serve(page: gr.Blocks, *, host: str, port: int, share: bool = False) -> Any:
-    """Serve the page from threads of its own; returns the page with its `local_url`, and its `share_url` if any.
+def serve(models: Models, *, host: str, port: int, share: bool = False, hosts: Sequence[str] = ()) -> Any:
+    """Build the page and serve it from threads of its own; returns it with its `local_url`, and its `share_url` if any.
+
+    Args:
+        models: to choose from.
+        host, port: where to listen.
+        share: also make a public link.
+        hosts: names that the page is served under, beside this machine's own; requests under other names are refused.
 
     Raises:
         OSError: the port is in use.
     """
+    listeners = Listeners()
+    page = build_page(models, Queue(listeners.unheard))
     sans = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "DejaVu Sans", "sans-serif"]
     mono = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
-    page.queue(default_concurrency_limit=8)
+    page.queue(api_open=False, max_size=LONGEST_QUEUE, default_concurrency_limit=8)
     page.launch(
         server_name=host,
         server_port=port,
@@ -92,5 +118,13 @@ def serve(page: gr.Blocks, *, host: str, port: int, share: bool = False) -> Any:
         theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=sans, font_mono=mono, spacing_size="sm"),
         css=_CSS,
         footer_links=["api"],
+        max_file_size="1mb",  # the page takes no files
+        state_session_capacity=1000,
+        app_kwargs={
+            "middleware": [
+                Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts(host, *hosts, share=share)),
+                Middleware(listeners.middleware),
+            ]
+        },
     )
     return page

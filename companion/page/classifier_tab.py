@@ -1,7 +1,7 @@
 """The tab of classifier guidance: divergences, temperatures, tilt and rectification, side by side."""
 
 import html
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import gradio as gr
@@ -10,10 +10,21 @@ from companion.evaluation.comparison.classifier_side_by_side import COMPARED, Cl
 from companion.evaluation.comparison.script import classifier_as_python
 from companion.guidance.classifier.scores import ClassifierScore
 from companion.page.models import OWN, Models
-from companion.page.queue import Turns
-from companion.page.reading import MAX_PICTURES, asked_classes, choice, class_options, counts, in_turn, number
-from companion.page.running import HIDDEN, Runs, buttons
-from companion.page.showing import Run, SideText, results, sentence, status
+from companion.page.queue import Queue
+from companion.page.reading import (
+    MAX_PICTURES,
+    asked_classes,
+    choice,
+    class_options,
+    counts,
+    flag,
+    number,
+    one_per_picture,
+    text,
+)
+from companion.page.running import Runs, buttons
+from companion.page.showing import Run, SideText, connect_pairs, results, show
+from companion.page.updates import HIDDEN, sentence, status
 from companion.pipelines.adm.guidance import GRADIENT_AT
 from companion.pipelines.adm.pipeline import ADMPipeline
 from companion.pipelines.adm.sampler import SAMPLERS
@@ -43,78 +54,64 @@ _COMPARISONS = (
 )
 
 _INTRODUCTION = """
-<p>A classifier pulls a picture towards its class: up the gradient of its score, log p(y|x) in everyday classifier
+<p>A classifier guides the sampling: each step follows the gradient of a score, log p(y|x) in standard classifier
 guidance. Where the classifier is certain, that gradient vanishes. <b>Divergences</b> and <b>temperatures</b> change the
 score; <b>rectification</b> multiplies its gradient by K, as REG does.</p>
 """
 
 
-def read(
-    models: Models,
-    model: Any,
-    classifier: Any,
-    classes: Any,
-    compared: Any,
-    divergence: Any,
-    strength: Any,
-    smoothing: Any,
-    joint_temperature: Any,
-    marginal_temperature: Any,
-    tilt: Any,
-    classifier_scale: Any,
-    gradient_at: Any,
-    product: Any,
-    sampler: Any,
-    steps: Any,
-    pictures: Any,
-    seed: Any,
-    told: Any,
-) -> Run:
-    """The tab's controls as a run that can begin.
+def read(models: Models, values: Mapping[str, Any]) -> Run:
+    """The tab's controls, by their names, as a run that can begin.
 
     Raises:
         ValueError: one sentence about the first control that is wrong.
     """
-    named = choice("divergence", divergence, [*DIVERGENCE_NAMES])
-    options: dict[str, Any] = {}
-    if named != NO_DIVERGENCE:
-        options["divergence"] = named
-        options["strength"] = number("strength a", strength, 0, 1000)
-        options["smoothing"] = number("smoothing ε", smoothing, 0, 1)
-    score = ClassifierScore(
-        joint_temperature=number("τ1", joint_temperature, 0.01, 100),
-        marginal_temperature=number("τ2", marginal_temperature, 0.01, 100),
-        **options,
-    )
-    tilted = number("tilt", tilt, -100, 100)
-    scale = number("classifier scale", classifier_scale, 0, 1000)
-    place = choice("gradient at", gradient_at, (AS_TRAINED, *GRADIENT_AT))
-    step_count, count, seed_number = counts(steps, pictures, seed)
-    choice("product", product, [*PRODUCT_NAMES])
-    choice("sampler", sampler, SAMPLERS)
-    choice("compared", compared, COMPARED)
-    name, guide = str(model or "").strip(), str(classifier or "").strip() or OWN
+    score = _score(values)
+    tilt = number("tilt", values["tilt"], -100, 100)
+    scale = number("classifier scale", values["classifier_scale"], 0, 1000)
+    place = choice("gradient at", values["gradient_at"], (AS_TRAINED, *GRADIENT_AT))
+    steps, count, seed = counts(values)
+    product = choice("product", values["product"], [*PRODUCT_NAMES])
+    sampler = choice("sampler", values["sampler"], SAMPLERS)
+    compared = choice("compared", values["compared"], COMPARED)
+    conditional = flag("conditional", values["conditional"])
+    name, guide = text("model", values["model"]), text("classifier", values["classifier"]) or OWN
     pipe = models.guided(name, guide)
-    asked = asked_classes(pipe, classes)
+    asked = asked_classes(pipe, values["classes"])
     settings = ClassifierSettings(
-        conditions=in_turn(asked, count),
-        compared=compared,
+        conditions=one_per_picture(asked, count),
+        compared=compared,  # type: ignore[arg-type]
         score=score,
         classifier_scale=scale,
         gradient_at=None if place == AS_TRAINED else place,  # type: ignore[arg-type]
-        tilt=tilted,
-        product=product,
-        sampler=sampler,
-        steps=step_count,
-        unconditional=pipe.config.null_class is not None and not told,
-        seed=seed_number,
+        tilt=tilt,
+        product=product,  # type: ignore[arg-type]
+        sampler=sampler,  # type: ignore[arg-type]
+        steps=steps,
+        unconditional=pipe.config.null_class is not None and not conditional,
+        seed=seed,
     )
     settings.check(pipe)
     script = classifier_as_python(
         name, pipe, settings, classifier=None if guide == OWN else guide, device=models.device, dtype=models.dtype
     )
     captions = [class_names(pipe)[number] for number in asked]
-    return Run(pipe, settings, in_turn(captions, count), script, side_texts(settings))
+    return Run(pipe, settings, one_per_picture(captions, count), script, side_texts(settings))
+
+
+def _score(values: Mapping[str, Any]) -> ClassifierScore:
+    """What guidance climbs; the numbers of a divergence are read where there is one."""
+    options: dict[str, Any] = {}
+    divergence = choice("divergence", values["divergence"], [*DIVERGENCE_NAMES])
+    if divergence != NO_DIVERGENCE:
+        options["divergence"] = divergence
+        options["strength"] = number("strength a", values["strength"], 0, 1000)
+        options["smoothing"] = number("smoothing ε", values["smoothing"], 0, 1)
+    return ClassifierScore(
+        joint_temperature=number("τ1", values["joint_temperature"], 0.01, 100),
+        marginal_temperature=number("τ2", values["marginal_temperature"], 0.01, 100),
+        **options,
+    )
 
 
 def side_texts(settings: ClassifierSettings) -> tuple[SideText, SideText]:
@@ -142,55 +139,31 @@ def _described(settings: ClassifierSettings) -> str:
     return ", ".join(parts)
 
 
-def classifier_tab(page: gr.Blocks, models: Models, turns: Turns) -> None:
+def classifier_tab(page: gr.Blocks, models: Models, queue: Queue) -> None:
     """Fill the tab that is open."""
     pipe = None if models.guided_first is None else models.guided(models.guided_first)
-    runs = Runs(turns, lambda: models.judge)
+    runs = Runs(queue)
     gr.HTML(_INTRODUCTION, elem_classes=["introduction"], padding=False)
     with gr.Row():
-        with gr.Column(scale=5, min_width=320):
-            controls, divergence_only = _controls(models, pipe)
-            pressed = buttons("classifier-")
-        with gr.Column(scale=10, min_width=320):
+        with gr.Column(scale=4, min_width=300):
+            controls, divergence_only, pressed = _controls(models, pipe)
+        with gr.Column(scale=13, min_width=320):
             runs.outputs |= results(_FIRST_SIDES, "classifier-")
+    chosen = gr.State(0)
 
-    def generate(
-        model: Any,
-        classifier: Any,
-        classes: Any,
-        compared: Any,
-        divergence: Any,
-        strength: Any,
-        smoothing: Any,
-        joint_temperature: Any,
-        marginal_temperature: Any,
-        tilt: Any,
-        classifier_scale: Any,
-        gradient_at: Any,
-        product: Any,
-        sampler: Any,
-        steps: Any,
-        pictures: Any,
-        seed: Any,
-        told: Any,
-        chosen: int,
-        request: gr.Request,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008 - how Gradio asks for one
-    ) -> Iterator[dict[Any, Any]]:
-        """Pictures of both sides from the same noise, what they took, what a classifier sees, and a script."""
-
-        def asked() -> Run:
-            return read(
-                models, model, classifier, classes, compared, divergence, strength, smoothing, joint_temperature,
-                marginal_temperature, tilt, classifier_scale, gradient_at, product, sampler, steps, pictures, seed,
-                told,
-            )  # fmt: skip
-
-        yield from runs.generate(asked, chosen, request, progress)
+    def generate(values: dict[str, Any], request: gr.Request, progress: gr.Progress) -> Iterator[dict[Any, Any]]:
+        """Pictures of both sides from the same noise, their cost, what a classifier sees, and a script."""
+        pair = values.pop("chosen")
+        yield from runs.generate(
+            lambda: read(models, values),
+            lambda run, place: show(run, models.evaluator, place, pair),
+            request,
+            progress,
+        )
 
     def choose_model(model: Any) -> dict[Any, Any]:
-        name = str(model or "").strip()
         try:
+            name = text("model", model)
             chosen = models.guided(name)
         except ValueError as error:
             gr.Warning(sentence(error))
@@ -199,29 +172,25 @@ def classifier_tab(page: gr.Blocks, models: Models, turns: Turns) -> None:
             runs.outputs["status"]: status("done", f"{html.escape(name, quote=False)} is ready."),
             controls["classes"]: gr.update(**class_options(chosen)),
             controls["classifier"]: gr.update(**_classifier_options(models, name)),
-            controls["told"]: gr.update(visible=chosen.config.null_class is not None),
+            controls["conditional"]: gr.update(visible=chosen.config.null_class is not None),
         }
 
     def choose_divergence(divergence: Any) -> Any:
         return gr.update(visible=divergence != NO_DIVERGENCE)
 
     names = ("generate_classifier_guided", "cancel_classifier_guided")
-    runs.connect(page, pressed, generate, [controls[name] for name in _INPUTS], names)
+    clicked = runs.connect(page, pressed, controls | {"chosen": chosen}, generate, names)
+    connect_pairs(clicked, runs.outputs, chosen)
     controls["divergence"].change(choose_divergence, controls["divergence"], divergence_only, queue=False, **HIDDEN)
     controls["model"].change(
         choose_model,
         controls["model"],
-        [runs.outputs["status"], controls["classes"], controls["classifier"], controls["told"]],
+        [runs.outputs["status"], controls["classes"], controls["classifier"], controls["conditional"]],
         **HIDDEN,
     )
 
 
 _FIRST_SIDES = side_texts(ClassifierSettings([0]))
-_INPUTS = (
-    "model", "classifier", "classes", "compared", "divergence", "strength", "smoothing", "joint_temperature",
-    "marginal_temperature", "tilt", "classifier_scale", "gradient_at", "product", "sampler", "steps", "pictures",
-    "seed", "told",
-)  # fmt: skip
 
 
 def _classifier_options(models: Models, name: str | None) -> dict[str, Any]:
@@ -229,8 +198,8 @@ def _classifier_options(models: Models, name: str | None) -> dict[str, Any]:
     return {"choices": list(choices), "value": choices[0]}
 
 
-def _controls(models: Models, pipe: ADMPipeline | None) -> tuple[dict[str, Any], Any]:
-    """The left column, by the names of `_INPUTS`, and the group that comes and goes with the divergence."""
+def _controls(models: Models, pipe: ADMPipeline | None) -> tuple[dict[str, Any], Any, Any]:
+    """The left column by the names for programs, what comes and goes with the divergence, and the buttons."""
     made: dict[str, Any] = {}
     made["model"] = gr.Dropdown(
         list(models.guided_names),
@@ -246,6 +215,7 @@ def _controls(models: Models, pipe: ADMPipeline | None) -> tuple[dict[str, Any],
     made["classes"] = gr.Dropdown(
         label="Draw (classes)", multiselect=True, allow_custom_value=True, **class_options(pipe)
     )
+    pressed = buttons("classifier-")
     made["compared"] = gr.Radio(list(_COMPARISONS), value="rectification", label="Compare")
     with gr.Row():
         made["divergence"] = gr.Dropdown(
@@ -277,9 +247,9 @@ def _controls(models: Models, pipe: ADMPipeline | None) -> tuple[dict[str, Any],
         made["steps"] = gr.Number(25, label=f"Steps (1–{MAX_STEPS})", min_width=140)
         made["pictures"] = gr.Number(8, label=f"Pictures (1–{MAX_PICTURES})", min_width=140)
         made["seed"] = gr.Number(0, label="Seed", min_width=140)
-    made["told"] = gr.Checkbox(
+    made["conditional"] = gr.Checkbox(
         False,
-        label="Tell the network the class, too",
+        label="Condition the network on the class, too",
         visible=pipe is not None and pipe.config.null_class is not None,
     )
-    return made, divergence_only
+    return made, divergence_only, pressed

@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from companion.evaluation.comparison.classifier_side_by_side import classifier_guided, with_classifier
-from companion.evaluation.comparison.side_by_side import Judge
+from companion.evaluation.comparison.side_by_side import Evaluator
 from companion.minis import classifier
 from companion.pipelines.adm.classifier import EMBEDDED_CLASSIFIERS, off_the_shelf_classifier
 from companion.pipelines.adm.pipeline import ADMPipeline
@@ -17,15 +17,18 @@ from companion.pipelines.registry import WEIGHTS, load, model_names
 CLASSIFIER_TAB = "Classifier guidance"
 OWN = "its own"
 """The classifier that a pipeline comes with."""
+DEFAULT_MODEL = "mini-sd"
+"""The embedded model that best draws what it is asked for."""
 _MINI = "mini-adm"
 
 
 def embedded_names(*, classifier_guided: bool) -> tuple[str, ...]:
-    """The embedded models that a classifier guides, or all others."""
+    """The embedded models that a classifier guides, or all others; the default model comes first."""
     kinds = {
         name: json.loads((WEIGHTS / name / "model_index.json").read_text())["_class_name"] for name in model_names()
     }
-    return tuple(name for name, kind in kinds.items() if (kind == ADMPipeline.__name__) == classifier_guided)
+    names = [name for name, kind in kinds.items() if (kind == ADMPipeline.__name__) == classifier_guided]
+    return tuple(sorted(names, key=lambda name: name != DEFAULT_MODEL))
 
 
 class Models:
@@ -65,7 +68,7 @@ class Models:
         self._loaded: dict[str, DiffusionPipeline] = {first: pipe}
         self._guided: dict[tuple[str, str], ADMPipeline] = {}
         self._loading = threading.Lock()
-        self.judge: Judge | None = classifier.load_classifier() if classifier.WEIGHTS.is_dir() else None
+        self.evaluator: Evaluator | None = classifier.load_classifier() if classifier.WEIGHTS.is_dir() else None
 
     def pipe(self, name: str) -> DiffusionPipeline:
         """The pipeline of a model under classifier-free guidance.
@@ -86,7 +89,7 @@ class Models:
             chosen: its own classifier, one of `classifiers(name)`, or a folder or hub name of another.
 
         Raises:
-            ValueError: as `pipe`; the classifier cannot be had, or has other classes than the model.
+            ValueError: as `pipe`; the classifier is unavailable, or has other classes than the model.
         """
         pipe = self._pipe(name, self.guided_names)
         if not isinstance(pipe, ADMPipeline):

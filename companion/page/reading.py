@@ -1,7 +1,9 @@
 """Controls as values: every one is checked here, and what is wrong is said in one sentence."""
 
 import math
-from collections.abc import Sequence
+import reprlib
+import unicodedata
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -19,22 +21,16 @@ def number(name: str, value: Any, lowest: float, highest: float) -> float:
     Raises:
         ValueError: it is none.
     """
-    try:
-        found = float(value)
-    except (TypeError, ValueError):
-        found = math.nan
-    if isinstance(value, bool) or not lowest <= found <= highest:
+    found = _float(value)
+    if not lowest <= found <= highest:
         raise ValueError(f"{name} must be a number from {lowest:g} to {highest:g}, got {_got(value)}")
     return found
 
 
 def integer(name: str, value: Any, lowest: int, highest: int) -> int:
     """The same for whole numbers."""
-    try:
-        found = float(value)
-    except (TypeError, ValueError):
-        found = math.nan
-    if isinstance(value, bool) or not lowest <= found <= highest or found != int(found):
+    found = _float(value)
+    if not lowest <= found <= highest or found != int(found):
         raise ValueError(f"{name} must be a whole number from {lowest} to {highest}, got {_got(value)}")
     return int(found)
 
@@ -50,16 +46,60 @@ def choice(name: str, value: Any, known: Sequence[str]) -> str:
     return value
 
 
+def text(name: str, value: Any, longest: int = 500) -> str:
+    """A text without white space at its ends; nothing is the empty text.
+
+    Raises:
+        ValueError: it is no text, or too long.
+    """
+    if not isinstance(value, str | None):
+        raise ValueError(f"{name} must be a text, got {_got(value)}")
+    found = (value or "").strip()
+    if len(found) > longest:
+        raise ValueError(f"{name} must have at most {longest} characters, got {len(found)}")
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in found if not letter.isspace()):
+        raise ValueError(f"{name} must not hold control characters, got {_got(found)}")
+    return found
+
+
+def flag(name: str, value: Any) -> bool:
+    """Yes or no.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {_got(value)}")
+    return value
+
+
+def _float(value: Any) -> float:
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
 def _got(value: Any) -> str:
-    return "nothing" if value in (None, "") else repr(value)
+    return "nothing" if value is None or value == "" else reprlib.repr(value)
 
 
-def counts(steps: Any, pictures: Any, seed: Any) -> tuple[int, int, int]:
-    """What both tabs ask for: steps, pictures, seed."""
+def asked_prompts(value: Any) -> list[str]:
+    """The prompts of a text, one on each line.
+
+    Raises:
+        ValueError: it is no text, or a line is too long.
+    """
+    lines = text("prompts", value, longest=10_000).splitlines()
+    return [found for line in lines if (found := text("a prompt", line))]
+
+
+def counts(values: Mapping[str, Any], most_pictures: int = MAX_PICTURES) -> tuple[int, int, int]:
+    """What every tab asks for: steps, pictures, seed."""
     return (
-        integer("steps", steps, 1, MAX_STEPS),
-        integer("pictures", pictures, 1, MAX_PICTURES),
-        integer("seed", seed, 0, _LARGEST_SEED),
+        integer("steps", values["steps"], 1, MAX_STEPS),
+        integer("pictures", values["pictures"], 1, most_pictures),
+        integer("seed", values["seed"], 0, _LARGEST_SEED),
     )
 
 
@@ -69,12 +109,15 @@ def asked_classes(pipe: DiffusionPipeline, classes: Any) -> list[int]:
     Raises:
         ValueError: the pipeline does not have such a class.
     """
-    chosen = [classes] if isinstance(classes, (str, int)) else list(classes or [])
+    chosen = classes if isinstance(classes, list | tuple) else [] if classes is None else [classes]
+    for name in chosen:
+        if isinstance(name, bool) or not isinstance(name, str | int):
+            raise ValueError(f"classes must be a list of names or numbers, got {_got(classes)}")
     return [class_number(pipe, name) for name in chosen]
 
 
-def in_turn(asked: Sequence[Any], count: int) -> tuple[Any, ...]:
-    """One of what was asked for per picture.
+def one_per_picture(asked: Sequence[Any], count: int) -> tuple[Any, ...]:
+    """What each picture shows: the list from its beginning, as often as there are pictures.
 
     Raises:
         ValueError: nothing was asked for, or more than there are pictures.

@@ -1,18 +1,24 @@
-"""What is shown while two sides are made, and when they are: bars, galleries, measurements, one pair, the script."""
+"""What is shown of two sides while they are sampled and afterwards: bars, galleries, measurements, a pair, a script.
 
-import html
-import threading
+Showing must not slow the sampling down on the same machine: pictures are sent only when they change, previews as small
+WebP files, and nothing is encoded twice.
+"""
+
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import gradio as gr
 from diffusers import DiffusionPipeline
+from gradio.processing_utils import save_pil_to_cache
+from gradio.utils import get_upload_folder
 from PIL import Image
 
 from companion.evaluation.comparison.colour_difference import difference_picture
-from companion.evaluation.comparison.side_by_side import Cancelled, Comparison, Judge, Side, SideBySide, View, stream
-from companion.page.queue import Turns
+from companion.evaluation.comparison.side_by_side import Comparison, Evaluator, Side, SideBySide, View, stream
+from companion.evaluation.comparison.streaming import Cancelled
+from companion.page.queue import Place
+from companion.page.updates import HIDDEN, Update, status
 
 SIDES = ("without", "with_reg")
 
@@ -37,19 +43,22 @@ class Run(NamedTuple):
     script: str
     sides: tuple[SideText, SideText]
 
+    @property
+    def arguments(self) -> str:
+        """What it samples with."""
+        return arguments(self.settings)
 
-def status(kind: str, text: str) -> str:
-    """The status line: "busy", "done" or "error"."""
-    return f'<div class="status {kind}" role="status" aria-live="polite">{text}</div>'
 
-
-def sentence(error: Exception) -> str:
-    """What to tell a visitor; Gradio shows it as HTML."""
-    text = str(error).strip().splitlines()
-    said = text[0] if text else type(error).__name__
-    if not isinstance(error, ValueError):
-        said = f"the sampling failed ({type(error).__name__}): {said}"
-    return html.escape(said[:400], quote=False)
+def arguments(settings: Comparison) -> str:
+    """What a run samples with, for the sentence that says that it failed."""
+    shown = {
+        "product": settings.product,
+        "scheduler": settings.scheduler or "the model's own",
+        "steps": settings.steps,
+        "pictures": len(settings.conditions),
+        "seed": settings.seed,
+    }
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def bar(side: SideText, view: View, waiting: str = "") -> str:
@@ -58,6 +67,8 @@ def bar(side: SideText, view: View, waiting: str = "") -> str:
     text = f"step {view.step} of {view.total}" if view.total else waiting
     if view.side is not None:
         text = f"{view.total} steps in {_seconds(view.side.seconds)}"
+        if view.side.recognised is not None:
+            text += f" · {view.side.recognised} of {len(view.images)} recognised"
     return (
         f'<p class="title">{side.title} <span>{side.note}</span></p>'
         f'<div class="bar" role="progressbar" aria-label="steps" aria-valuemin="0" aria-valuemax="{view.total}" '
@@ -69,17 +80,51 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
-def _gallery(view: View, captions: Sequence[str]) -> list[tuple[Image.Image, str]]:
-    verdicts = view.side.verdicts if view.side is not None else None
-    if verdicts is None:
-        return list(zip(view.images, captions, strict=False))
-    said = [
+_PREVIEW_PIXELS = 256  # twice a thumbnail's width, for screens with small pixels
+
+
+class Gallery:
+    """What one side's gallery shows, written to files once.
+
+    Attributes:
+        value: files with their captions.
+    """
+
+    def __init__(self, captions: Sequence[str]) -> None:
+        self._captions = captions
+        self._shown: tuple[Sequence[Image.Image], bool] = ((), False)
+        self.value: list[tuple[str, str]] = []
+
+    def show(self, view: View) -> bool:
+        """Show a view; returns whether that changes anything."""
+        shown, self._shown = self._shown, (view.images, view.side is not None)
+        if not view.images or (shown[0] is view.images and shown[1] == self._shown[1]):
+            return False
+        captions = self._captions if view.side is None else _verdicts(view.side, self._captions)
+        files = [_file(image, preview=view.side is None) for image in view.images]
+        self.value = list(zip(files, captions, strict=False))
+        return True
+
+
+def _file(image: Image.Image, *, preview: bool) -> str:
+    """A picture as Gradio serves it: finished ones without loss, previews no larger than they are seen."""
+    if not preview:
+        return save_pil_to_cache(image, get_upload_folder(), format="png")
+    if max(image.size) > _PREVIEW_PIXELS:
+        image = image.copy()
+        image.thumbnail((_PREVIEW_PIXELS, _PREVIEW_PIXELS))
+    return save_pil_to_cache(image, get_upload_folder(), format="webp")
+
+
+def _verdicts(side: Side, captions: Sequence[str]) -> list[str]:
+    if side.verdicts is None:
+        return list(captions)
+    return [
         f"✓ {verdict.shape} {verdict.confidence:.0%}"
         if verdict.right
         else f"✗ {verdict.shape} {verdict.confidence:.0%}, not {caption}"
-        for verdict, caption in zip(verdicts, captions, strict=True)
+        for verdict, caption in zip(side.verdicts, captions, strict=True)
     ]
-    return list(zip(view.images, said, strict=True))
 
 
 def _table(state: SideBySide, sides: tuple[SideText, SideText]) -> str:
@@ -147,14 +192,14 @@ def existing(chosen: int, pairs: Sequence[Any]) -> int:
     return chosen if chosen < len(pairs) else 0
 
 
-def _ending(run: Run, state: SideBySide, chosen: int, said: str) -> dict[str, Any]:
+def _ending(run: Run, state: SideBySide, galleries: Sequence[Gallery], chosen: int, said: str) -> dict[str, Any]:
     """Everything the page shows when a run has ended, finished or not; of the pairs, the chosen one if there is one."""
     pairs = list(zip(state.without.images, state.with_reg.images, strict=False))
     shown = pair(pairs, existing(chosen, pairs)) if pairs else {"slider": None, "difference": None}
     label = " | ".join(side.said for side in run.sides)
     return {
-        "without": _gallery(state.without, run.captions),
-        "with_reg": _gallery(state.with_reg, run.captions),
+        "without": galleries[0].value,
+        "with_reg": galleries[1].value,
         "report": _report(state),
         "script": run.script,
         "status": said,
@@ -168,56 +213,81 @@ def _ending(run: Run, state: SideBySide, chosen: int, said: str) -> dict[str, An
     }
 
 
-def show(
-    run: Run, judge: Judge | None, turns: Turns, cancelled: threading.Event, chosen: int = 0
-) -> Iterator[tuple[SideBySide, dict[str, Any]]]:
-    """What to change on the page, by name, while a run waits, is made and ends; with it the state of the run.
+def show(run: Run, evaluator: Evaluator | None, place: Place, chosen: int = 0) -> Iterator[Update]:
+    """What to change on the page while a run is sampled and when it ends.
 
     Nothing that is shown already is taken away before there is something to show in its place.
     """
     state, sides = SideBySide(), run.sides
-    with turns.place() as place:
-        ahead = place.ahead()
-        while ahead and not cancelled.is_set():
-            runs = "one run is" if ahead == 1 else f"{ahead} runs are"
-            yield state, {"status": status("busy", f"Waiting: {runs} ahead of you.")}
-            ahead = place.ahead(timeout=0.5)
-        if cancelled.is_set():
-            yield state, {"status": status("done", "Cancelled before it began.")}
-            return
-        seen: dict[str, Any] = {"without": (), "with_reg": ()}
-        try:
-            for state in stream(run.pipe, run.settings, judge=judge, cancelled=cancelled):
-                if state.finished:
-                    break
-                now = sides[state.without.side is not None]
-                changes: dict[str, Any] = {
-                    "status": status("busy", f"Sampling {now.said} …"),
-                    "bar_without": bar(sides[0], state.without, "…"),
-                    "bar_with_reg": bar(sides[1], state.with_reg, "next"),
-                }
-                for name, view in (("without", state.without), ("with_reg", state.with_reg)):
-                    if view.images is not seen[name]:
-                        if not any(seen.values()):  # the first picture of this run: the last run's make way
-                            changes |= {"with_reg": [], "table": "", "pairs": [], "details": gr.update(visible=False)}
-                        seen[name] = view.images
-                        changes[name] = _gallery(view, run.captions)
-                yield state, changes
-        except Cancelled:
-            second = state.without.side is not None
-            view = state.with_reg if second else state.without
-            text = (
-                f"Cancelled at step {view.step} of {view.total} {sides[second].said}; unfinished pictures are previews."
-            )
-            yield (
-                state,
-                _ending(run, state, chosen, status("done", text))
-                if any(seen.values())
-                else {"status": status("done", text)},
-            )
-            return
-        seconds = sum(view.side.seconds for view in (state.without, state.with_reg) if view.side is not None)
-        yield state, _ending(run, state, chosen, status("done", f"Done: both sides in {_seconds(seconds)}."))
+    galleries = Gallery(run.captions), Gallery(run.captions)
+    try:
+        for state in stream(run.pipe, run.settings, evaluator=evaluator, cancelled=place.cancelled):
+            place.check()
+            first = not galleries[0].value
+            new = [gallery.show(view) for gallery, view in zip(galleries, (state.without, state.with_reg), strict=True)]
+            if state.finished:
+                break
+            now = sides[state.without.side is not None]
+            changes: dict[str, Any] = {
+                "status": status("busy", f"Sampling {now.said} …"),
+                "bar_without": bar(sides[0], state.without, "…"),
+                "bar_with_reg": bar(sides[1], state.with_reg, "next"),
+            }
+            if first and any(new):  # the first picture of this run: the last run's make way
+                changes |= {"with_reg": [], "table": "", "pairs": [], "details": gr.update(visible=False)}
+            changes |= {name: gallery.value for name, gallery, now in zip(SIDES, galleries, new, strict=True) if now}
+            yield Update(changes, _progress(state))
+    except Cancelled:
+        second = state.without.side is not None
+        view = state.with_reg if second else state.without
+        cancelled = f"Cancelled at step {view.step} of {view.total} {sides[second].said}"
+        said = status("done", place.ended or f"{cancelled}; unfinished pictures are previews.")
+        yield Update({"status": said} if not galleries[0].value else _ending(run, state, galleries, chosen, said))
+        return
+    seconds = sum(view.side.seconds for view in (state.without, state.with_reg) if view.side is not None)
+    said = status("done", f"Done: both sides in {_seconds(seconds)}.{_recognised(run, state)}")
+    yield Update(_ending(run, state, galleries, chosen, said), _progress(state))
+
+
+def _recognised(run: Run, state: SideBySide) -> str:
+    """What the classifier says of both sides; nothing where it was not asked."""
+    sides = [view.side for view in (state.without, state.with_reg) if view.side is not None]
+    counts = [
+        f"{side.recognised} of {len(side.images)} {text.said}"
+        for side, text in zip(sides, run.sides, strict=True)
+        if side.recognised is not None
+    ]
+    return f" The classifier sees what was asked for in {' and '.join(counts)}." if counts else ""
+
+
+def _progress(state: SideBySide) -> tuple[int, int]:
+    return state.without.step + state.with_reg.step, 2 * state.without.total
+
+
+def connect_pairs(clicked: Any, outputs: dict[str, Any], chosen: gr.State) -> None:
+    """Let a press on a picture choose the pair that is compared.
+
+    Args:
+        clicked: the event of a run; when it has ended, the chosen pair is marked.
+        outputs: as `results` made them.
+        chosen: number of the pair.
+    """
+    galleries = [outputs[name] for name in SIDES]
+
+    def choose_pair(pairs: Any, event: gr.SelectData) -> Any:
+        if not pairs or event.index >= len(pairs):
+            return gr.skip()
+        shown = pair(pairs, event.index)
+        return event.index, shown["slider"], shown["difference"]
+
+    def mark_pair(pairs: Any, chosen: int) -> Any:
+        return [gr.update(selected_index=existing(chosen, pairs) if pairs else None)] * 2
+
+    marked = [outputs["pairs"], chosen], galleries
+    clicked.then(mark_pair, *marked, queue=False, **HIDDEN)
+    for gallery in galleries:
+        shown = [chosen, outputs["slider"], outputs["difference"]]
+        gallery.select(choose_pair, outputs["pairs"], shown, **HIDDEN).then(mark_pair, *marked, queue=False, **HIDDEN)
 
 
 def results(sides: tuple[SideText, SideText], prefix: str = "") -> dict[str, Any]:

@@ -10,9 +10,10 @@ import torch
 from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
 
 from companion.minis.scenes import SHAPES
-from companion.page import Models, build_page, serve
+from companion.page import Models, serve
+from companion.page.guidance_tab import EXAMPLES
 from companion.pipelines.registry import load
-from tests.evaluation.scene_pipelines import save_scene_dit, scene_adm
+from tests.evaluation.scene_pipelines import captioned_sd, save_scene_dit, scene_adm
 from tests.page.test_page import free_port
 
 pytestmark = pytest.mark.browser
@@ -33,10 +34,12 @@ SECONDS = 30_000  # of patience, in milliseconds
 def address(tmp_path_factory) -> Iterator[str]:
     folder = save_scene_dit(tmp_path_factory.mktemp("pipelines") / "scenes")
     models = Models(str(folder), load(folder))
-    models.judge = lambda images: 5 * torch.nn.functional.one_hot(torch.full((len(images),), 4), len(SHAPES)).float()
+    models.evaluator = lambda images: (
+        5 * torch.nn.functional.one_hot(torch.full((len(images),), 4), len(SHAPES)).float()
+    )
     models.guided_names, models.guided_first = ("adm",), "adm"
     models._loaded["adm"] = scene_adm()
-    page = serve(build_page(models), host="127.0.0.1", port=free_port())
+    page = serve(models, host="127.0.0.1", port=free_port())
     yield page.local_url
     page.close(verbose=False)
 
@@ -79,8 +82,8 @@ def button(page: Page, name: str) -> Any:
 
 
 def set_number(page: Page, label: str, value: str) -> None:
-    page.get_by_label(label).fill(value)
-    page.get_by_label(label).press("Tab")
+    page.get_by_label(label).locator("visible=true").fill(value)
+    page.get_by_label(label).locator("visible=true").press("Tab")
 
 
 def generate(page: Page, steps: str = "8") -> None:
@@ -137,7 +140,7 @@ def test_generate_compare_and_copy(page, tmp_path):
 
 def test_cancel_keeps_the_pictures_so_far(page):
     generate(page, "1000")
-    expect(status(page)).to_contain_text("Sampling without REG")
+    expect(status(page)).to_contain_text("Sampling with CFG")
     expect(pictures(page, "without").first).to_be_visible(timeout=SECONDS)
     expect(button(page, "Generate")).to_be_disabled()
     began = time.monotonic()
@@ -198,7 +201,7 @@ def test_leaving_the_page_ends_its_run(page, browser, address):
 
 def test_the_controls_of_a_schedule_come_with_it(page):
     expect(page.get_by_label("Peak weight ×")).to_be_hidden()
-    page.get_by_label("Scale over time").click()
+    page.get_by_label("Guidance over time").click()
     page.get_by_role("option", name="power-cosine").click()
     expect(page.get_by_label("Peak weight ×")).to_be_visible()
     expect(page.get_by_label("From timestep")).to_be_hidden()
@@ -207,7 +210,7 @@ def test_the_controls_of_a_schedule_come_with_it(page):
     expect(status(page)).to_have_text("peak must be a number from -10 to 10, got nothing")
 
 
-@pytest.mark.parametrize(("width", "height"), [(390, 844), (1366, 768)])
+@pytest.mark.parametrize(("width", "height"), [(400, 850), (1280, 768)])
 def test_nothing_sticks_out_on_a_phone_or_a_laptop(page, width, height):
     page.set_viewport_size({"width": width, "height": height})
     generate(page, "2")
@@ -219,15 +222,67 @@ def test_nothing_sticks_out_on_a_phone_or_a_laptop(page, width, height):
         assert all(
             gallery["x"] <= box["x"] and box["x"] + box["width"] <= gallery["x"] + gallery["width"] for box in boxes
         )
-        assert min(box["width"] for box in boxes) >= 60
+        assert min(box["width"] for box in boxes) >= (100 if width > 1000 else 60)
+        captions = [page.locator(f"#gallery-{side} .caption-label").nth(i).bounding_box() for i in range(8)]
+        for picture, caption in zip(boxes, captions, strict=True):  # below its picture, above the next row
+            assert picture["y"] + picture["height"] <= caption["y"] + 1
+            below = [box["y"] for box in boxes if box["y"] > picture["y"] + 5 and abs(box["x"] - picture["x"]) < 5]
+            assert all(caption["y"] + caption["height"] <= y + 1 for y in below)
     if width > 1000:  # the button is in sight when the page opens
         page.evaluate("window.scrollTo(0, 0)")
         place = button(page, "Generate").bounding_box()
         assert place["y"] + place["height"] <= height
 
 
+@pytest.mark.parametrize("width", [400, 1280])
+def test_a_scale_sweep_is_drawn_and_can_be_cancelled(page, width):
+    page.set_viewport_size({"width": width, "height": 850})
+    page.get_by_role("tab", name="Scale sweep").click()
+    said, begin, picture = (page.locator(f"#sweep-{name}") for name in ("status .status", "generate", "picture img"))
+    expect(begin).to_be_enabled(timeout=SECONDS)
+    set_number(page, "Guidance scales", "1, 4 nine")
+    begin.click()
+    expect(said).to_have_text("a guidance scale must be a number from 1 to 30, got 'nine'", timeout=SECONDS)
+    page.locator(".toast-close").last.click()
+
+    set_number(page, "Guidance scales", "1 4")
+    set_number(page, "Steps (1–1000)", "4")
+    begin.click()
+    # The classifier here sees hearts, one of the four: in either column, at both scales.
+    expect(said).to_contain_text("in 2 of 8 with CFG and 2 of 8 with REG", timeout=SECONDS)
+    shown = picture.get_attribute("src")
+    assert picture.evaluate("image => image.complete && image.naturalWidth > 500")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+    set_number(page, "Steps (1–1000)", "1000")
+    begin.click()
+    expect(said).to_contain_text("Sampling at guidance scale 1", timeout=SECONDS)
+    page.locator("#sweep-cancel").click()
+    expect(said).to_have_text("Cancelled after 0 of 2 scales.")
+    assert picture.get_attribute("src") == shown  # what was there stays
+    expect(begin).to_be_enabled()
+
+
+def test_example_prompts_can_be_clicked(browser, tmp_path):
+    """A text-conditional model: prompts in the place of classes, and examples that fill them in."""
+    served = serve(Models("mini", captioned_sd(tmp_path)), host="127.0.0.1", port=free_port())
+    page = browser.new_page()
+    page.goto(served.local_url)
+    expect(button(page, "Generate")).to_be_enabled(timeout=SECONDS)
+    prompts = page.get_by_label("Prompts (one on each line)").locator("visible=true")
+    assert prompts.input_value().splitlines() == EXAMPLES["four shapes"].splitlines()
+    assert page.get_by_label("Guidance scale").locator("visible=true").first.input_value() == "7.5"
+    page.get_by_role("button", name="flowers").locator("visible=true").click()
+    expect(prompts).to_have_value(EXAMPLES["flowers"])
+    generate(page, "2")
+    expect(status(page)).to_contain_text("Done", timeout=SECONDS)
+    expect(page.locator("#gallery-without")).to_contain_text("a large red dotted flower")
+    page.close()
+    served.close(verbose=False)
+
+
 def test_classifier_guidance(page):
-    """The second tab: two ways to compare, what comes with a divergence, bad input, small screens."""
+    """The third tab: two ways to compare, what comes with a divergence, bad input, small screens."""
     page.get_by_role("tab", name="Classifier guidance").click()
     said = page.locator("#classifier-status .status")
     begin = page.locator("#classifier-generate")
@@ -260,10 +315,8 @@ def test_classifier_guidance(page):
     expect(page.locator("#classifier-bar-with_reg")).to_contain_text("Jensen-Shannon, a = 1, ε = 0.9", timeout=SECONDS)
     expect(said).to_contain_text("Done", timeout=SECONDS)
 
-    for width in (400, 1280):
-        page.set_viewport_size({"width": width, "height": 844})
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-    page.get_by_role("tab", name="Guidance with and without REG").click()
+    page.set_viewport_size({"width": 1280, "height": 844})  # on a phone the last tab is in a menu
+    page.get_by_role("tab", name="CFG and REG").click()
     expect(button(page, "Generate")).to_be_visible()
 
 

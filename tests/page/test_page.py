@@ -1,4 +1,4 @@
-"""The demo through its API and on the terminal; the page itself is driven in test_demo_browser.py."""
+"""The demo through its API and on the terminal; the page itself is driven in test_browser.py."""
 
 import os
 import re
@@ -20,9 +20,11 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from companion.evaluation.comparison.side_by_side import Settings, compare
+from companion.evaluation.comparison.streaming import THREAD
 from companion.guidance.weights import IntervalWeight
 from companion.minis.scenes import SHAPES
-from companion.page import Models, build_page, read, serve
+from companion.page import Models, build_page, serve
+from companion.page.guidance_tab import read
 from companion.pipelines.registry import load
 from tests.evaluation.scene_pipelines import captioned_sd, save_scene_dit
 
@@ -39,8 +41,8 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def server(folder) -> Iterator[Any]:
     models = Models(str(folder), load(folder))
-    models.judge = lambda images: torch.nn.functional.one_hot(torch.full((len(images),), 4), len(SHAPES)).float()
-    page = serve(build_page(models), host="127.0.0.1", port=free_port())
+    models.evaluator = lambda images: torch.nn.functional.one_hot(torch.full((len(images),), 4), len(SHAPES)).float()
+    page = serve(models, host="127.0.0.1", port=free_port())
     yield page
     page.close(verbose=False)
 
@@ -84,7 +86,7 @@ def test_both_sides_are_what_the_library_makes(client, folder):
     for name, view in (("without", expected.without), ("with_reg", expected.with_reg)):
         np.testing.assert_array_equal(pixels(made[name]), np.stack([np.asarray(image) for image in view.side.images]))
         assert made["report"][name]["seconds"] > 0 and made["report"][name]["peak_mebibytes"] > 0
-        assert made["report"][name]["recognised"] == 1  # the judge here sees hearts only
+        assert made["report"][name]["recognised"] == 1  # the classifier here sees hearts only
         assert [shown["caption"][0] for shown in made[name]] == ["✗", "✓", "✗"]
 
 
@@ -116,6 +118,25 @@ def test_the_script_makes_the_same_pictures_in_a_process_of_its_own(client, tmp_
         ({"classes": list(SHAPES), "pictures": 2}, "10 classes or prompts do not fit in 2 pictures"),
         ({"pictures": 17}, "pictures must be a whole number from 1 to 16"),
         ({"seed": -1}, "seed must be a whole number"),
+        ({"seed": "9" * 500}, "seed must be a whole number"),
+        ({"seed": [1]}, "seed must be a whole number from 0 to 4294967295, got [1]"),
+        ({"steps": {"at": 1}}, "steps must be a whole number from 1 to 1000, got {"),
+        ({"steps": True}, "steps must be a whole number from 1 to 1000, got True"),
+        ({"guidance_scale": [4]}, "guidance scale must be a number from 1 to 30, got [4]"),
+        ({"schedule": ["linear"]}, "schedule must be one of constant, linear"),
+        ({"classes": {"star": 1}}, "classes must be a list of names or numbers, got {"),
+        ({"classes": [["star"]]}, "classes must be a list of names or numbers, got [["),
+        ({"classes": [True]}, "classes must be a list of names or numbers, got [True]"),
+        ({"classes": [3.5]}, "classes must be a list of names or numbers, got [3.5]"),
+        ({"product": ["vjp"]}, "product must be one of"),
+        ({"product": {"vjp": 1}}, "product must be one of"),
+        ({"scheduler": ["DDIMScheduler"]}, "scheduler must be a text, got ["),
+        ({"scheduler": 5}, "scheduler must be a text, got 5"),
+        ({"model": {"name": "mini-sd"}}, "model must be a text, got {"),
+        ({"model": ["mini-sd"]}, "model must be a text, got ["),
+        ({"model": "mini\0sd"}, "model must not hold control characters"),
+        ({"model": "m" * 5000}, "model must have at most 500 characters, got 5000"),
+        ({"model": "m" * 400}, "has a name of 400 characters, longer than a file's can be"),
         ({"product": "mean"}, "product must be one of"),
         ({"scheduler": "EulerDiscreteScheduler"}, "scheduler must be one of DDIMScheduler"),
         ({"model": "mini-dot"}, "model 'mini-dot' is not known"),
@@ -131,6 +152,18 @@ def test_bad_input_gets_one_sentence(client, chosen, sentence):
     assert time.monotonic() - began < 5
     said = str(caught.value)
     assert sentence in said and "\n" not in said and "Traceback" not in said
+
+
+def test_an_error_in_the_sampling_names_what_was_sampled(client, monkeypatch):
+    def broken(*arguments, **options):
+        raise TypeError("unsupported operand\nwith a second line")
+
+    monkeypatch.setattr("companion.evaluation.comparison.side_by_side._call", broken)
+    with pytest.raises(AppError) as caught:
+        generate(client, product="vjp", scheduler="DEISMultistepScheduler", steps=6, seed=9)
+    said = str(caught.value)
+    assert "product vjp, scheduler DEISMultistepScheduler, steps 6, pictures 2, seed 9: unsupported operand" in said
+    assert "TypeError" not in said and "second line" not in said
 
 
 def test_a_hub_name_without_a_network(client, monkeypatch):
@@ -171,7 +204,7 @@ def test_cancelling_ends_ones_own_run_and_nobody_elses(server):
     assert re.search(r"Cancelled at step \d+ of 1000", statuses(long)[-1])
     assert len(waiting.result(timeout=30)[1]) == 1
     assert time.monotonic() - asked < 10
-    assert not [thread for thread in threading.enumerate() if thread.name == "side-by-side"]
+    assert not [thread for thread in threading.enumerate() if thread.name == THREAD]
 
 
 def statuses(job: Any) -> list[str]:
@@ -211,10 +244,12 @@ def test_prompts_are_read_line_by_line(tmp_path):
     pipe = captioned_sd(tmp_path)
     models = Models("mini", pipe)
     page = build_page(models)
-    shown = {block.elem_id or getattr(block, "label", None): block for block in page.blocks.values()}
-    assert shown["Draw (a prompt on each line)"].visible and not shown["Draw"].visible
-    rest = [4, "constant", 0, 2, 1, 2, 205, 502, "ones", None, 4, 3, 0]
-    run = read(models, "mini", None, " a star \n\na heart", *rest)
+    visible = [(block.label, block.visible) for block in page.blocks.values() if hasattr(block, "label")]
+    assert ("Prompts (one on each line)", True) in visible and ("Draw (classes)", False) in visible
+    assert ("Prompts (one on each line)", False) not in visible
+    rest = {"guidance_scale": 4, "schedule": "constant", "product": "ones", "scheduler": None}
+    counts = {"steps": 4, "pictures": 3, "seed": 0}
+    run = read(models, {"model": "mini", "prompts": " a star \n\na heart", **rest, **counts})
     assert run.settings.conditions == ("a star", "a heart", "a star") and run.captions == run.settings.conditions
 
 
@@ -250,6 +285,9 @@ def test_the_terminal_says_what_is_wrong_in_one_sentence(tmp_path):
             ("--port", "http"): "invalid int value: 'http'",
             ("--dtype", "int3"): "invalid choice: 'int3'",
             ("--model", str(tmp_path)): "holds no diffusers pipeline",
+            ("--host", "nowhere.invalid"): "--host must be an address of this machine, got 'nowhere.invalid'",
+            ("--host", "203.0.113.7"): "cannot be used (Cannot assign requested address)",
+            ("--allow-host", "a.*.example"): "--allow-host must be a name such as demo.example.org",
         }
         for arguments, sentence in cases.items():
             ended, seconds = terminal(*arguments)
