@@ -23,7 +23,7 @@ def main() -> None:
 
     def draw(product: str, steps: int = STEPS) -> float:
         generators = companion.sample_generators(0, range(IMAGES))
-        with rectified_guidance(pipe, RectifiedGuidanceConfig(product=product)):  # type: ignore[arg-type]
+        with rectified_guidance(pipe, RectifiedGuidanceConfig.preset(product)):
             start = time.perf_counter()
             pipe(list(range(IMAGES)), num_inference_steps=steps, generator=generators, output_type="np")
             return time.perf_counter() - start

@@ -320,7 +320,7 @@ def draw(pipe: DiffusionPipeline, model: Model, way: str, batch: int = 1) -> flo
         if way == "published"
         else nullcontext()
         if way == "none"
-        else rectified_guidance(pipe, RectifiedGuidanceConfig(product=way))  # type: ignore[arg-type]
+        else rectified_guidance(pipe, RectifiedGuidanceConfig.preset(way))
     )
     call = _batched(model.call, batch, device)
     with guided:

@@ -15,6 +15,8 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image
 
+from companion.guidance.products import PRODUCT_TABLE
+
 
 @dataclass(frozen=True)
 class Style:
@@ -32,14 +34,8 @@ STYLES: dict[str, Style] = {
     "unguided": Style(_GREY, ":"),
     "optimal": Style(_GREEN),
     "CFG": Style(_ORANGE, _DASHES["CFG"]),
-    "none": Style(_ORANGE, _DASHES["CFG"]),
     "interval": Style("#f0b95a", (0, (2, 1))),
     "REG": Style(_BLUE, _DASHES["REG"]),
-    "finite_difference": Style(_BLUE, _DASHES["REG"]),
-    "jvp": Style(_BLUE, _DASHES["REG"]),
-    "ones": Style("#013a5c", (0, (4, 1, 1, 1))),
-    "vjp": Style("#4aa3d9", (0, (6, 1, 1, 1))),
-    "diagonal": Style("#8ec7ea", (0, (3, 1, 1, 1))),
     "auto": Style("#5b7fdb", (0, (2, 1, 1, 1))),
     "covariance": Style(_PURPLE, _DASHES["ours"]),
     "K^(1+w)": Style("#5d2f6d", (0, (5, 1, 1, 1))),
@@ -51,6 +47,13 @@ STYLES: dict[str, Style] = {
     "Rayleigh": Style("#8e3fa8", (0, (2, 2))),
 }
 """Methods by the names that code uses: `none` is the product, so CFG; `unguided` is no guidance."""
+_PRODUCT_LINES = {
+    "none": _DASHES["CFG"],
+    "ones": (0, (4, 1, 1, 1)),
+    "vjp": (0, (6, 1, 1, 1)),
+    "diagonal": (0, (3, 1, 1, 1)),
+}
+STYLES |= {row.name: Style(row.colour, _PRODUCT_LINES.get(row.name, _DASHES["REG"])) for row in PRODUCT_TABLE.values()}
 
 COLOURS = {name: style.colour for name, style in STYLES.items()}
 """The colours alone."""

@@ -87,7 +87,7 @@ def guided_trajectories(
         predict = partial(_predict, conditional, prediction_type, alpha, sigma)
         reference_output = _predict(reference, prediction_type, alpha, sigma, x)
         coefficients = rectification_coefficients(prediction_type, alpha, sigma)
-        output, direction = rectify(predict, x, reference_output, coefficients, product=product)
+        output, direction = rectify(predict, x, reference_output, coefficients, product=product, probes=None)
         clean = clean_from_output(prediction_type, output + weight * direction, x, alpha, sigma)
         noise = (x - alpha * clean) / sigma
         alpha, sigma = level(coordinates, following)

@@ -19,7 +19,7 @@ from companion.exact.chain import NoiseSchedule, Prediction
 from companion.exact.grids import Grid, evaluate
 from companion.exact.rewards import Reward
 from companion.guidance.parametrization import rectification_coefficients
-from companion.guidance.rectification import Product, rectify
+from companion.guidance.rectification import Product, apply_k, rectify
 
 Direction = Callable[[Float[Tensor, "batch dim"], int], Float[Tensor, "batch dim"]]
 Field = Float[Tensor, "steps+1 *grid dim"]
@@ -43,7 +43,9 @@ def rectified_direction(
 
     def direction(x: Float[Tensor, "batch dim"], t: int) -> Float[Tensor, "batch dim"]:
         coefficients = rectification_coefficients("epsilon", *schedule.level(t))
-        return rectify(lambda z: conditional(z, t), x, reference(x, t), coefficients, product=product).direction
+        unrectified = reference(x, t)
+        result = rectify(lambda z: conditional(z, t), x, unrectified, coefficients, product=product, probes=None)
+        return result.direction
 
     return direction
 
@@ -136,7 +138,9 @@ def error_split(
             noise = conditional(x, t)
             shift = gradient(x, t, (x - sigma * noise) / alpha)
             coefficients = rectification_coefficients("epsilon", alpha, sigma)
-            return rectify(lambda z: conditional(z, t), x, noise - shift, coefficients, product=kind).direction
+            return apply_k(
+                lambda z: conditional(z, t), x, shift, coefficients, product=kind, prediction=noise, probes=None
+            )
 
         return direction
 

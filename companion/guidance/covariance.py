@@ -5,9 +5,9 @@ conditional and of the reference branch, `K = α ∂x̂_0/∂x`; rectified guida
 
     factor = ρ_c / (ρ_c + (1+w) max(ρ_u - ρ_c, 0)),    ρ = ⟨Δ, KΔ⟩ / ⟨Δ, Δ⟩,
 
-one number from 0 to 1. It is 1, everyday guidance, where both branches are equally certain, however certain that is,
+one number from 0 to 1. It is 1, CFG, where both branches are equally certain, however certain that is,
 and small where the condition has settled what the reference leaves open. Where the reference is the *more* certain one,
-which for Gaussian data would ask for more than everyday guidance and for other data is a warning, it stays 1.
+which for Gaussian data would ask for more than CFG and for other data is a warning, it stays 1.
 """
 
 import torch
@@ -16,16 +16,16 @@ from torch import Tensor
 
 
 def rayleigh_quotient(
-    direction: Float[Tensor, "batch ..."], pulled: Float[Tensor, "batch ..."]
+    direction: Float[Tensor, "batch ..."], k_delta: Float[Tensor, "batch ..."]
 ) -> Float[Tensor, " batch"]:
     """`⟨Δ, KΔ⟩ / ⟨Δ, Δ⟩` of every sample, in float32 at least; 0 where Δ = 0.
 
     Args:
         direction: Δ, any shape after the batch dimension.
-        pulled: KΔ of the same shape.
+        k_delta: KΔ of the same shape.
     """
     wide = torch.promote_types(direction.dtype, torch.float32)
-    flat, other = (value.to(wide).reshape(len(value), -1) for value in (direction, pulled))
+    flat, other = (value.to(wide).reshape(len(value), -1) for value in (direction, k_delta))
     # Both over the length, not the product over its square: that would leave float32's range sooner.
     length = flat.norm(dim=1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
     return ((flat / length) * (other / length)).sum(dim=1)
@@ -44,7 +44,7 @@ def covariance_factor(
         conditional, reference: ρ_c and ρ_u; what trained networks make negative counts as 0.
         weight: the paper's w (diffusers' guidance_scale minus 1).
         resolution: how small a ρ is still known, added to ρ_c: in the noise both vanish, and where they are no larger
-            than their errors the factor then tends to 1, everyday guidance, instead of to a ratio of errors. 0 is the
+            than their errors the factor then tends to 1, CFG, instead of to a ratio of errors. 0 is the
             formula; trained networks need more.
 
     Raises:
@@ -62,18 +62,18 @@ def covariance_factor(
 
 def covariance_direction(
     direction: Float[Tensor, "batch ..."],
-    pulled: Float[Tensor, "batch ..."],
-    reference_pulled: Float[Tensor, "batch ..."],
+    k_delta: Float[Tensor, "batch ..."],
+    reference_k_delta: Float[Tensor, "batch ..."],
     weight: float,
     *,
     resolution: float = 0.0,
 ) -> Float[Tensor, "batch ..."]:
-    """Everyday guidance's direction times the `covariance_factor` of every sample.
+    """CFG's direction times the `covariance_factor` of every sample.
 
     Args:
         direction: Δ, the conditional minus the reference prediction, any shape after the batch dimension.
-        pulled: K_cΔ, e.g. from a finite difference of the conditional branch along Δ.
-        reference_pulled: K_uΔ, the same for the reference branch.
+        k_delta: K_cΔ, e.g. from a finite difference of the conditional branch along Δ.
+        reference_k_delta: K_uΔ, the same for the reference branch.
         weight: the paper's w (diffusers' guidance_scale minus 1); the result is still to be multiplied by it.
         resolution: of `covariance_factor`.
 
@@ -83,11 +83,11 @@ def covariance_direction(
     Raises:
         ValueError: w or the resolution is below 0, or the shapes differ.
     """
-    if not direction.shape == pulled.shape == reference_pulled.shape:
+    if not direction.shape == k_delta.shape == reference_k_delta.shape:
         raise ValueError(
-            f"direction, pulled and reference_pulled must have one shape, got {tuple(direction.shape)}, "
-            f"{tuple(pulled.shape)} and {tuple(reference_pulled.shape)}"
+            f"direction, k_delta and reference_k_delta must have one shape, got {tuple(direction.shape)}, "
+            f"{tuple(k_delta.shape)} and {tuple(reference_k_delta.shape)}"
         )
-    conditional, reference = (rayleigh_quotient(direction, value) for value in (pulled, reference_pulled))
+    conditional, reference = (rayleigh_quotient(direction, value) for value in (k_delta, reference_k_delta))
     factor = covariance_factor(conditional, reference, weight, resolution=resolution)
     return (factor.reshape(-1, *(1,) * (direction.ndim - 1)) * direction).to(direction.dtype)

@@ -4,15 +4,15 @@ With `Δ = c - u`; rectified guidance can be put on top of any of them, by multi
 
 | variant | guided prediction | paper |
 |---|---|---|
-| everyday | `c + w Δ` | Ho & Salimans 2022 |
+| CFG | `c + w Δ` | Ho & Salimans 2022 |
 | APG | `c + w (Δ without its part along c)`, for clean estimates | Sadat et al. 2025 |
 | CFG-Zero* | `c + w (c - s* u)`, s* by least squares | Fan et al. 2025 |
-| CFG++ | everyday, at a scale that follows the steps | Chung et al. 2025 |
-| rescaled | everyday, brought back towards c's standard deviation | Lin et al. 2024 |
+| CFG++ | CFG, at a scale that follows the steps | Chung et al. 2025 |
+| rescaled | CFG, brought back towards c's standard deviation | Lin et al. 2024 |
 | tangential | `c + w (c - u')`, u' the part of u along what both share | Kwon et al. 2025 |
 | magnitude-aware | `c + w exp(-α ‖Δ‖/‖u‖) Δ` | MAMBO-G, 2025 |
 
-w is the papers' weight, diffusers' guidance_scale minus 1. Samples are judged one by one, over all their dimensions.
+w is the papers' weight, diffusers' guidance_scale minus 1. Samples are treated one by one, over all their dimensions.
 """
 
 import torch
@@ -43,7 +43,7 @@ def renoising_scale(strength: float, ratio: float, following: float) -> float:
 
     CFG++ takes the clean estimate of `u + λ Δ`, but adds noise along u: `x' = α' x̂_0(u + λΔ) + σ' u`. The same step
     with the same noise as estimate has `u + λ r / (r - r') Δ`, r = σ/α before and r' after the step. On levels whose
-    ratios fall geometrically that is a constant: everyday guidance.
+    ratios fall geometrically that is a constant: CFG.
 
     Args:
         strength: λ, from 0 to 1 in the paper.

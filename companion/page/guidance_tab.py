@@ -64,7 +64,8 @@ def _weight(values: Mapping[str, Any]) -> GuidanceWeight | None:
         return PowerCosineWeight(number("power", values["power"], 0.01, 100), number("peak", values["peak"], -10, 10))
     if name == "interval":
         low = number("interval's low end", values["interval_low"], 0, 1000)
-        return IntervalWeight(low, number("interval's high end", values["interval_high"], 0, 1000))
+        high = number("interval's high end", values["interval_high"], 0, 1000)
+        return IntervalWeight(low, high, unit="timestep")
     return None
 
 

@@ -1,78 +1,170 @@
-"""How a pipeline's guidance is rectified: the names of the products, and the settings of hook and guider."""
+"""How a pipeline's guidance is rectified: the settings that hook, guider and this package's pipelines share."""
 
+import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
-from companion.guidance.rectification import PRODUCTS, Product
-from companion.guidance.weights import ConstantWeight, GuidanceWeight
+from companion.guidance.noise_level import NoiseLevel
+from companion.guidance.products import (
+    PROBES,
+    PRODUCT_TABLE,
+    PRODUCTS,
+    Product,
+    ProductRow,
+    check_probes,
+    check_product,
+    check_relative_step,
+)
+from companion.guidance.reuse import check_every
+from companion.guidance.skipping import check_cost, check_skip
+from companion.guidance.weights import ConstantWeight, GuidanceWeight, weight_at
 from companion.seeding import sample_seed
 
-SamplingProduct = Product | Literal["auto", "covariance"]
-SAMPLING_PRODUCTS: tuple[SamplingProduct, ...] = (*PRODUCTS, "auto", "covariance")
+Method = Literal["reg", "covariance"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+Preset = str
+"""What a command line, a table or the page calls a way to guide: a product, "auto" or "covariance"."""
+PRESETS: tuple[Preset, ...] = (*PRODUCTS, "auto", "covariance")
+
+SamplingProduct, SAMPLING_PRODUCTS = Preset, PRESETS  # their names in the first version
 
 
-def check_sampling_product(product: str) -> SamplingProduct:
-    """The product's name itself.
+def check_preset(name: str) -> Preset:
+    """The preset's name itself.
 
     Raises:
         ValueError: the name is unknown; the message lists the known ones.
     """
-    if product not in SAMPLING_PRODUCTS:
-        raise ValueError(f"product must be one of {', '.join(SAMPLING_PRODUCTS)}, got {product!r}")
-    return product
+    if name not in PRODUCT_TABLE and name not in PRESETS:
+        known = dict.fromkeys((*PRODUCT_TABLE, *PRESETS))
+        raise ValueError(f"product must be one of {', '.join(known)}, got {name!r}")
+    return name
+
+
+check_sampling_product = check_preset
 
 
 @dataclass(frozen=True)
 class RectifiedGuidanceConfig:
     """How a pipeline's guidance is rectified.
 
+    | setting | evaluations of the network, CFG's two a step = 1 |
+    |---|---|
+    | the default, `finite_difference` at every step | 1.5 |
+    | `every=3` | 1.17 |
+    | `skip=0.3` | 1.2 to 1.35 in 25 steps: less the longer K stays small |
+    | `cost=c` | at most c |
+    | `product="auto"` | at most 1: short for `cost=1.0` |
+
     Args:
         product: which product of K with the guidance direction (see `companion.guidance.rectification`). `none`
-            leaves the
-            direction as it is: everyday guidance, with `weight` over time if one is given. `auto` is
-            `finite_difference` at every third call, carried over to the others (`companion.guidance.reuse`).
-            `covariance` is no product of K with the direction but a factor from both branches' K, one number a sample,
-            by a finite difference of each (`companion.guidance.covariance`); not the paper's.
+            leaves the direction as it is: CFG, with `weight` over time if one is given. The preset "auto" is
+            `finite_difference` with `cost=1.0`.
         weight: weight over time in units of the pipeline's own `guidance_scale - 1`, called with the progress (0 to
-            1) and the
-            timestep the network sees; a number is a constant; None is 1 throughout. Where it is 0, the reference branch
+            1) and the `NoiseLevel`; a number is a constant; None is 1 throughout. Where it is 0, the reference branch
             and the rectification are not evaluated.
-        probes: for `diagonal`: Rademacher probes of Hutchinson's estimate a step; None computes the diagonal exactly,
-            one
-            backward pass per latent dimension.
+        probes: for `diagonal`: Rademacher probes of Hutchinson's estimate a step, 4 by default; None computes the
+            diagonal exactly, one backward pass per latent dimension.
         seed: of the probes, a non-negative integer.
         relative_step: for `finite_difference`: step as a fraction of the input's norm; None follows the dtype.
         guide: autoguidance (Karras et al. 2024): a weaker network of the denoiser's own call signature, evaluated under
             the conditional branch's arguments in the place of the reference branch.
+        method: "reg", rectified gradient guidance by the product above; or "covariance", not the paper's: Δ times one
+            number a sample, from K of both branches along Δ (`companion.guidance.covariance`), two evaluations a step
+            on top of CFG's.
+        every: evaluate the product at every so many guided steps, at least 1, and reuse it in between
+            (`companion.guidance.reuse`).
+        skip: guide only where K lets it through (`companion.guidance.skipping`): from the step on at which the share
+            ‖KΔ‖/‖Δ‖ passes this threshold, 0 to 1; before it the conditional branch alone is evaluated. None guides at
+            every step. 0.3 leaves out about the first quarter of a uniform schedule.
+        cost: a budget in multiples of CFG's evaluations, at least 0.5, which chooses skip and every in their place;
+            what a run spends is in `GuidanceStep.spent`. None is no budget.
 
     Raises:
-        ValueError: an unknown product, a weight that is neither a function nor a finite number, fewer than 1 probe, a
-        step that is not positive.
+        ValueError: an unknown product or method, a weight that is neither a function nor a finite number, a number that
+            is out of its range, a guide that is no network, or options that do not go together.
     """
 
-    product: SamplingProduct = "finite_difference"
+    product: Product = "finite_difference"
     weight: GuidanceWeight | float | None = None
-    probes: int | None = 4
+    probes: int | None = PROBES
     seed: int = 0
     relative_step: float | None = None
     guide: nn.Module | None = None
+    method: Method = "reg"
+    every: int = 1
+    skip: float | None = None
+    cost: float | None = None
 
     def __post_init__(self) -> None:
-        check_sampling_product(self.product)
-        if isinstance(self.weight, (int, float)):
+        if self.product == "covariance":
+            warnings.warn(
+                'product="covariance" is now method="covariance": it is no product of K with the direction',
+                DeprecationWarning,
+                stacklevel=3,
+            )
+            self._set(product="finite_difference", method="covariance")
+        if self.product == "auto":
+            if self.every != 1 or self.skip is not None or self.cost is not None:
+                raise ValueError(
+                    'product="auto" is short for cost=1.0 with finite differences and takes no every, skip or cost; '
+                    'give them with product="finite_difference"'
+                )
+            self._set(product="finite_difference", cost=1.0)
+        check_product(self.product)
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.weight is not None and not callable(self.weight):
+            if not isinstance(self.weight, (int, float)):
+                raise ValueError(
+                    f"weight must be a number, a function of (progress, level) or None, got {self.weight!r}"
+                )
             ConstantWeight(self.weight)
-        elif self.weight is not None and not callable(self.weight):
-            raise ValueError(f"weight must be a number, a function of (progress, level) or None, got {self.weight!r}")
-        if self.probes is not None and self.probes < 1:
-            raise ValueError(f"probes must be at least 1, or None for the exact diagonal, got {self.probes}")
-        if self.relative_step is not None and not self.relative_step > 0:
-            raise ValueError(f"relative_step must be positive, got {self.relative_step}")
+        check_probes(self.probes)
+        check_relative_step(self.relative_step)
         sample_seed(self.seed, 0)
+        if self.guide is not None and not isinstance(self.guide, nn.Module):
+            raise ValueError(f"guide must be a network (torch.nn.Module) or None, got {self.guide!r}")
+        check_every(self.every), check_skip(self.skip), check_cost(self.cost)
+        self._check_economy()
 
-    def weight_at(self, progress: float, level: float) -> float:
+    @classmethod
+    def preset(cls, name: Preset, **settings: Any) -> "RectifiedGuidanceConfig":
+        """The configuration that a product's name, "auto" or "covariance" stands for on command lines and in tables.
+
+        Raises:
+            ValueError: an unknown name, or as the class.
+        """
+        if check_preset(name) == "covariance":
+            return cls(method="covariance", **settings)
+        return cls(product=name, **settings)
+
+    @property
+    def row(self) -> ProductRow:
+        """The product's row of `PRODUCT_TABLE`."""
+        return PRODUCT_TABLE[self.product]
+
+    @property
+    def passes(self) -> int:
+        """Evaluations of the network that one evaluation of the product takes on top of CFG's two."""
+        return 2 if self.method == "covariance" else self.row.evaluations(self.probes)
+
+    def weight_at(self, progress: float, level: NoiseLevel) -> float:
         """The weight of one step, in units of the pipeline's own."""
-        if self.weight is None:
-            return 1.0
-        return self.weight(progress, level) if callable(self.weight) else float(self.weight)
+        return weight_at(self.weight, progress, level)
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _check_economy(self) -> None:
+        given = {"every": self.every != 1, "skip": self.skip is not None, "cost": self.cost is not None}
+        chosen = [name for name, is_given in given.items() if is_given]
+        if self.cost is not None and len(chosen) > 1:
+            raise ValueError(f"cost chooses skip and every itself; give cost or {' and '.join(chosen[:-1])}")
+        if chosen and (self.method == "covariance" or self.product == "none"):
+            what = 'method="covariance"' if self.method == "covariance" else 'product="none"'
+            raise ValueError(f"{' and '.join(chosen)} needs a product of K to save, which {what} has not")

@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
+from companion.guidance.weights import level_progress
 from companion.pipelines.configuration import (
     SAMPLING_PRODUCTS,
     RectifiedGuidanceConfig,
@@ -37,13 +38,12 @@ from companion.pipelines.denoiser_call import (
 )
 from companion.pipelines.layout import Anatomy, Refusal, anatomy_of, call_code, evaluate
 from companion.pipelines.levels import NoiseLevel, check_scheduler, noise_level
-from companion.pipelines.product_step import GuidanceStep, OnStep, Rectification
+from companion.pipelines.product_step import GuidanceStep, OnStep, RectifiedRun
 
 __all__ = [
     "SAMPLING_PRODUCTS",
     "GuidanceStep",
     "OnStep",
-    "Rectification",
     "RectifiedGuidanceConfig",
     "RectifiesItself",
     "SamplingProduct",
@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 _HOOK = "companion_rectified_guidance"
-_DIFFERENTIATED = ("ones", "diagonal", "vjp")
+_RUN = "__companion_rectified_run__"  # no name that a pipeline's own local variable could have
 
 
 class RectifiedGuidanceHook(ModelHook):
@@ -86,6 +86,7 @@ class _Moment:
     latents: Tensor
     weight: float
     scale: float | None
+    guided: bool
 
 
 @dataclass(frozen=True)
@@ -97,18 +98,32 @@ class _Branch:
     region: tuple[int, ...]
 
 
+@dataclass
+class _Run:
+    """The state of one run of a pipeline."""
+
+    owner: "_Rectifier"
+    rectified: RectifiedRun
+    moment: _Moment | None = None
+    pending: _Branch | None = None
+
+    @property
+    def index(self) -> int:
+        return -1 if self.moment is None else self.moment.index
+
+
 class _Rectifier:
-    """What the hooks of one pipeline share: the configuration, and the state of the run."""
+    """What the hooks of one pipeline share.
+
+    The state of a run is kept among the local variables of the pipeline's running `__call__`: it begins with the run
+    and is gone with it, however the run ends, and two runs at once do not meet.
+    """
 
     def __init__(
         self, pipe: DiffusionPipeline, anatomy: Anatomy, config: RectifiedGuidanceConfig, on_step: OnStep | None
     ) -> None:
         self.pipe, self.anatomy, self.config, self.on_step = pipe, anatomy, config, on_step
         self.code = call_code(type(pipe))
-        self._index = -1
-        self._pending: _Branch | None = None
-        self.rectification = Rectification(config)
-        self._run = 0
 
     def evaluate(self, call: DenoiserCall) -> Any:
         """The output that the pipeline is given for its call."""
@@ -116,17 +131,14 @@ class _Rectifier:
         role = self.anatomy.role(frame.f_lineno) if frame is not None else "other"
         if frame is None or role == "other":
             return call()
-        if id(frame) != self._run:  # what an aborted run left
-            self._run, self._index, self._pending = id(frame), -1, None
-            self.rectification = Rectification(self.config)
+        run = self._run_of(frame)
         guided = all(bool(evaluate(test, frame)) is wanted for test, wanted in self.anatomy.guided)
         if role == "reference":
-            branch, self._pending = self._pending, None
-            if branch is None:
+            branch, run.pending = run.pending, None
+            if branch is None or run.moment is None:
                 raise ValueError(f"{type(self.pipe).__name__} called its reference branch without a conditional one")
-            moment = self._moment(frame, self._index)
-            return self._rectified_reference(branch, call, moment)
-        moment = self._moment(frame, None)
+            return self._rectified_reference(branch, call, run)
+        run.moment = moment = self._moment(frame, run, guided)
         call.check_one_level()
         rows, samples = len(call.sample), len(moment.latents)
         if role == "stacked" and guided:
@@ -135,46 +147,52 @@ class _Rectifier:
                     f"{type(self.pipe).__name__} guides {samples} samples by a batch of {rows}; "
                     "rectified guidance knows batches of two branches"
                 )
-            return self._rectified_stack(call, moment)
+            return self._rectified_stack(call, run, moment)
         if role == "stacked" and rows != samples and rows % samples == 0 and moment.latents.ndim == call.sample.ndim:
             raise ValueError(f"{type(self.pipe).__name__} was called with guidance that is not understood")
         output = call()
         branch = _Branch(call, output, region_of(call.sample, first_output(output), moment.latents))
         if guided:
-            self._pending = branch
+            run.pending = branch
         else:
-            self._report(moment, branch.call.sample, branch, None)
+            self._report(run, branch, None)
         return output
 
-    def _rectified_stack(self, call: DenoiserCall, moment: _Moment) -> Any:
+    def _run_of(self, frame: FrameType) -> _Run:
+        run = frame.f_locals.get(_RUN)
+        if run is None or run.owner is not self:
+            run = frame.f_locals[_RUN] = _Run(self, RectifiedRun(self.config))
+        return run
+
+    def _rectified_stack(self, call: DenoiserCall, run: _Run, moment: _Moment) -> Any:
         """The output for a stacked batch, its reference rows moved."""
         rows = len(call.sample)
         first, second = slice(0, rows // 2), slice(rows // 2, rows)
         conditional, reference = (second, first) if self.anatomy.reference_first else (first, second)
         only = call.on(conditional)
-        if moment.weight == 0:
+        if not moment.guided:
             output = only()
             branch = _Branch(only, output, region_of(only.sample, first_output(output), moment.latents))
-            self._report(moment, only.sample, branch, torch.zeros_like(inside(first_output(output), branch.region)))
+            self._report(run, branch, torch.zeros_like(inside(first_output(output), branch.region)))
             return map_output(output, lambda whole: torch.cat([whole, whole]))
         other = call.on(reference) if self.config.guide is None else replace(only, forward=self.config.guide)
-        if self.config.guide is not None or self.config.product in _DIFFERENTIATED:
+        if self.config.guide is not None or run.rectified.differentiates:
             # Each branch on its own: only the conditional one needs a graph, and a guide is another network.
-            beside = first_output(other())
-            known = None if self.config.product in _DIFFERENTIATED else only()
+            reference_output = first_output(other())
+            known = None if run.rectified.differentiates else only()
         else:
             both = call()
             known = map_output(both, lambda whole: whole[conditional])
-            beside = first_output(both)[reference]
-            if self.config.product == "none" and moment.weight == 1:
-                region = region_of(only.sample, beside, moment.latents)
-                direction = inside(first_output(known), region) - inside(beside, region)
-                self._report(moment, only.sample, _Branch(only, known, region), direction)
+            reference_output = first_output(both)[reference]
+            if self._is_plain(moment):
+                region = region_of(only.sample, reference_output, moment.latents)
+                direction = inside(first_output(known), region) - inside(reference_output, region)
+                self._report(run, _Branch(only, known, region), direction)
                 return both
-        region = region_of(only.sample, beside, moment.latents)
-        branch, direction = self._rectify(only, known, other, inside(beside, region), region, moment)
-        self._report(moment, only.sample, branch, direction)
-        outside = beside if self.config.guide is None else first_output(branch.output)
+        region = region_of(only.sample, reference_output, moment.latents)
+        branch, direction = self._rectify(only, known, other, inside(reference_output, region), region, run)
+        self._report(run, branch, direction)
+        outside = reference_output if self.config.guide is None else first_output(branch.output)
         moved = replaced(outside, inside(first_output(branch.output), region) - direction)
         parts = (
             [moved, first_output(branch.output)]
@@ -183,22 +201,26 @@ class _Rectifier:
         )
         return map_output(branch.output, lambda _: torch.cat(parts))
 
-    def _rectified_reference(self, branch: _Branch, call: DenoiserCall, moment: _Moment) -> Any:
+    def _is_plain(self, moment: _Moment) -> bool:
+        """Whether the pipeline's own arithmetic is what is wanted: CFG, untouched to the last bit."""
+        return self.config.method == "reg" and self.config.product == "none" and moment.weight == 1
+
+    def _rectified_reference(self, branch: _Branch, call: DenoiserCall, run: _Run) -> Any:
         """The output for the reference call of a pipeline that calls once per branch."""
-        known = first_output(branch.output)
-        if moment.weight == 0:
-            self._report(moment, branch.call.sample, branch, torch.zeros_like(inside(known, branch.region)))
+        known, moment = first_output(branch.output), run.moment
+        assert moment is not None
+        if not moment.guided:
+            self._report(run, branch, torch.zeros_like(inside(known, branch.region)))
             return map_output(branch.output, torch.clone)
         guide = self.config.guide
         other = call if guide is None else replace(branch.call, forward=guide)
         output = other()
-        if self.config.product == "none" and moment.weight == 1:
-            direction = inside(known, branch.region) - inside(first_output(output), branch.region)
-            self._report(moment, branch.call.sample, branch, direction)
+        reference = inside(first_output(output), branch.region)
+        if self._is_plain(moment):
+            self._report(run, branch, inside(known, branch.region) - reference)
             return output
-        beside = inside(first_output(output), branch.region)
-        branch, direction = self._rectify(branch.call, branch.output, other, beside, branch.region, moment)
-        self._report(moment, branch.call.sample, branch, direction)
+        branch, direction = self._rectify(branch.call, branch.output, other, reference, branch.region, run)
+        self._report(run, branch, direction)
         c = inside(first_output(branch.output), branch.region)
         return map_output(output, lambda whole: replaced(whole, c - direction))
 
@@ -209,12 +231,13 @@ class _Rectifier:
         other: DenoiserCall,
         reference: Tensor,
         region: tuple[int, ...],
-        moment: _Moment,
+        run: _Run,
     ) -> tuple[_Branch, Tensor]:
         """The conditional branch, and its rectified and weighted direction; `other` is the reference branch's call."""
-        z, last = call.sample, known
+        z, last, moment = call.sample, known, run.moment
+        assert moment is not None
 
-        def beside(latents: Tensor) -> Tensor:
+        def reference_branch(latents: Tensor) -> Tensor:
             return inside(first_output(other.with_sample(with_inside(other.sample, latents))()), region)
 
         def denoise(latents: Tensor) -> Tensor:
@@ -224,51 +247,51 @@ class _Rectifier:
                 last = output
             return inside(first_output(output), region)
 
-        _, direction = self.rectification(
-            moment.index,
-            moment.level,
+        _, direction = run.rectified.rectify(
             denoise,
             inside(z, region),
             reference,
             prediction=None if known is None else inside(first_output(known), region),
-            reference_denoiser=beside,
+            reference_denoiser=reference_branch,
             weight=None if moment.scale is None else moment.weight * moment.scale,
         )
         output = map_output(last, torch.Tensor.detach)
         return _Branch(call, output, region), moment.weight * direction
 
-    def _report(self, moment: _Moment, z: Tensor, branch: _Branch, direction: Tensor | None) -> None:
-        if self.on_step is not None:
-            sample, prediction = inside(z, branch.region), inside(first_output(branch.output), branch.region)
-            self.on_step(
-                GuidanceStep(moment.index, moment.total, moment.timestep, moment.level, sample, prediction, direction)
-            )
+    def _report(self, run: _Run, branch: _Branch, direction: Tensor | None) -> None:
+        moment = run.moment
+        if self.on_step is None or moment is None:
+            return
+        sample, prediction = (
+            inside(whole, branch.region) for whole in (branch.call.sample, first_output(branch.output))
+        )
+        place = (moment.index, moment.total, moment.timestep, moment.level)
+        self.on_step(GuidanceStep(*place, sample, prediction, direction, run.rectified.spent))
 
-    def _moment(self, frame: FrameType, index: int | None) -> _Moment:
-        """Where the pipeline is; `index` where that is known because the other branch was called before."""
+    def _moment(self, frame: FrameType, run: _Run, guided: bool) -> _Moment:
+        """Where the pipeline is, and whether this step is guided."""
         scheduler = getattr(self.pipe, self.anatomy.scheduler)
         timestep, latents = (evaluate(code, frame) for code in (self.anatomy.timestep, self.anatomy.latents))
         steps = torch.as_tensor(
             scheduler.timesteps if self.anatomy.timesteps is None else evaluate(self.anatomy.timesteps, frame)
         )
         value = torch.as_tensor(timestep).flatten()[0]
-        self._index = self._place(steps, value.to(steps)) if index is None else index
+        index = self._place(steps, value.to(steps), run.index + 1)
         level = noise_level(scheduler, value)
-        level = replace(level, output_sign=self.anatomy.sign * level.output_sign)
-        progress = self._index / max(1, len(steps) - 1)
-        weight = self.config.weight_at(progress, float(value))
-        return _Moment(self._index, len(steps), float(value), level, latents, weight, self._scale(frame))
+        level = replace(level, output_sign=self.anatomy.sign * level.output_sign, timestep=float(value))
+        weight = self.config.weight_at(level_progress(steps.tolist())[index], level)
+        guided = run.rectified.begin(index, len(steps), level, weight if guided else 0.0)
+        return _Moment(index, len(steps), float(value), level, latents, weight, self._scale(frame), guided)
 
     def _scale(self, frame: FrameType) -> float | None:
         """The paper's w of the pipeline's own guidance, where it is asked for and one number."""
-        if self.config.product != "covariance" or self.anatomy.scale is None:
+        if self.config.method != "covariance" or self.anatomy.scale is None:
             return None
         scale = torch.as_tensor(evaluate(self.anatomy.scale, frame))
         return float(scale) - self.anatomy.unguided if scale.numel() == 1 else None
 
-    def _place(self, steps: Tensor, value: Tensor) -> int:
-        """Number of this call among the steps; finds its place again after an aborted run."""
-        following = self._index + 1
+    def _place(self, steps: Tensor, value: Tensor, following: int) -> int:
+        """Number of this call among the steps, if not the expected one then where its timestep is."""
         if following < len(steps) and steps[following] == value:
             return following
         found = (steps == value).nonzero()
@@ -339,7 +362,9 @@ def apply_rectified_guidance(
         ValueError: the pipeline's class or scheduler is not supported, its denoiser is in training mode, or the hook
         is on already.
     """
-    config = config or RectifiedGuidanceConfig()
+    config = RectifiedGuidanceConfig() if config is None else config
+    if not isinstance(config, RectifiedGuidanceConfig):
+        raise ValueError(f"config must be a RectifiedGuidanceConfig or None, got {config!r}")
     if isinstance(pipe, RectifiesItself):
         pipe._set_rectification(config, on_step)
         return

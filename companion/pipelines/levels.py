@@ -7,48 +7,14 @@ keeps them in none of these is refused: a guessed level would give plausible, wr
 """
 
 import math
-from dataclasses import dataclass
 
 import diffusers
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from companion.guidance.parametrization import (
-    KCoefficients,
-    PredictionType,
-    check_prediction_type,
-    clean_from_output,
-    rectification_coefficients,
-)
-
-
-@dataclass(frozen=True)
-class NoiseLevel:
-    """α and σ of `z = alpha x_0 + sigma ε`, with x_0 in units of `data_scale`, and what the network predicts there."""
-
-    alpha: float
-    sigma: float
-    prediction_type: PredictionType
-    output_sign: float = 1.0
-    data_scale: float = 1.0
-
-    @property
-    def coefficients(self) -> KCoefficients:
-        """Of K with respect to the network's own input and output."""
-        identity, jacobian = rectification_coefficients(self.prediction_type, self.alpha, self.sigma)
-        return KCoefficients(identity, self.output_sign * jacobian)
-
-    @property
-    def log_snr(self) -> float:
-        """2 log(α/σ), from -74 to 74: flows begin at α = 0."""
-        alpha, sigma = (max(value, 1e-16) for value in (self.alpha, self.sigma))
-        return 2 * (math.log(alpha) - math.log(sigma))
-
-    def clean(self, output: Tensor, z: Tensor) -> Tensor:
-        """The estimate x̂_0, in the scheduler's units, that the output stands for."""
-        signed = self.output_sign * output
-        return self.data_scale * clean_from_output(self.prediction_type, signed, z, self.alpha, self.sigma)
+from companion.guidance.noise_level import NoiseLevel
+from companion.guidance.parametrization import PredictionType, check_prediction_type
 
 
 def _names(*candidates: str) -> frozenset[str]:

@@ -43,7 +43,7 @@ _MODELS = (
         "facebook/DiT-XL-2-256",
         "DDPMScheduler",
         {"num_inference_steps": 250, "guidance_scale": 1.5},
-        IntervalWeight(205, 502),
+        IntervalWeight(205, 502, unit="timestep"),
         note="DiTPipeline leaves the learned variance out and guides four latent channels; "
         "the published code samples with it and guides three",
     ),
@@ -53,14 +53,14 @@ _MODELS = (
         "edm2:edm2-img512-s",
         None,
         {"num_inference_steps": 32, "guidance_scale": 2.0},
-        IntervalWeight(0.28, 2.90),
+        IntervalWeight(0.28, 2.90, unit="sigma"),
     ),
     PaperModel(
         "edm2-xxl-512",
         "edm2:edm2-img512-xxl",
         None,
         {"num_inference_steps": 32, "guidance_scale": 2.0},
-        IntervalWeight(0.28, 2.90),
+        IntervalWeight(0.28, 2.90, unit="sigma"),
     ),
     PaperModel("sd-v1-4", "CompVis/stable-diffusion-v1-4", "PNDMScheduler", {**_SPOKEN, "height": 512, "width": 512}),
     PaperModel(

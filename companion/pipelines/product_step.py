@@ -1,4 +1,4 @@
-"""One step of a sampler: the rectified direction of a denoiser call, and what is reported about it."""
+"""One run's rectified guidance, step by step: what a step evaluates, its direction, and what is reported about it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,28 +9,64 @@ from jaxtyping import Float
 from torch import Tensor
 
 from companion.guidance.covariance import covariance_direction
-from companion.guidance.rectification import Denoiser, Rectified, rectify
+from companion.guidance.noise_level import NoiseLevel
+from companion.guidance.rectification import Denoiser, Rectified, apply_k, rectify
 from companion.guidance.reuse import RectificationReuse
+from companion.guidance.skipping import GuidanceSkipping
 from companion.pipelines.configuration import RectifiedGuidanceConfig
-from companion.pipelines.levels import NoiseLevel
 from companion.seeding import sample_generators
 
 _RESOLUTION = 0.01  # of a trained network's Rayleigh quotients: in the noise a share of them comes out negative
 
 
-class Rectification:
-    """A configuration's product over the calls of a run: what differs from call to call, and what one call leaves for
-    the next.
+class RectifiedRun:
+    """A configuration over the steps of one run; every run has its own.
+
+    A sampler asks `begin` at each step whether it is guided. Where it is, `rectify` or `apply` gives its direction.
+
+    Attributes:
+        spent: evaluations of the network so far, a sample: 1 in a step without guidance, 2 with it, and the product's.
     """
 
     def __init__(self, config: RectifiedGuidanceConfig) -> None:
         self.config = config
-        self._reuse = RectificationReuse()
+        self.spent = 0.0
+        self._reuse = RectificationReuse(config.every)
+        self._skipping = GuidanceSkipping(config.skip, config.every, config.cost, config.passes)
+        self._evaluates = False
 
-    def __call__(
+    def begin(self, index: int, total: int, level: NoiseLevel, weight: float) -> bool:
+        """Whether the next step is guided; if not, the conditional branch alone is to be evaluated.
+
+        Args:
+            index, total: number of the step within its run, from 0, and the number of all.
+            level: of the step.
+            weight: of the step, in any unit.
+        """
+        self._index, self._level = index, level
+        skipping = self._skipping
+        if weight == 0 or (not skipping.guided and skipping.skips(index, total, self.spent, level.log_snr)):
+            self._evaluates = False
+            self.spent += 1
+            return False
+        self._reuse.every = skipping.every
+        rectified = self.config.method == "covariance" or self.config.product != "none"
+        self._evaluates = rectified and (not skipping.guided or self._reuse.due(index))
+        self.spent += 2
+        return True
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether this step evaluates the product."""
+        return self._evaluates
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether this step needs the graph of the conditional branch."""
+        return self._evaluates and self.config.method == "reg" and self.config.row.differentiates
+
+    def rectify(
         self,
-        index: int,
-        level: NoiseLevel,
         denoiser: Denoiser,
         x: Float[Tensor, "batch ..."],
         reference: Float[Tensor, "batch ..."],
@@ -43,65 +79,101 @@ class Rectification:
         """The conditional prediction and its rectified direction, not weighted.
 
         Args:
-            index: number of the call within its run, from 0; one that does not rise begins a new run.
-            level: of the call.
             denoiser, x, reference, prediction, relative_step: see `companion.guidance.rectification.rectify`; the
                 configuration's own step comes first.
             reference_denoiser: the reference branch, for `covariance`.
-            weight: the paper's w at this call (guidance scale minus 1, weight over time included), for `covariance`.
+            weight: the paper's w at this step (guidance scale minus 1, weight over time included), for `covariance`.
 
         Raises:
             ValueError: `covariance` without a reference branch or a weight.
         """
-        config, step = self.config, self.config.relative_step or relative_step
-        if config.product in ("auto", "covariance") and prediction is None:
+        if prediction is None and self.differentiates:
+            # One pass gives both the prediction and the graph.
+            result = rectify(
+                denoiser, x, reference, self._level.coefficients, product=self.config.product, **self._options(None)
+            )
+            self.keep(result.prediction - reference, result.direction)
+            return result
+        if prediction is None:
             with torch.no_grad():
                 prediction = denoiser(x)
-        if config.product == "covariance":
-            if reference_denoiser is None or weight is None:
-                raise ValueError(
-                    'product="covariance" needs the reference branch and the guidance weight, '
-                    "which are out of reach here; take another product"
-                )
-            assert prediction is not None
-            difference = partial(rectify, x=x, coefficients=level.coefficients, relative_step=step)
-            pulled = difference(denoiser, reference=reference, prediction=prediction).direction
-            direction = prediction - reference
-            beside = difference(reference_denoiser, reference=reference - direction, prediction=reference).direction
-            return Rectified(
-                prediction, covariance_direction(direction, pulled, beside, max(weight, 0.0), resolution=_RESOLUTION)
+        wide = torch.promote_types(prediction.dtype, torch.float32)
+        direction = prediction.to(wide) - reference.to(wide)
+        if self.config.method == "covariance":
+            direction = self._covariance(
+                denoiser, x, direction, prediction, reference, relative_step, reference_denoiser, weight
             )
-        if config.product == "auto":
-            assert prediction is not None
-            return self._reuse.rectify(
-                index,
-                level.log_snr,
-                denoiser,
-                x,
-                reference,
-                level.coefficients,
-                prediction=prediction,
-                relative_step=step,
-            )
-        generator = None
-        if config.product == "diagonal" and config.probes is not None:
-            [generator] = sample_generators(config.seed, [index])
-        return rectify(
+        else:
+            direction = self.apply(denoiser, x, direction, prediction=prediction, relative_step=relative_step)
+        return Rectified(prediction, direction.to(prediction.dtype))
+
+    def apply(
+        self,
+        denoiser: Denoiser,
+        x: Float[Tensor, "batch ..."],
+        direction: Float[Tensor, "batch ..."],
+        *,
+        prediction: Float[Tensor, "batch ..."] | None = None,
+        relative_step: float | None = None,
+    ) -> Float[Tensor, "batch ..."]:
+        """product(K, direction) at this step, evaluated or reused; arguments as of `apply_k`."""
+        if self.config.product == "none":
+            return direction
+        if not self._evaluates:
+            return self._reuse.reused(direction, self._level.log_snr)
+        result = apply_k(
             denoiser,
             x,
-            reference,
-            level.coefficients,
-            product=config.product,
+            direction,
+            self._level.coefficients,
+            product=self.config.product,
             prediction=prediction,
-            probes=config.probes,
-            generator=generator,
-            relative_step=step,
+            **self._options(relative_step),
         )
+        self.keep(direction, result)
+        return result
+
+    def _options(self, relative_step: float | None) -> dict:
+        config, generator = self.config, None
+        if config.product == "diagonal" and config.probes is not None:
+            [generator] = sample_generators(config.seed, [self._index])
+        step = config.relative_step or relative_step
+        return {"probes": config.probes, "generator": generator, "relative_step": step}
+
+    def keep(self, direction: Float[Tensor, "batch ..."], k_delta: Float[Tensor, "batch ..."]) -> None:
+        """Note an evaluation `k_delta = product(K, direction)`, one's own included, for the steps to come."""
+        self.spent += self.config.row.evaluations(self.config.probes, direction[0].numel())
+        self._skipping.update(direction, k_delta, self._level.log_snr)
+        if self._skipping.every > 1:
+            self._reuse.update(self._index, direction, k_delta, self._level.log_snr)
+
+    def _covariance(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        direction: Tensor,
+        prediction: Tensor,
+        reference: Tensor,
+        relative_step: float | None,
+        reference_denoiser: Denoiser | None,
+        weight: float | None,
+    ) -> Tensor:
+        if reference_denoiser is None or weight is None:
+            raise ValueError(
+                'method="covariance" needs the reference branch and the guidance weight, '
+                'which are out of reach here; take method="reg"'
+            )
+        step = self.config.relative_step or relative_step
+        k = partial(apply_k, x=x, direction=direction, coefficients=self._level.coefficients, relative_step=step)
+        k_delta = k(denoiser, prediction=prediction)
+        reference_k_delta = k(reference_denoiser, prediction=reference)
+        self.spent += self.config.passes
+        return covariance_direction(direction, k_delta, reference_k_delta, max(weight, 0.0), resolution=_RESOLUTION)
 
 
 @dataclass(frozen=True)
 class GuidanceStep:
-    """What one denoiser call saw and said; handed to `on_step` after the call.
+    """What one denoiser call saw and gave; handed to `on_step` after the call.
 
     Args:
         index, total: number of this call, from 0, and the number of calls that the schedule holds.
@@ -110,6 +182,7 @@ class GuidanceStep:
         sample: the network's input, conditional branch.
         prediction: the conditional prediction, in the network's own output space.
         direction: the direction the pipeline is about to follow, rectified and weighted; None where guidance is off.
+        spent: evaluations of the network that the run has taken so far, a sample, this call included.
     """
 
     index: int
@@ -119,11 +192,10 @@ class GuidanceStep:
     sample: Float[Tensor, "batch ..."]
     prediction: Float[Tensor, "batch ..."]
     direction: Float[Tensor, "batch ..."] | None
+    spent: float = 0.0
 
     def clean(self, guidance_scale: float) -> Float[Tensor, "batch ..."]:
-        """The guided estimate x̂_0 at the pipeline's `guidance_scale`:
-        what the picture would be if sampling ended here.
-        """
+        """The guided estimate x̂_0 at the pipeline's `guidance_scale`: the picture if sampling ended here."""
         guided = self.prediction
         if self.direction is not None:
             guided = guided + (guidance_scale - 1) * self.direction

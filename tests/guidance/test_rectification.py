@@ -77,7 +77,7 @@ def test_products_agree_with_the_dense_jacobian(product: str, seed: int, angle: 
     x, reference = inputs(seed)
     sigma = torch.tensor(angle, dtype=torch.float64).sin().item()
     coefficients = rectification_coefficients("v_prediction", (1 - sigma**2) ** 0.5, sigma)
-    prediction, direction = rectify(NETWORK, x, reference, coefficients, product=product)
+    prediction, direction = rectify(NETWORK, x, reference, coefficients, product=product, probes=None)
     output = NETWORK(x).detach()
     assert not prediction.requires_grad
     assert not direction.requires_grad
@@ -99,9 +99,9 @@ def test_ones_is_equation_21_written_out() -> None:
 def test_a_product_sees_only_its_own_sample() -> None:
     x, reference = inputs()
     for product in PRODUCTS:
-        together = rectify(NETWORK, x, reference, COEFFICIENTS, product=product).direction
+        together = rectify(NETWORK, x, reference, COEFFICIENTS, product=product, probes=None).direction
         alone = [
-            rectify(NETWORK, x[i : i + 1], reference[i : i + 1], COEFFICIENTS, product=product).direction
+            rectify(NETWORK, x[i : i + 1], reference[i : i + 1], COEFFICIENTS, product=product, probes=None).direction
             for i in range(BATCH)
         ]
         torch.testing.assert_close(together, torch.cat(alone), rtol=1e-6, atol=1e-6)
@@ -116,7 +116,7 @@ def test_products_are_linear_in_the_direction(product: str, scale: float) -> Non
     one, other = torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
     def rectified(direction: Tensor) -> Tensor:
-        return rectify(NETWORK, x, output - direction, COEFFICIENTS, product=product).direction
+        return rectify(NETWORK, x, output - direction, COEFFICIENTS, product=product, probes=None).direction
 
     combined = rectified(scale * one + other)
     torch.testing.assert_close(
@@ -127,7 +127,7 @@ def test_products_are_linear_in_the_direction(product: str, scale: float) -> Non
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_no_direction_stays_none(product: str) -> None:
     x, _ = inputs()
-    direction = rectify(NETWORK, x, NETWORK(x).detach(), COEFFICIENTS, product=product).direction
+    direction = rectify(NETWORK, x, NETWORK(x).detach(), COEFFICIENTS, product=product, probes=None).direction
     assert torch.isfinite(direction).all()
     assert direction.abs().max() < 1e-6
 
@@ -150,9 +150,9 @@ def test_a_known_prediction_saves_the_evaluation(product: str) -> None:
         calls += 1
         return NETWORK(z)
 
-    fresh = rectify(counted, x, reference, COEFFICIENTS, product=product)
+    fresh = rectify(counted, x, reference, COEFFICIENTS, product=product, probes=None)
     without = calls
-    known = rectify(counted, x, reference, COEFFICIENTS, product=product, prediction=fresh.prediction)
+    known = rectify(counted, x, reference, COEFFICIENTS, product=product, probes=None, prediction=fresh.prediction)
     assert calls - without == without - 1
     assert torch.equal(known.direction, fresh.direction)
 
@@ -160,9 +160,9 @@ def test_a_known_prediction_saves_the_evaluation(product: str) -> None:
 def test_the_surrounding_gradient_mode_makes_no_difference() -> None:
     x, reference = inputs()
     for product in PRODUCTS:
-        inside = rectify(NETWORK, x, reference, COEFFICIENTS, product=product).direction.detach()
+        inside = rectify(NETWORK, x, reference, COEFFICIENTS, product=product, probes=None).direction.detach()
         with torch.no_grad():
-            outside = rectify(NETWORK, x, reference, COEFFICIENTS, product=product).direction
+            outside = rectify(NETWORK, x, reference, COEFFICIENTS, product=product, probes=None).direction
         torch.testing.assert_close(inside, outside, rtol=1e-12, atol=1e-12)
         assert not x.requires_grad
         assert all(parameter.grad is None for parameter in NETWORK.parameters())
@@ -216,7 +216,7 @@ def test_dtypes(product: str, dtype: torch.dtype, tolerance: float) -> None:
     """The dtype is kept; the relative error is the dtype's own, against float64."""
     x, reference = inputs(dtype=dtype)
     network = Network().to(dtype)
-    prediction, direction = rectify(network, x, reference, COEFFICIENTS, product=product)
+    prediction, direction = rectify(network, x, reference, COEFFICIENTS, product=product, probes=None)
     assert prediction.dtype == direction.dtype == dtype
     want = expected(product, dense_k(x.double()), NETWORK(x.double()).detach() - reference.double())
     assert (direction.double() - want).norm() < tolerance * want.norm()
@@ -289,7 +289,7 @@ def test_any_shape_with_a_batch_dimension(shape: tuple[int, ...]) -> None:
     """An elementwise denoiser has a diagonal K, so all products agree with its derivative."""
     x, reference = torch.randn(2, *shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     for product in PRODUCTS:
-        direction = rectify(torch.sin, x, reference, COEFFICIENTS, product=product).direction
+        direction = rectify(torch.sin, x, reference, COEFFICIENTS, product=product, probes=None).direction
         k = 1.0 if product == "none" else 1 - 0.8 * x.cos()
         torch.testing.assert_close(direction, k * (x.sin() - reference), rtol=1e-6, atol=1e-6)
 
@@ -317,7 +317,9 @@ def test_bad_arguments_are_refused_by_name() -> None:
         check_product("grad")
     with pytest.raises(ValueError, match=listed):
         call(product="grad")
-    with pytest.raises(ValueError, match="probes must be at least 1, or None for the exact diagonal, got 0"):
+    with pytest.raises(
+        ValueError, match="probes must be an integer of at least 1, or None for the exact diagonal, got 0"
+    ):
         call(product="diagonal", probes=0, generator=torch.Generator())
     with pytest.raises(ValueError, match="probes need a generator"):
         call(product="diagonal", probes=1)
@@ -335,7 +337,7 @@ def test_finite_difference_near_the_origin_in_one_dimension():
     reference = torch.full_like(x, 0.3)
     denoiser = lambda z: torch.tanh(2 * z + 0.1)  # noqa: E731
     directions = [
-        rectify(denoiser, x, reference, coefficients, product=product).direction
+        rectify(denoiser, x, reference, coefficients, product=product, probes=None).direction
         for product in ("jvp", "finite_difference")
     ]
     assert torch.allclose(*directions, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""The carried-over rectification, against closed forms."""
+"""The reused rectification, against closed forms."""
 
 import math
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from companion.exact.mixtures import GaussianMixture
 from companion.exact.toys import toy
-from companion.guidance.parametrization import rectification_coefficients
 from companion.guidance.reuse import RectificationReuse
 
 RATIOS = torch.logspace(1.5, -2, 30, dtype=torch.float64).tolist()
@@ -37,7 +36,7 @@ def test_exact_for_an_isotropic_gaussian_at_any_level(spread, first, later, seed
         return
     before, after = normal(3, 4, seed=seed), normal(3, 4, seed=seed + 1)
     reuse.update(0, before, quotient[0] * before, log_snr(first))
-    assert torch.allclose(reuse.carried(after, log_snr(later)), quotient[1] * after, rtol=1e-9)
+    assert torch.allclose(reuse.reused(after, log_snr(later)), quotient[1] * after, rtol=1e-9)
 
 
 def test_exact_for_any_data_where_it_was_evaluated():
@@ -45,11 +44,11 @@ def test_exact_for_any_data_where_it_was_evaluated():
     rectified = exact(data, x, 0.7, direction)
     reuse = RectificationReuse()
     reuse.update(0, direction, rectified, log_snr(0.7))
-    assert torch.allclose(reuse.carried(-2.5 * direction, log_snr(0.7)), -2.5 * rectified)
+    assert torch.allclose(reuse.reused(-2.5 * direction, log_snr(0.7)), -2.5 * rectified)
 
 
-def chain_error(name: str, every: int, *, carry: bool = True) -> float:
-    """Mean error of the followed direction along unguided trajectories, relative to everyday guidance's own error."""
+def chain_error(name: str, every: int, *, reused: bool = True) -> float:
+    """Mean error of the followed direction along unguided trajectories, relative to CFG's own error."""
     data = toy(name)
     conditional, reference = data.classes[0], data.unconditional
     reuse, errors, everyday = RectificationReuse(every), 0.0, 0.0
@@ -57,11 +56,11 @@ def chain_error(name: str, every: int, *, carry: bool = True) -> float:
     for index, (ratio, following) in enumerate(zip(RATIOS, [*RATIOS[1:], 0.0], strict=True)):
         c, u = (mixture.posterior_mean(y, 1.0, ratio) for mixture in (conditional, reference))
         wanted = exact(conditional, y, ratio, c - u)
-        if reuse.due(index, c - u):
+        if reuse.due(index):
             followed = wanted
             reuse.update(index, c - u, wanted, log_snr(ratio))
         else:
-            followed = reuse.carried(c - u, log_snr(ratio)) if carry else c - u
+            followed = reuse.reused(c - u, log_snr(ratio)) if reused else c - u
         errors += float((followed - wanted).norm(dim=1).mean())
         everyday += float((c - u - wanted).norm(dim=1).mean())
         y = c + (y - c) * following / ratio
@@ -69,11 +68,11 @@ def chain_error(name: str, every: int, *, carry: bool = True) -> float:
 
 
 @pytest.mark.parametrize("name", ["isotropic", "anisotropic", "spiral", "moons"])
-def test_carried_directions_are_nearer_than_everyday_ones(name):
+def test_reused_directions_are_nearer_than_those_of_cfg(name):
     """At a third of the evaluations; more of them never hurt."""
     errors = [chain_error(name, every) for every in (1, 2, 3)]
     assert errors[0] == 0
-    assert errors[1] < errors[2] < 0.5 * chain_error(name, 3, carry=False)
+    assert errors[1] < errors[2] < 0.5 * chain_error(name, 3, reused=False)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 20, 50, 250])
@@ -81,46 +80,28 @@ def test_how_often_it_evaluates(steps):
     reuse, direction, evaluated = RectificationReuse(), normal(2, 3), []
     for run in range(2):
         for index in range(steps):
-            if reuse.due(index, direction):
+            if reuse.due(index):
                 evaluated.append((run, index))
                 reuse.update(index, direction, 0.5 * direction, 0.0)
     assert (0, 0) in evaluated and (1, 0) in evaluated
     assert len(evaluated) == 2 * math.ceil(steps / 3)
-    assert reuse.due(steps - 1, normal(3, 3)) and reuse.due(0, direction)
-
-
-def test_rectify_runs_the_network_only_where_it_is_due():
-    data, calls = toy("anisotropic").classes[0], 0
-    alpha, sigma = 0.8, 0.6
-    coefficients = rectification_coefficients("sample", alpha, sigma)
-
-    def denoiser(x: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return data.posterior_mean(x, alpha, sigma)
-
-    reuse, x = RectificationReuse(), normal(4, 2)
-    known, reference = data.posterior_mean(x, alpha, sigma), normal(4, 2, seed=1)
-    snr = 2 * math.log(alpha / sigma)
-    first = reuse.rectify(0, snr, denoiser, x, reference, coefficients, prediction=known)
-    again = reuse.rectify(1, snr, denoiser, x, reference, coefficients, prediction=known)
-    assert calls == 1
-    assert torch.allclose(first.direction, exact(data, x / alpha, sigma / alpha, known - reference), rtol=1e-4)
-    assert torch.allclose(again.direction, first.direction)
+    assert reuse.due(0)
+    with pytest.raises(ValueError, match=r"last evaluation's shape, \(2, 3\), got \(3, 3\)"):
+        reuse.reused(normal(3, 3), 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_and_extreme_values(dtype):
     reuse, direction = RectificationReuse(), (200 * normal(2, 100)).to(dtype)
     reuse.update(0, direction, (1.5 * direction).to(dtype), -74.0)  # ρ above 1, as networks may have it
-    assert reuse.carried(direction, 74.0).dtype == dtype
-    assert reuse.carried(direction, 74.0).isfinite().all()
+    assert reuse.reused(direction, 74.0).dtype == dtype
+    assert reuse.reused(direction, 74.0).isfinite().all()
     reuse.update(1, torch.zeros_like(direction), torch.zeros_like(direction), 0.0)
-    assert (reuse.carried(direction, 1.0) == 0).all()
+    assert (reuse.reused(direction, 1.0) == 0).all()
 
 
 def test_errors_say_what_would_be_right():
-    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="every must be an integer of at least 1, got 0"):
         RectificationReuse(0)
     with pytest.raises(ValueError, match="call update"):
-        RectificationReuse().carried(normal(1, 2), 0.0)
+        RectificationReuse().reused(normal(1, 2), 0.0)

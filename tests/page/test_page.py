@@ -81,7 +81,9 @@ def test_both_sides_are_what_the_library_makes(client, folder):
         steps=5,
         seed=7,
     )
-    settings = Settings([3, 4, 3], 3.5, IntervalWeight(100.0, 800.0), "vjp", "DEISMultistepScheduler", 5, 7)
+    settings = Settings(
+        [3, 4, 3], 3.5, IntervalWeight(100.0, 800.0, unit="timestep"), "vjp", "DEISMultistepScheduler", 5, 7
+    )
     expected = compare(load(folder), settings)
     for name, view in (("without", expected.without), ("with_reg", expected.with_reg)):
         np.testing.assert_array_equal(pixels(made[name]), np.stack([np.asarray(image) for image in view.side.images]))

@@ -1,7 +1,12 @@
 """Rectified guidance inside real pipelines, against sampling loops and Jacobians written out by hand."""
 
+import gc
+import math
+import sys
+import weakref
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import diffusers
 import pytest
@@ -235,7 +240,7 @@ def test_outside_an_interval_only_the_conditional_branch_is_evaluated(family):
     denoiser = pipe.transformer if make is tiny_dit else pipe.unet
     watch = denoiser.conv_in if make is tiny_sd else denoiser.pos_embed
     handle = watch.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
-    with rectified_guidance(pipe, RectifiedGuidanceConfig(weight=IntervalWeight(300, 700))):
+    with rectified_guidance(pipe, RectifiedGuidanceConfig(weight=IntervalWeight(300, 700, unit="timestep"))):
         draw(pipe)
     handle.remove()
     assert [t // 100 for t in pipe.scheduler.timesteps.tolist()] == [8, 6, 4, 2, 0]
@@ -343,8 +348,26 @@ def test_errors_say_what_would_be_right():
         ({"product": "jacobian"}, "product must be one of none, ones"),
         ({"weight": "strong"}, "weight must be a number, a function"),
         ({"weight": float("nan")}, "value must be a finite number"),
-        ({"probes": 0}, "probes must be at least 1"),
+        ({"probes": 0}, "probes must be an integer of at least 1"),
+        ({"probes": 1.5}, "probes must be an integer of at least 1"),
         ({"relative_step": 0.0}, "relative_step must be positive"),
+        ({"relative_step": math.inf}, "relative_step must be positive and finite"),
+        ({"relative_step": "small"}, "relative_step must be positive and finite"),
+        ({"weight": 10**400}, "value must be a finite number"),
+        ({"guide": 5}, "guide must be a network"),
+        ({"method": "cfg"}, "method must be one of reg, covariance"),
+        ({"every": 0}, "every must be an integer of at least 1"),
+        ({"every": 2.0}, "every must be an integer of at least 1"),
+        ({"skip": -0.1}, "skip must be a share from 0"),
+        ({"skip": 1.1}, "skip must be a share from 0"),
+        ({"skip": math.nan}, "skip must be a share from 0"),
+        ({"cost": 0.4}, "cost must be a multiple of CFG's evaluations, at least 0.5"),
+        ({"cost": math.nan}, "cost must be a multiple of CFG's evaluations"),
+        ({"cost": math.inf}, "cost must be a multiple of CFG's evaluations"),
+        ({"cost": 1.0, "every": 3}, "cost chooses skip and every itself; give cost or every"),
+        ({"product": "auto", "skip": 0.3}, 'product="auto" is short for cost=1.0'),
+        ({"product": "none", "every": 3}, "every needs a product of K to save"),
+        ({"method": "covariance", "skip": 0.3}, "skip needs a product of K to save"),
         ({"seed": -1}, "seed must be a non-negative integer"),
     ],
 )
@@ -396,7 +419,7 @@ def test_covariance_weighs_the_direction_by_both_branches(family):
     """One factor a sample from both branches' Jacobians, with the pipeline's own guidance scale."""
     make, draw = family
     pipe, steps = make(), []
-    config = RectifiedGuidanceConfig(product="covariance", weight=0.5)
+    config = RectifiedGuidanceConfig(method="covariance", weight=0.5)
     with rectified_guidance(pipe, config, on_step=steps.append):
         draw(pipe, num_inference_steps=2)
     for step in steps:
@@ -415,8 +438,8 @@ def test_covariance_weighs_the_direction_by_both_branches(family):
         assert torch.allclose(step.direction, 0.5 * factor * delta, rtol=1e-4, atol=1e-4 * float(delta.abs().max()))
 
 
-def test_auto_is_the_finite_difference_where_it_evaluates(family):
-    """The first call and every third evaluate; between them the direction is carried over, and no network is run."""
+def test_reuse_is_the_finite_difference_where_it_evaluates(family):
+    """The first call and every third evaluate; between them the direction is reused, and no network is run."""
     make, draw = family
     pipe, calls = make(), []
     network = pipe.transformer if make is tiny_dit else pipe.unet
@@ -428,7 +451,7 @@ def test_auto_is_the_finite_difference_where_it_evaluates(family):
 
     network.forward = counted
     steps, exact = [], []
-    with rectified_guidance(pipe, RectifiedGuidanceConfig(product="auto"), on_step=steps.append):
+    with rectified_guidance(pipe, RectifiedGuidanceConfig(every=3), on_step=steps.append):
         draw(pipe, num_inference_steps=7)
     assert calls == [4, 2, 4, 4, 4, 2, 4, 4, 4, 2]
     for step in steps:
@@ -441,14 +464,14 @@ def test_auto_is_the_finite_difference_where_it_evaluates(family):
         exact.append((c - u) - sigma * product)
     errors = [float((step.direction - k).norm() / k.norm()) for step, k in zip(steps, exact, strict=True)]
     assert max(errors[::3]) < 1e-5
-    with rectified_guidance(pipe, RectifiedGuidanceConfig(product="auto")):
+    with rectified_guidance(pipe, RectifiedGuidanceConfig(every=3)):
         again = [draw(pipe, num_inference_steps=7) for _ in range(2)]
     assert torch.equal(*again)  # a second run begins anew
 
 
-def test_auto_does_not_depend_on_the_batch():
+def test_reuse_does_not_depend_on_the_batch():
     pipe = tiny_dit()
-    with rectified_guidance(pipe, RectifiedGuidanceConfig(product="auto")):
+    with rectified_guidance(pipe, RectifiedGuidanceConfig(every=3)):
         both = draw_dit(pipe)
         alone = draw_dit(pipe, labels=LABELS[1:], generator=companion.sample_generators(0, [1]))
     assert torch.allclose(both[1:], alone, atol=1e-6)
@@ -463,10 +486,97 @@ def test_an_aborted_run_leaves_nothing_for_the_next_one(family):
         if step.index == 2:
             raise RuntimeError
 
-    config = RectifiedGuidanceConfig(product="auto")
+    config = RectifiedGuidanceConfig(every=3)
     with rectified_guidance(pipe, config):
         whole = draw(pipe)
     with rectified_guidance(pipe, config, on_step=stop), pytest.raises(RuntimeError):
         draw(pipe)
     with rectified_guidance(pipe, config):
         assert torch.equal(draw(pipe), whole)
+
+
+@pytest.mark.parametrize("options", [{"skip": 0.3}, {"skip": 0.3, "every": 2}, {"cost": 1.0}, {"product": "auto"}])
+def test_skipping_leaves_out_the_reference_branch(family, options):
+    """Counted at the network; where a step is skipped the conditional branch alone is evaluated, and followed."""
+    make, draw = family
+    pipe, rows, steps = make(), [], []
+    network = pipe.transformer if make is tiny_dit else pipe.unet
+    inner = network.forward
+
+    def counted(*args, **kwargs):
+        """The network's ε made small beside that of standard normal data, σ z, for which K is ᾱ."""
+        z = args[0] if args else kwargs["hidden_states"]
+        t = args[1] if len(args) > 1 else kwargs["timestep"]
+        rows.append(len(z))
+        output = inner(*args, **kwargs)
+        sigma = (1 - pipe.scheduler.alphas_cumprod[int(t.flatten()[0])].to(z)).sqrt()
+        small = 1e-4 * output[0] + sigma * z
+        return (small,) if isinstance(output, tuple) else type(output)(sample=small)
+
+    network.forward = counted
+    with rectified_guidance(pipe, RectifiedGuidanceConfig(**options), on_step=steps.append):
+        draw(pipe, num_inference_steps=20)
+    assert sum(rows) / 2 == steps[-1].spent
+    if "skip" in options:
+        on = [bool(step.direction.any()) for step in steps]
+        start = on.index(True, 1)
+        assert on == [True] + [False] * (start - 1) + [True] * (len(steps) - start)
+        assert steps[start - 1].level.alpha ** 2 < 0.31 and steps[start].level.alpha ** 2 > 0.29
+    else:
+        assert steps[-1].spent <= 2 * len(steps)
+    spent = [now.spent - before.spent for before, now in pairwise(steps)]
+    for step, evaluations in zip(steps[1:], spent, strict=True):
+        assert evaluations in (1, 2, 3) and bool(step.direction.any()) == (evaluations > 1)
+
+
+def test_skipping_waits_for_the_share_it_is_told():
+    """A threshold of 0 never skips, and a budget of half of CFG's evaluations leaves nothing for guidance."""
+    pipe, steps = tiny_dit(), []
+    with rectified_guidance(pipe):
+        whole = draw_dit(pipe)
+    with rectified_guidance(pipe, RectifiedGuidanceConfig(skip=0.0)):
+        assert torch.equal(draw_dit(pipe), whole)
+    with rectified_guidance(pipe, RectifiedGuidanceConfig(cost=0.5), on_step=steps.append):
+        unguided = draw_dit(pipe)
+    assert steps[-1].spent == len(steps) and not any(step.direction.any() for step in steps)
+    with rectified_guidance(pipe, RectifiedGuidanceConfig(weight=0.0)):
+        assert torch.equal(draw_dit(pipe), unguided)
+
+
+def test_the_state_of_a_run_is_gone_with_it(family):
+    """However a run ends: nothing of it waits for the next one, whose frame may stand at the same address."""
+    make, draw = family
+    pipe, states = make(), []
+    config = RectifiedGuidanceConfig(every=3)
+
+    def watch(step):
+        frame = sys._getframe()
+        while frame.f_code is not type(pipe).__call__.__wrapped__.__code__:
+            frame = frame.f_back
+        states.append(weakref.ref(frame.f_locals["__companion_rectified_run__"]))
+        if step.index == 2:
+            raise RuntimeError
+
+    with rectified_guidance(pipe, config, on_step=watch):
+        for _ in range(2):
+            with pytest.raises(RuntimeError):
+                draw(pipe)
+    gc.collect()
+    assert states[0]() is None and states[-1]() is None
+
+
+def test_what_is_no_configuration_is_refused():
+    for wrong in ({}, "auto", 0):
+        with pytest.raises(ValueError, match="config must be a RectifiedGuidanceConfig or None, got"):
+            companion.apply_rectified_guidance(tiny_dit(), wrong)
+
+
+def test_covariance_as_a_product_names_the_new_form():
+    with pytest.warns(DeprecationWarning, match='product="covariance" is now method="covariance"'):
+        old = RectifiedGuidanceConfig(product="covariance", weight=0.5)
+    assert old == RectifiedGuidanceConfig(method="covariance", weight=0.5)
+    assert RectifiedGuidanceConfig.preset("covariance", weight=0.5) == old
+    assert (
+        RectifiedGuidanceConfig.preset("auto") == RectifiedGuidanceConfig("auto") == RectifiedGuidanceConfig(cost=1.0)
+    )
+    assert RectifiedGuidanceConfig.preset("vjp") == RectifiedGuidanceConfig("vjp")

@@ -84,5 +84,5 @@ def test_paper_settings_are_arguments_of_their_pipelines():
         kind = next((kind for start, kind in kinds.items() if model.name.startswith(start)), "StableDiffusion3Pipeline")
         call = EDM2Pipeline.__call__ if model.scheduler is None else getattr(diffusers, kind).__call__
         assert set(model.call) <= set(inspect.signature(call).parameters)
-    assert companion.PAPER_MODELS["dit-xl-2-256"].interval == companion.IntervalWeight(205, 502)
-    assert companion.PAPER_MODELS["edm2-s-512"].interval == companion.IntervalWeight(0.28, 2.90)
+    assert companion.PAPER_MODELS["dit-xl-2-256"].interval == companion.IntervalWeight(205, 502, unit="timestep")
+    assert companion.PAPER_MODELS["edm2-s-512"].interval == companion.IntervalWeight(0.28, 2.90, unit="sigma")

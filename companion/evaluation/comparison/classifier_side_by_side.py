@@ -115,7 +115,7 @@ class ClassifierSettings:
         call |= {"gradient_at": self.gradient_at} if self.gradient_at is not None else {}
         call |= {"unconditional": True} if self.unconditional else {}
         kind = (self.gradient_at, self.classifier_scale > 0, score.strength > 0, score.entropy > 0)
-        return Method(RectifiedGuidanceConfig(product=product), call, 2.0, kind)
+        return Method(RectifiedGuidanceConfig.preset(product), call, 2.0, kind)
 
 
 def classifier_guided(pipe: DiffusionPipeline) -> ADMPipeline:

@@ -51,7 +51,7 @@ def as_python(
         f"conditions = {_listed(settings.conditions)}{_comment(pipe, settings.conditions)}",
         "",
         'for side, product in (("without", "none"), ("with", ' + f'"{settings.product}")):',
-        f"    config = RectifiedGuidanceConfig(product=product{weight})",
+        f"    config = RectifiedGuidanceConfig.preset(product{weight})",
         f"    noise = sample_generators({settings.seed}, range(len(conditions)))",
         "    with rectified_guidance(pipe, config):",
         f"        images = pipe(conditions, guidance_scale={settings.guidance_scale!r}, "

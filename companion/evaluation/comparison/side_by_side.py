@@ -144,7 +144,7 @@ class Settings:
         scale = self.guidance_scale
         return {
             name: Method(
-                RectifiedGuidanceConfig(product=product, weight=self.weight),
+                RectifiedGuidanceConfig.preset(product, weight=self.weight),
                 {"guidance_scale": scale},
                 scale,
                 (scale > 1,),

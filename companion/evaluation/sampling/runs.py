@@ -27,7 +27,6 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from companion.errors import check_name, printable, reason
-from companion.evaluation.sampling.evaluations import EvaluationCount
 from companion.evaluation.sampling.folder import (
     PROVENANCE,
     Begun,
@@ -39,7 +38,6 @@ from companion.evaluation.sampling.folder import (
     write_batch,
 )
 from companion.evaluation.sampling.settings import (
-    WEIGHT_SYNTAX,
     Format,
     SamplingSettings,
     check_sampling,
@@ -49,6 +47,7 @@ from companion.evaluation.sampling.settings import (
     with_scheduler,
 )
 from companion.files import Unwritable, read_json, write_json
+from companion.guidance.weights import WEIGHT_SYNTAX
 from companion.pipelines.edm2.pipeline import Reference
 from companion.pipelines.hook import SAMPLING_PRODUCTS, GuidanceStep, rectified_guidance
 from companion.pipelines.registry import load
@@ -291,13 +290,13 @@ def draw(pipe: DiffusionPipeline, settings: SamplingSettings, samples: range) ->
     Raises:
         Diverged: a picture is not finite.
     """
-    config = settings.guidance
-    count = EvaluationCount(config)
+    spent = 0.0
 
     def on_step(step: GuidanceStep) -> None:
-        count.add(step.index, step.total, step.timestep, None if step.direction is None else step.direction[0].numel())
+        nonlocal spent
+        spent = step.spent
 
-    with rectified_guidance(pipe, config, on_step=on_step):
+    with rectified_guidance(pipe, settings.guidance, on_step=on_step):
         images = pipe(
             [settings.condition(i) for i in samples],
             num_inference_steps=settings.steps,
@@ -313,4 +312,4 @@ def draw(pipe: DiffusionPipeline, settings: SamplingSettings, samples: range) ->
             f"sample {wrong} diverged (its picture is not finite): lower the guidance scale or its weight, "
             "or take another scheduler, number of steps or dtype"
         )
-    return (pixels.clip(0, 1) * 255).round().astype(np.uint8), float(count.total)
+    return (pixels.clip(0, 1) * 255).round().astype(np.uint8), spent

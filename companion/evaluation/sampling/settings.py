@@ -16,13 +16,7 @@ from companion.arguments import check_choice, check_integer, check_number
 from companion.errors import check_name, reason
 from companion.files import parse_json, read_text
 from companion.guidance.classifier.scores import ClassifierScore
-from companion.guidance.weights import (
-    ConstantWeight,
-    GuidanceWeight,
-    IntervalWeight,
-    LinearWeight,
-    PowerCosineWeight,
-)
+from companion.guidance.weights import ConstantWeight, from_text
 from companion.pipelines.adm.pipeline import ADMPipeline
 from companion.pipelines.capabilities import (
     MAX_STEPS,
@@ -43,45 +37,6 @@ from companion.seeding import sample_seed
 Format = Literal["png", "npz"]
 _MOST = {"num_samples": 10_000_000, "batch_size": 100_000, "steps": MAX_STEPS}
 
-WEIGHT_SYNTAX = (
-    "constant[:W], linear[:FIRST,LAST], power-cosine[:POWER[,PEAK]], interval:LOW,HIGH[:SCHEDULE]; "
-    "in units of guidance scale - 1"
-)
-_SCHEDULES = {"constant": (ConstantWeight, (0, 1)), "linear": (LinearWeight, (0, 2)), "power-cosine": (None, (0, 1, 2))}
-
-
-def parse_weight(text: str) -> GuidanceWeight:
-    """A weight over time from its short form, e.g. "linear:1,0", "power-cosine:4" or "interval:205,502:linear:0,2".
-
-    Raises:
-        ValueError: the text is not of that form (`WEIGHT_SYNTAX`), or a number is out of its range.
-    """
-    name, _, rest = text.strip().partition(":")
-    if name == "interval":
-        ends, _, inner = rest.partition(":")
-        low_high = _numbers(text, ends)
-        if len(low_high) != 2:
-            raise ValueError(f"weight {text!r} needs two noise levels, e.g. interval:0.28,2.9")
-        low, high = low_high
-        return IntervalWeight(low, high, parse_weight(inner) if inner else ConstantWeight())
-    if name not in _SCHEDULES:
-        raise ValueError(f"weight {text!r} is not a schedule; write {WEIGHT_SYNTAX}")
-    numbers = _numbers(text, rest) if rest else []
-    allowed = _SCHEDULES[name][1]
-    if len(numbers) not in allowed or text.strip().endswith(":"):
-        wanted = " or ".join(str(count) for count in allowed)
-        raise ValueError(f"weight {text!r} has {len(numbers)} numbers where {name} takes {wanted}")
-    if name == "constant":
-        return ConstantWeight(*numbers)
-    return LinearWeight(*numbers) if name == "linear" else PowerCosineWeight(*numbers)
-
-
-def _numbers(text: str, listed: str) -> list[float]:
-    try:
-        return [float(number) for number in listed.split(",")]
-    except ValueError:
-        raise ValueError(f"weight {text!r} has no numbers in {listed!r}; write {WEIGHT_SYNTAX}") from None
-
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -98,7 +53,7 @@ class SamplingSettings:
         steps: 1 to 1000.
         seed: a non-negative integer.
         guidance_scale: diffusers' s = 1 + w.
-        weight: weight over time, in `parse_weight`'s form.
+        weight: weight over time, in `from_text`'s form.
         product: of K with the direction; `none` is everyday guidance.
         scheduler: diffusers' class name; None is the pipeline's own.
         call: further arguments of the pipeline's call, such as height and width: plain JSON; a classifier's `score`
@@ -130,15 +85,15 @@ class SamplingSettings:
             check_integer(name, getattr(self, name), 1, most)
         check_number("guidance_scale", self.guidance_scale)
         check_choice("image_format", self.image_format, get_args(Format))
-        parse_weight(self.weight)
+        from_text(self.weight)
         check_sampling_product(self.product)
         sample_seed(self.seed, 0)
 
     @property
     def guidance(self) -> RectifiedGuidanceConfig:
         """How the pipeline is rectified. A constant weight of 1 is left out: the pipeline's own arithmetic stays."""
-        weight = parse_weight(self.weight)
-        return RectifiedGuidanceConfig(product=self.product, weight=None if weight == ConstantWeight() else weight)
+        weight = from_text(self.weight)
+        return RectifiedGuidanceConfig.preset(self.product, weight=None if weight == ConstantWeight() else weight)
 
     @property
     def arguments(self) -> dict[str, Any]:

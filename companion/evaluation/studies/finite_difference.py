@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from companion.exact.mixtures import GaussianMixture
 from companion.guidance.parametrization import KCoefficients, rectification_coefficients
-from companion.guidance.rectification import Denoiser, rectify
+from companion.guidance.rectification import Denoiser, apply_k, rectify
 from companion.pipelines.hook import GuidanceStep, RectifiedGuidanceConfig, rectified_guidance
 
 
@@ -80,14 +80,13 @@ def difference_errors(
     with torch.no_grad():
         prediction = denoiser(x)
         direction = prediction.double() - reference.double()
-        at_x = exact(x.double())
-    wanted = rectify(exact, x.double(), at_x - direction, problem.coefficients, product="jvp", prediction=at_x)
+    wanted = apply_k(exact, x.double(), direction, problem.coefficients, product="jvp")
     errors = []
     for step in relative_steps:
         found = rectify(denoiser, x, reference, problem.coefficients, prediction=prediction, relative_step=step)
-        errors.append((found.direction.double() - wanted.direction).norm())
+        errors.append((found.direction.double() - wanted).norm())
     every = torch.stack(errors)
-    return DifferenceErrors(every / wanted.direction.norm(), every / direction.norm())
+    return DifferenceErrors(every / wanted.norm(), every / direction.norm())
 
 
 def mixture_problem(alpha: float, *, dimension: int = 64, batch: int = 4, seed: int = 0) -> DifferenceProblem:

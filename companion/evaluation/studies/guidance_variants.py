@@ -24,7 +24,7 @@ from companion.evaluation.metrics.clip_score import SceneClip
 from companion.evaluation.metrics.evaluators import REFERENCE_SEED
 from companion.evaluation.metrics.features import SceneFeatures, extract
 from companion.evaluation.metrics.metrics import share
-from companion.evaluation.sampling.evaluations import EvaluationCount
+from companion.evaluation.sampling.evaluations import evaluations, scheduler_levels
 from companion.evaluation.studies.guided_drawing import draw_with_guider
 from companion.evaluation.tables.results import Cell, Figure, read_cells, same_settings, write_cells
 from companion.guidance.variants import renoising_scale
@@ -103,7 +103,7 @@ def renoising_weight(scheduler: SchedulerMixin, steps: int, strength: float = ST
     ratios = [float((1 / kept[t] - 1).sqrt()) for t in timesteps]
     after = [float((1 / (kept[t] if t >= 0 else scheduler.final_alpha_cumprod.double()) - 1).sqrt()) for t in following]
     weights = {t: renoising_scale(strength, r, n) - 1 for t, r, n in zip(timesteps, ratios, after, strict=True)}
-    return lambda progress, timestep: weights[int(timestep)]
+    return lambda progress, level: weights[int(level.value("timestep"))]
 
 
 def pictures(
@@ -115,14 +115,14 @@ def pictures(
         if row.product != "none":
             guider = RectifiedGradientGuidance(guider, product=row.product, scheduler=pipe.scheduler)
         drawn = draw_with_guider(pipe, guider, captions, num_inference_steps=row.steps, seed=seed)
-        return drawn, _evaluations(pipe, RectifiedGuidanceConfig(product=row.product), row.steps)
+        return drawn, _evaluations(pipe, RectifiedGuidanceConfig.preset(row.product), row.steps)
     weight: GuidanceWeight | None = None
     scale = row.guidance_scale
     if row.variant == "interval":
-        weight = IntervalWeight(*INTERVAL)
+        weight = IntervalWeight(*INTERVAL, unit="timestep")
     elif row.variant == "CFG++":
         weight, scale = renoising_weight(pipe.scheduler, row.steps), 2.0  # in units of scale - 1
-    config = RectifiedGuidanceConfig(product=row.product, weight=weight)
+    config = RectifiedGuidanceConfig.preset(row.product, weight=weight)
     plain = row.product == "none" and weight is None
     with nullcontext() if plain else rectified_guidance(pipe, config):
         drawn = draw(pipe, captions, guidance_scale=scale, num_inference_steps=row.steps, seed=seed)
@@ -130,11 +130,7 @@ def pictures(
 
 
 def _evaluations(pipe: StableDiffusionPipeline, config: RectifiedGuidanceConfig, steps: int) -> float:
-    pipe.scheduler.set_timesteps(steps)
-    count = EvaluationCount(config)
-    for index, timestep in enumerate(pipe.scheduler.timesteps):
-        count.add(index, steps, float(timestep), pipe.unet.config.in_channels * pipe.unet.config.sample_size**2)
-    return float(count.total)
+    return float(evaluations(config, scheduler_levels(pipe.scheduler, steps)))
 
 
 class CaptionScores:

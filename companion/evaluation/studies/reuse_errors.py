@@ -55,7 +55,7 @@ def quotient(last: Evaluation, direction: Tensor, log_snr: float) -> Tensor:
 
 
 def quotient_law(last: Evaluation, direction: Tensor, log_snr: float) -> Tensor:
-    """ρ' Δ, with the quotient carried along the law of Gaussian data, logit ρ' = logit ρ + the change of log SNR."""
+    """ρ' Δ, with the quotient moved by the law of Gaussian data, logit ρ' = logit ρ + the change of log SNR."""
     inside = _rayleigh(last).clamp(1e-4, 1 - 1e-4)
     return torch.sigmoid(inside.logit() + log_snr - last.log_snr) * direction
 
@@ -64,7 +64,7 @@ def shipped(last: Evaluation, direction: Tensor, log_snr: float) -> Tensor:
     """`product="auto"`: the law, and the last K Δ for the part of Δ along the last one."""
     reuse = RectificationReuse()
     reuse.update(0, last.direction, last.rectified, last.log_snr)
-    return reuse.carried(direction, log_snr)
+    return reuse.reused(direction, log_snr)
 
 
 RULES: dict[str, Rule] = {

@@ -15,7 +15,9 @@ from typing import Any
 import diffusers
 
 from companion.evaluation.sampling.evaluations import heun_levels, scheduler_levels, steps_at_equal_evaluations
-from companion.evaluation.sampling.settings import SamplingSettings, parse_weight
+from companion.evaluation.sampling.settings import SamplingSettings
+from companion.guidance.noise_level import NoiseLevel
+from companion.guidance.weights import from_text
 from companion.pipelines.edm2.pipeline import Reference
 from companion.pipelines.hook import SAMPLING_PRODUCTS, RectifiedGuidanceConfig, SamplingProduct
 from companion.pipelines.paper_models import PAPER_MODELS, PaperModel
@@ -32,7 +34,7 @@ class Row:
     Args:
         model: its name.
         guidance: what the table calls the schedule and the reference.
-        weight: the schedule, in `parse_weight`'s form.
+        weight: the schedule, in `from_text`'s form.
         product: `none` is CFG.
         guidance_scale: 1 + w.
         steps: of the sampler.
@@ -109,7 +111,7 @@ class _Swept:
 
     model: str
     steps: int
-    levels_of: Callable[[int], Sequence[float]]
+    levels_of: Callable[[int], Sequence[NoiseLevel]]
     guidances: Mapping[str, tuple[str, Reference | None]]
     scales: Sequence[float]
 
@@ -121,7 +123,7 @@ class _Swept:
             row = Row(self.model, guidance, weight, product, scale, self.steps, reference)
             rows.append(row)
             if product == "none":
-                config = RectifiedGuidanceConfig(product=REG, weight=parse_weight(weight))
+                config = RectifiedGuidanceConfig(product=REG, weight=from_text(weight))
                 more = steps_at_equal_evaluations(config, self.steps, self.levels_of)
                 rows.append(replace(row, steps=more, equal_evaluations=True))
         return rows
@@ -156,7 +158,7 @@ _OVER_TIME: Mapping[str, tuple[str, Reference | None]] = {
 
 
 @cache
-def _ddim(steps: int, offset: int = 0) -> list[float]:
+def _ddim(steps: int, offset: int = 0) -> list[NoiseLevel]:
     return scheduler_levels(diffusers.DDIMScheduler(steps_offset=offset), steps)
 
 
@@ -172,11 +174,11 @@ def mini_imagenet() -> Plan:
     edm2: dict[str, tuple[str, Reference | None]] = {
         "vanilla": ("constant", "null_label"),
         "autoguidance": ("constant", "guide"),
-        "interval": ("interval:0.28,2.9", "null_label"),
+        "interval": ("interval@sigma:0.28,2.9", "null_label"),
         "linear": ("linear", "null_label"),
         "cosine": ("power-cosine:1,2", "null_label"),
     }
-    dit = {**_OVER_TIME, "interval": ("interval:205,502", None)}
+    dit = {**_OVER_TIME, "interval": ("interval@timestep:205,502", None)}
     models = (
         _Swept("mini-edm2", 12, _cached_heun, edm2, (2.0, 1.5, 3.0)),
         _Swept("mini-dit", 20, _ddim, dit, (2.5, 1.5, 4.0)),
@@ -191,7 +193,7 @@ def mini_coco() -> Plan:
     return Plan(_ordered(models, ("vanilla",)))
 
 
-def _levels(model: PaperModel) -> Callable[[int], Sequence[float]]:
+def _levels(model: PaperModel) -> Callable[[int], Sequence[NoiseLevel]]:
     """Of the paper's sampler, as `companion.load` sets it up for the model's own pipeline."""
     if model.scheduler is None:
         return _cached_heun
@@ -221,8 +223,8 @@ def paper_imagenet() -> Plan:
     Samplers, steps and intervals are the paper's, the first scale of each is the one its networks were published with,
     the others are this table's choice. Autoguidance is sampled from the pairs of networks that EDM2 publishes for it.
     """
-    dit = {**_OVER_TIME, "interval": ("interval:205,502", None)}
-    edm2 = {**_OVER_TIME, "interval": ("interval:0.28,2.9", None)}
+    dit = {**_OVER_TIME, "interval": ("interval@timestep:205,502", None)}
+    edm2 = {**_OVER_TIME, "interval": ("interval@sigma:0.28,2.9", None)}
     auto: dict[str, tuple[str, Reference | None]] = {"autoguidance": ("constant", "guide")}
     models = (
         _paper_swept("dit-xl-2-256", dit, (1.5, 1.25, 2.0, 3.0)),

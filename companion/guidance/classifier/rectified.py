@@ -5,7 +5,7 @@ A classifier of clean images judges the estimate x̂_0(x_t), so what guidance cl
     ∇_{x_t} S(x̂_0(x_t)) = (∂x̂_0/∂x_t)ᵀ g = Kᵀ g / α,        g = ∇S at x̂_0,   K = α ∂x̂_0/∂x_t,
 
 with the K of rectified gradient guidance. Ma et al. (2024) add g as if K were the identity, which saves a backward pass
-through the denoiser: what they leave out is exactly K. Every product of `companion.guidance.rectification` can stand
+through the denoiser: what they leave out is exactly K. Every product of `companion.guidance.products` can stand
 for Kᵀ here; for exact scores K is symmetric, and `vjp` and `jvp` agree.
 """
 
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from companion.guidance.classifier.scores import PLAIN, Classifier, ClassifierScore, Labels, classifier_gradient
 from companion.guidance.parametrization import KCoefficients, Level, PredictionType, clean_from_output
-from companion.guidance.rectification import Denoiser, Product, check_product, rectify
+from companion.guidance.products import PROBES, Denoiser, Product, check_product
+from companion.guidance.rectification import apply_k
 
 
 class RectifiedScore(NamedTuple):
@@ -49,7 +50,7 @@ def rectified_classifier_gradient(
     prediction_type: PredictionType = "epsilon",
     config: ClassifierScore = PLAIN,
     product: Product = "vjp",
-    probes: int | None = None,
+    probes: int | None = PROBES,
     generator: torch.Generator | None = None,
 ) -> RectifiedScore:
     """S and its gradient through x̂_0, with the product of K that is asked for.
@@ -70,10 +71,10 @@ def rectified_classifier_gradient(
         labels: one for all, or one each.
         alpha, sigma: the level in the denoiser's input coordinates; alpha must not be 0.
         config: which score; the default is log p(y|x̂_0).
-        probes, generator: of `diagonal`, as in `rectify`.
+        probes, generator: of `diagonal`, as in `apply_k`.
 
     Raises:
-        ValueError: an unknown product or prediction type, or as `classifier_gradient` and `rectify`.
+        ValueError: an unknown product or prediction type, or as `classifier_gradient` and `apply_k`.
     """
     check_product(product)
 
@@ -90,19 +91,17 @@ def rectified_classifier_gradient(
         gradient = slope / alpha
     elif backward:
         vector = torch.ones_like(slope) if product == "ones" else slope
-        [pulled] = torch.autograd.grad(clean, leaf, vector)
-        gradient = slope * pulled if product == "ones" else pulled
+        [transposed] = torch.autograd.grad(clean, leaf, vector)
+        gradient = slope * transposed if product == "ones" else transposed
     else:
-        base = clean.detach()
-        # A denoiser that predicts 0 here has exactly g as its direction from the reference -g, however small g is.
-        gradient = rectify(
-            lambda z: clean_of(z)[1] - base,
+        gradient = apply_k(
+            lambda z: clean_of(z)[1],
             x,
-            -slope,
+            slope,
             KCoefficients(0.0, 1.0),
             product=product,
-            prediction=torch.zeros_like(base),
+            prediction=clean.detach(),
             probes=probes,
             generator=generator,
-        ).direction
+        )
     return RectifiedScore(output.detach(), clean.detach(), score, slope, gradient.to(x.dtype))

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from companion.guidance.classifier.rectified import rectified_classifier_gradient
 from companion.guidance.classifier.scores import ClassifierScore, classifier_gradient, tilted_weights
-from companion.guidance.rectification import Denoiser, check_product, rectify
-from companion.guidance.reuse import RectificationReuse
-from companion.pipelines.hook import RectifiedGuidanceConfig
-from companion.pipelines.levels import NoiseLevel
+from companion.guidance.noise_level import NoiseLevel
+from companion.guidance.products import Denoiser
+from companion.pipelines.product_step import RectifiedRun
 from companion.seeding import sample_generators
 
 GradientAt = Literal["noisy", "clean"]
@@ -53,87 +52,37 @@ class Guide:
     clip: bool
 
 
-@dataclass(frozen=True)
-class Rectifying:
-    """How one run applies products of K; the reuse of `auto` lives as long as the run.
-
-    Args:
-        config: of the rectification; everyday guidance is the product "none".
-        relative_step: of finite differences; None follows the dtype of x.
-    """
-
-    config: RectifiedGuidanceConfig
-    relative_step: float | None
-    reuse: dict[str, RectificationReuse]
-
-    def product(
-        self,
-        name: str,
-        index: int,
-        denoiser: Denoiser,
-        x: Float[Tensor, "batch ..."],
-        reference: Float[Tensor, "batch ..."],
-        level: NoiseLevel,
-        prediction: Float[Tensor, "batch ..."],
-    ) -> Float[Tensor, "batch ..."]:
-        """`product(K, prediction - reference)`; `name` tells apart the directions of one run for `auto`."""
-        if self.config.product == "auto":
-            log_snr = 2 * float(torch.tensor(level.alpha / level.sigma, dtype=torch.float64).log())
-            reuse = self.reuse.setdefault(name, RectificationReuse())
-            return reuse.rectify(
-                index,
-                log_snr,
-                denoiser,
-                x,
-                reference,
-                level.coefficients,
-                prediction=prediction,
-                relative_step=self.relative_step,
-            ).direction
-        return rectify(
-            denoiser,
-            x,
-            reference,
-            level.coefficients,
-            product=check_product(self.config.product),
-            prediction=prediction,
-            probes=self.config.probes,
-            generator=self.probe_generator(index),
-            relative_step=self.relative_step,
-        ).direction
-
-    def probe_generator(self, index: int) -> torch.Generator | None:
-        if self.config.product != "diagonal" or self.config.probes is None:
-            return None
-        [generator] = sample_generators(self.config.seed, [index])
-        return generator
-
-
 def guided_gradient(
     network: Denoiser,
     x: Float[Tensor, "batch ..."],
     timestep: int,
     level: NoiseLevel,
     guidance: Guide,
-    rectifying: Rectifying,
+    run: RectifiedRun,
     index: int,
+    relative_step: float | None = None,
 ) -> tuple[Float[Tensor, "batch ..."], Float[Tensor, "batch ..."]]:
     """The network's prediction at x, and what guidance adds to the score: scaled, tilted, `product(K, g)`.
 
-    | `at` | g | everyday | rectified | rectified, with `chain_rule` |
+    | `at` | g | `none` | rectified | rectified, with `chain_rule` |
     |---|---|---|---|---|
     | noisy | ∇S at x_t | g | product(K, g) | the same |
     | clean | ∇S at x̂_0(x_t) | g (with `chain_rule` g/α) | product(K, g) | product(K, g)/α; for `vjp`, ∇_{x_t} S |
 
     Args:
         network: at this timestep and condition, as a function of x.
+        run: of the classifier's gradient, begun at this step.
         index: of the call within its run.
+        relative_step: of finite differences; None follows the dtype of x.
 
     Raises:
-        ValueError: as `classifier_gradient` and `rectify`.
+        ValueError: as `classifier_gradient` and `apply_k`.
     """
-    product = rectifying.config.product
-    if guidance.at == "clean" and product in ("none", "ones", "diagonal", "vjp"):
+    config = run.config
+    if guidance.at == "clean" and (config.product == "none" or run.differentiates):
+        generator = None
+        if config.product == "diagonal" and config.probes is not None:
+            [generator] = sample_generators(config.seed, [index])
         found = rectified_classifier_gradient(
             network,
             lambda clean: guidance.logits(_cut(clean) if guidance.clip else clean, 0),
@@ -143,16 +92,17 @@ def guided_gradient(
             sigma=level.sigma,
             prediction_type=level.prediction_type,
             config=guidance.score,
-            product=product,
-            probes=rectifying.config.probes,
-            generator=rectifying.probe_generator(index),
+            product=config.product,
+            probes=config.probes,
+            generator=generator,
         )
         prediction, score = found.prediction, found.score
         # For "none" the gradient itself: g/α times α differs from g in the last bit.
-        if product == "none":
+        if config.product == "none":
             gradient = found.clean_gradient / (level.alpha if guidance.chain_rule else 1)
         else:
             gradient = found.gradient * (1 if guidance.chain_rule else level.alpha)
+            run.keep(found.clean_gradient, found.gradient * level.alpha)
     else:
         with torch.no_grad():
             prediction = network(x)
@@ -165,17 +115,7 @@ def guided_gradient(
             score, gradient = classifier_gradient(
                 lambda z: guidance.logits(_cut(z) if guidance.clip else z, 0), clean, guidance.labels, guidance.score
             )
-        if product != "none":
-            # 0 - (-g) is exactly g, and the network moved by a constant has the same K.
-            gradient = rectifying.product(
-                "classifier",
-                index,
-                lambda z: network(z) - prediction,
-                x,
-                -gradient,
-                level,
-                torch.zeros_like(prediction),
-            )
+        gradient = run.apply(network, x, gradient, prediction=prediction, relative_step=relative_step)
         if guidance.at == "clean" and guidance.chain_rule:
             gradient = gradient / level.alpha
     scale = torch.as_tensor(guidance.scale, dtype=score.dtype, device=score.device)

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from companion.calibration.smooth_activations import smooth_activations
 from companion.guidance.classifier.scores import PLAIN, ClassifierScore
+from companion.guidance.noise_level import NoiseLevel
 from companion.guidance.parametrization import PredictionType
-from companion.guidance.rectification import check_product
 from companion.pipelines.adm.classifier import (
     class_count,
     classifier_input,
@@ -35,7 +35,6 @@ from companion.pipelines.adm.guidance import (
     GRADIENT_AT,
     GradientAt,
     Guide,
-    Rectifying,
     guided_gradient,
 )
 from companion.pipelines.adm.sampler import (
@@ -46,8 +45,9 @@ from companion.pipelines.adm.sampler import (
     sampling_chain,
     sampling_timesteps,
 )
-from companion.pipelines.hook import GuidanceStep, OnStep, RectifiedGuidanceConfig
-from companion.pipelines.levels import NoiseLevel, noise_level
+from companion.pipelines.configuration import RectifiedGuidanceConfig
+from companion.pipelines.levels import noise_level
+from companion.pipelines.product_step import GuidanceStep, OnStep, RectifiedRun
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 
@@ -200,13 +200,14 @@ class ADMPipeline(DiffusionPipeline):
             raise ValueError(f"latents must be of shape {shape}, got {tuple(latents.shape)}")
         else:
             x = latents.to(device=device, dtype=dtype)
-        rectifying = Rectifying(self._rectification or _EVERYDAY, self._relative_step(), {})
+        config = self._rectification or _EVERYDAY
+        runs = (RectifiedRun(config), RectifiedRun(config))
 
         with smoothed, self.progress_bar(total=len(chain)) as progress_bar:
             for i, timestep in enumerate(chain.timesteps):
-                level = noise_level(self.scheduler, timestep)
+                level = replace(noise_level(self.scheduler, timestep), timestep=float(timestep))
                 prediction, values, gradient = self._evaluate(
-                    x, timestep, level, told, guidance, guidance_scale, rectifying, i, len(chain)
+                    x, timestep, level, told, guidance, guidance_scale, runs, i, len(chain)
                 )
                 clean = level.clean(prediction, x)
                 clean = clean.clamp(-1, 1) if clip_sample else clean
@@ -235,14 +236,15 @@ class ADMPipeline(DiffusionPipeline):
         labels: Int[Tensor, " batch"] | None,
         guidance: Guide | None,
         guidance_scale: float,
-        rectifying: Rectifying,
+        runs: tuple[RectifiedRun, RectifiedRun],
         index: int,
         total: int,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """All guidance of this pipeline, at one step: (prediction, variance outputs, gradient).
 
         The prediction has classifier-free guidance in it, `c + (s - 1) weight product(K, c - u)`; the gradient is the
-        classifier's, scaled and weighted. Where the weight is 0, the U-Net alone is evaluated, once.
+        classifier's, scaled and weighted. Where the weight is 0, the U-Net alone is evaluated, once. `runs` are
+        those of the classifier's gradient and of the classifier-free direction.
         """
         channels, conditional = x.shape[1], labels if self._classes() else None
         outputs: list[Tensor] = []
@@ -253,18 +255,20 @@ class ADMPipeline(DiffusionPipeline):
             return whole[:, :channels].to(z.dtype)
 
         guided = guidance is not None or guidance_scale != 1
-        weight = rectifying.config.weight_at(index / max(1, total - 1), timestep) if guided else 0.0
-        gradient = None
-        if guidance is None or weight == 0:
+        by_classifier, classifier_free = runs
+        weight = by_classifier.config.weight_at(index / max(1, total - 1), level) if guided else 0.0
+        gradient, step = None, self._relative_step()
+        if not by_classifier.begin(index, total, level, 0.0 if guidance is None else weight):
             prediction = network(x)
         else:
-            prediction, gradient = guided_gradient(network, x, timestep, level, guidance, rectifying, index)
+            assert guidance is not None
+            prediction, gradient = guided_gradient(network, x, timestep, level, guidance, by_classifier, index, step)
             gradient = gradient if weight == 1 else weight * gradient
         whole = outputs[0]
         plain, shift = prediction, None if not guided else torch.zeros_like(prediction)
-        if guidance_scale != 1 and weight != 0:
+        if classifier_free.begin(index, total, level, 0.0 if guidance_scale == 1 else weight):
             reference = self._reference(network, x, timestep, level, labels)
-            direction = rectifying.product("classifier-free", index, network, x, reference, level, plain)
+            direction = classifier_free.rectify(network, x, reference, prediction=plain, relative_step=step).direction
             prediction = plain + (guidance_scale - 1) * weight * direction
         if self._on_step is not None:
             if guided:
@@ -272,7 +276,8 @@ class ADMPipeline(DiffusionPipeline):
                 if gradient is not None:
                     shift = shift + _as_output(level) * gradient
                 shift = shift / (guidance_scale - 1 if guidance_scale != 1 else 1)
-            self._on_step(GuidanceStep(index, total, timestep, level, x, plain, shift))
+            spent = by_classifier.spent + classifier_free.spent - (index + 1)  # the conditional branch is one
+            self._on_step(GuidanceStep(index, total, timestep, level, x, plain, shift, spent))
         return prediction, whole[:, channels:].to(x.dtype) if whole.shape[1] == 2 * channels else None, gradient
 
     def _reference(
@@ -358,12 +363,12 @@ class ADMPipeline(DiffusionPipeline):
                 guided x̂_0 then, and `step.clean(2)` with the classifier alone.
 
         Raises:
-            ValueError: rectified guidance is on already, or the product is none of `PRODUCTS` or "auto".
+            ValueError: rectified guidance is on already, or the method is not "reg".
         """
         if self._rectification is not None:
             raise ValueError("rectified guidance is on already; call remove_rectified_guidance(pipe) first")
-        if config is not None and config.product != "auto":
-            check_product(config.product)
+        if config is not None and config.method != "reg":
+            raise ValueError(f'method must be "reg" for ADMPipeline, got {config.method!r}')
         self._rectification, self._on_step = config or RectifiedGuidanceConfig(), on_step
 
     def _clear_rectification(self) -> None:

@@ -15,10 +15,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from companion.guidance.noise_level import NoiseLevel
 from companion.networks.edm2 import EDM2UNet
+from companion.pipelines.configuration import RectifiedGuidanceConfig
 from companion.pipelines.edm2.sampler import Churn, heun, karras_levels
-from companion.pipelines.hook import GuidanceStep, OnStep, Rectification, RectifiedGuidanceConfig
-from companion.pipelines.levels import NoiseLevel
+from companion.pipelines.product_step import GuidanceStep, OnStep, RectifiedRun
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Interval = tuple[float, float]
@@ -75,7 +76,7 @@ class EDM2Pipeline(DiffusionPipeline):
             signed_pixels=signed_pixels,
             class_names=None if class_names is None else list(class_names),
         )
-        self._rectification: Rectification | None = None
+        self._rectification: RectifiedGuidanceConfig | None = None
         self._on_step: OnStep | None = None
 
     @property
@@ -156,6 +157,7 @@ class EDM2Pipeline(DiffusionPipeline):
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents must be of shape {shape}, got {tuple(latents.shape)}")
         total, index = 2 * num_inference_steps - 1, -1
+        run = RectifiedRun(self._rectification or _EVERYDAY)
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
             nonlocal index
@@ -167,6 +169,7 @@ class EDM2Pipeline(DiffusionPipeline):
                 guide=guide,
                 scale=guidance_scale,
                 interval=guidance_interval,
+                run=run,
                 index=index,
                 total=total,
             )
@@ -196,39 +199,39 @@ class EDM2Pipeline(DiffusionPipeline):
         guide: Any,
         scale: float,
         interval: Interval | None,
+        run: RectifiedRun,
         index: int,
         total: int,
     ) -> Float[Tensor, "batch ..."]:
-        """D of one evaluation, guided: all guidance of this pipeline, everyday and rectified, is here.
+        """D of one evaluation, guided: all guidance of this pipeline, CFG and rectified, is here.
 
-        `D + (scale - 1) weight product(K, D - D_reference)`, K = ∂D/∂x (x_0-prediction at α = 1); everyday guidance is
-        the product "none" with weight 1. Where the weight is 0, the conditional network alone is evaluated.
+        `D + (scale - 1) weight product(K, D - D_reference)`, K = ∂D/∂x (x_0-prediction at α = 1); CFG is the
+        product "none" with weight 1. Where the weight is 0, the conditional network alone is evaluated.
 
         Args:
             x: the state at `sigma`.
             labels: None for an unconditional network.
             guide: the reference network; None is the null label.
             scale, interval: the call's `guidance_scale` and `guidance_interval`.
+            run: the call's own.
             index, total: number of this evaluation, from 0, and of all.
         """
-        rectification = self._rectification or Rectification(_EVERYDAY)
-        config = rectification.config
         level = NoiseLevel(1.0, sigma, "sample")
         inside = interval is None or interval[0] <= sigma <= interval[1]
-        weight = config.weight_at(index / max(1, total - 1), sigma) if scale != 1 and inside else 0.0
+        # Every level but the first is evaluated twice: one level, one weight.
+        progress = (index + 1) // 2 / max(1, total // 2)
+        weight = run.config.weight_at(progress, level) if scale != 1 and inside else 0.0
 
         def conditional(z: Tensor) -> Tensor:
             return _evaluate(self.unet, z, sigma, labels)
 
         direction = None
-        if weight == 0:
+        if not run.begin(index, total, level, weight):
             guided = prediction = conditional(x)
             if scale != 1:
                 direction = torch.zeros_like(prediction)
         else:
-            prediction, direction = rectification(
-                index,
-                level,
+            prediction, direction = run.rectify(
                 conditional,
                 x,
                 self._reference(guide, x, sigma, labels),
@@ -239,7 +242,7 @@ class EDM2Pipeline(DiffusionPipeline):
             direction = weight * direction
             guided = prediction + (scale - 1) * direction
         if self._on_step is not None:
-            self._on_step(GuidanceStep(index, total, sigma, level, x, prediction, direction))
+            self._on_step(GuidanceStep(index, total, sigma, level, x, prediction, direction, run.spent))
         return guided
 
     def _reference(self, guide: Any, x: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
@@ -283,7 +286,7 @@ class EDM2Pipeline(DiffusionPipeline):
         """
         if self._rectification is not None:
             raise ValueError("rectified guidance is on already; call remove_rectified_guidance(pipe) first")
-        self._rectification, self._on_step = Rectification(config or RectifiedGuidanceConfig()), on_step
+        self._rectification, self._on_step = config or RectifiedGuidanceConfig(), on_step
 
     def _clear_rectification(self) -> None:
         """What `remove_rectified_guidance` does: everyday guidance again; nothing where it was not rectified."""
@@ -318,7 +321,7 @@ class EDM2Pipeline(DiffusionPipeline):
             raise ValueError(
                 f"guidance_reference must be one of {', '.join(get_args(Reference))}, or None, got {reference!r}"
             )
-        borrowed = None if self._rectification is None else self._rectification.config.guide
+        borrowed = None if self._rectification is None else self._rectification.guide
         guide = self.guide if borrowed is None else borrowed
         if reference == "guide" and guide is None:
             raise ValueError('guidance_reference "guide" needs a pipeline with a guide network, and this one has none')

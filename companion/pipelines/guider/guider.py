@@ -11,11 +11,10 @@ the conditional call. How the block made its prediction out of the denoiser's ou
 tokens, its negative) is found by comparing the two; a block that does anything else is refused.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import SchedulerMixin
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput, rescale_noise_cfg
@@ -23,19 +22,15 @@ from diffusers.modular_pipelines import ModularPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from companion.guidance.weights import GuidanceWeight
-from companion.pipelines.configuration import RectifiedGuidanceConfig, SamplingProduct
+from companion.guidance import weights
+from companion.guidance.noise_level import NoiseLevel
+from companion.guidance.products import PROBES, Product
+from companion.guidance.weights import GuidanceWeight, level_progress
+from companion.pipelines.configuration import RectifiedGuidanceConfig
 from companion.pipelines.guider.denoiser_call import RecordedCall, as_function, check_denoiser, listen
-from companion.pipelines.guider.scheduler import REMEDY, is_at, set_timesteps
-from companion.pipelines.guider.settings import (
-    component_settings,
-    from_settings,
-    guider_from,
-    weight_from,
-    weight_settings,
-)
-from companion.pipelines.levels import NoiseLevel, check_scheduler, noise_level
-from companion.pipelines.product_step import Rectification
+from companion.pipelines.guider.scheduler import level_of, scheduler_from
+from companion.pipelines.guider.settings import component_settings, guider_from, rescale_postponed
+from companion.pipelines.product_step import RectifiedRun
 
 
 class RectifiedGradientGuidance(BaseGuidance):
@@ -79,6 +74,7 @@ class RectifiedGradientGuidance(BaseGuidance):
         start, stop: fractions of the steps, `0 <= start < 1`, `start <= stop <= 1`, between which there is guidance;
             the other guider's own hold as well.
         enabled: whether there is guidance at all.
+        every, skip, cost: what to save, see `RectifiedGuidanceConfig`; `product="auto"` is short for `cost=1.0`.
 
     Raises:
         ValueError: a guider, product, weight or scheduler that is not supported, or `guidance_scale` for a guider that
@@ -90,9 +86,9 @@ class RectifiedGradientGuidance(BaseGuidance):
     def __init__(
         self,
         guider: BaseGuidance | dict[str, Any] | None = None,
-        product: SamplingProduct = "finite_difference",
+        product: Product = "finite_difference",
         weight: GuidanceWeight | float | dict[str, Any] | None = None,
-        probes: int | None = 4,
+        probes: int | None = PROBES,
         seed: int = 0,
         relative_step: float | None = None,
         scheduler: SchedulerMixin | dict[str, Any] | None = None,
@@ -100,32 +96,31 @@ class RectifiedGradientGuidance(BaseGuidance):
         start: float = 0.0,
         stop: float = 1.0,
         enabled: bool = True,
+        every: int = 1,
+        skip: float | None = None,
+        cost: float | None = None,
     ) -> None:
         super().__init__(start, stop, enabled)
         self.guider = guider_from(guider or {"_class_name": "ClassifierFreeGuidance"}, guidance_scale)
-        self.rectification = RectifiedGuidanceConfig(
-            product=product,
-            weight=weight_from(weight),
-            probes=probes,
-            seed=seed,
-            relative_step=relative_step,
-        )
         if product == "covariance":
             raise ValueError(
                 'product="covariance" evaluates the reference branch again, which a guider does not see; '
                 "take another product, or a classic pipeline"
             )
-        self._product = Rectification(self.rectification)
+        economy: dict[str, Any] = {"every": every, "skip": skip, "cost": cost}
+        options: dict[str, Any] = {"probes": probes, "seed": seed, "relative_step": relative_step, **economy}
+        weight = weights.from_dict(weight) if isinstance(weight, dict) else weight
+        self.rectification = RectifiedGuidanceConfig(product, weight, **options)
+        self._run, self._last_step = RectifiedRun(self.rectification), -1
+        self._guided: bool | None = None
         self._call: RecordedCall | None = None
         self._stop_listening: Callable[[], None] | None = None
         self._identifiers: list[str] = []
         self.register_to_config(
             guider=component_settings(self.guider),
             product=product,
-            weight=weight_settings(self.rectification.weight),
-            probes=probes,
-            seed=seed,
-            relative_step=relative_step,
+            weight=weights.to_dict(weight) if callable(weight) else weight,
+            **options,
             guidance_scale=None,  # it is among the guider's own
             start=start,
             stop=stop,
@@ -187,6 +182,9 @@ class RectifiedGradientGuidance(BaseGuidance):
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
         self._forget()
+        if step <= self._last_step:  # a run begins
+            self._run = RectifiedRun(self.rectification)
+        self._guided, self._last_step = None, step
         super().set_state(step, num_inference_steps, timestep)
         self.guider.set_state(step, num_inference_steps, timestep)
 
@@ -202,7 +200,7 @@ class RectifiedGradientGuidance(BaseGuidance):
     def prepare_models(self, denoiser: nn.Module) -> None:
         super().prepare_models(denoiser)
         self.guider.prepare_models(denoiser)
-        if self._is_rectified():
+        if self._run.evaluates:
             check_denoiser(denoiser)
         self._stop_listening = listen(denoiser, self._note)
 
@@ -229,18 +227,18 @@ class RectifiedGradientGuidance(BaseGuidance):
             ValueError: the scheduler is not known or does not know this timestep, or the denoiser's call is not
                 understood.
         """
-        if self._weight() == 0:
+        weight, plain = self._weight(), self.rectification.product == "none"
+        if weight == 0 or self._guided is False:
             return GuiderOutput(pred=pred_cond, pred_cond=pred_cond, pred_uncond=None)
-        weight, settings = self._weight(), self.rectification
         adds_nothing = not others or self._step < getattr(self.guider, "zero_init_steps", 0)
-        if adds_nothing or (settings.product == "none" and weight == 1):
+        if adds_nothing or (plain and weight == 1):
             return self.guider.forward(pred_cond, **others)
         with rescale_postponed(self.guider) as rescale:
             guided = self.guider.forward(pred_cond, **others)
         direction = guided.pred - pred_cond
-        if settings.product != "none":
+        if not plain:
             direction = self._rectified(pred_cond, direction)
-        pred = pred_cond + weight * direction
+        pred = pred_cond + weight * direction.to(pred_cond.dtype)
         if rescale > 0:
             pred = rescale_noise_cfg(pred, pred_cond, rescale)
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=guided.pred_uncond)
@@ -262,7 +260,13 @@ class RectifiedGradientGuidance(BaseGuidance):
 
     def _needed(self, batches: list[Any]) -> list[Any]:
         """The batches to evaluate: without guidance, the conditional one only."""
-        if self._weight() == 0:
+        if self._guided is None:
+            branches = len(batches)
+            weight = self._weight() if branches > 1 else 0.0
+            level = self._level() if weight != 0 and self._needs_level() else NoiseLevel(math.nan, math.nan)
+            self._guided = self._run.begin(self._step, self._num_inference_steps, level, weight)
+            self._run.spent += max(0, branches - 2) if self._guided else 0
+        if not self._guided:
             batches = [batch for batch in batches if getattr(batch, self._identifier_key) == "pred_cond"]
         self._identifiers = [getattr(batch, self._identifier_key) for batch in batches]
         return batches
@@ -277,31 +281,41 @@ class RectifiedGradientGuidance(BaseGuidance):
         if not self._enabled or not int(self._start * steps) <= self._step < int(self._stop * steps):
             return 0.0
         timestep = float(torch.as_tensor(self._timestep).flatten()[0])
-        return self.rectification.weight_at(min(1.0, self._step / max(1, steps - 1)), timestep)
+        if not callable(self.rectification.weight):
+            return self.rectification.weight_at(0.0, NoiseLevel(math.nan, math.nan))
+        known = self._scheduler is not None
+        level = self._level() if known else NoiseLevel(math.nan, math.nan, timestep=timestep)
+        return self.rectification.weight_at(self._progress(timestep), level)
 
-    def _is_rectified(self) -> bool:
-        return self.rectification.product != "none" and len(self._identifiers) > 1
+    def _progress(self, timestep: float) -> float:
+        """Of this step, 0 to 1; calls at one noise level share it."""
+        scheduler = self._scheduler if self._follows_pipeline else None
+        timesteps = [] if scheduler is None else torch.as_tensor(scheduler.timesteps).tolist()
+        if self._step < len(timesteps) and timesteps[self._step] == timestep:
+            return level_progress(timesteps)[self._step]
+        return min(1.0, self._step / max(1, self._num_inference_steps - 1))
+
+    def _needs_level(self) -> bool:
+        return self.rectification.product != "none"
+
+    def _level(self) -> NoiseLevel:
+        timestep = float(torch.as_tensor(self._timestep).flatten()[0])
+        return level_of(self._scheduler, timestep, self._num_inference_steps, self._follows_pipeline)
 
     def _rectified(self, prediction: Tensor, direction: Tensor) -> Tensor:
+        wide = torch.promote_types(prediction.dtype, torch.float32)
+        if not self._run.evaluates:
+            return self._run.apply(_no_denoiser, prediction, direction.to(wide))
         if self._call is None:
             raise ValueError("the block did not call the denoiser that it had the guider prepare, as guiders require")
         denoise, z = as_function(self._call, prediction)
-        # In half precision, c - d would round the direction once more.
-        wide = torch.promote_types(prediction.dtype, torch.float32)
-        return self._product(
-            self._step,
-            self._level(),
-            denoise,
-            z,
-            prediction.to(wide) - direction.to(wide),
-            prediction=prediction,
-        ).direction
+        return self._run.apply(denoise, z, direction.to(wide), prediction=prediction)
 
     def _note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         self._end_listening()
         if output is None:  # the denoiser raised an exception, and the block will not clean up after it
             self.guider.cleanup_models(module)
-        elif self._is_rectified() and self._identifier() == "pred_cond":
+        elif self._run.evaluates and self._identifier() == "pred_cond":
             self._call = RecordedCall(module, args, dict(kwargs), output)
 
     def _end_listening(self) -> None:
@@ -316,52 +330,9 @@ class RectifiedGradientGuidance(BaseGuidance):
 
     def _use_scheduler(self, given: SchedulerMixin | dict[str, Any] | None) -> None:
         self._follows_pipeline = not isinstance(given, dict)
-        scheduler: Any = (
-            from_settings(given, "scheduler", diffusers, SchedulerMixin) if isinstance(given, dict) else given
-        )
-        if scheduler is not None:
-            check_scheduler(scheduler)
-            if scheduler.config.get("invert_sigmas"):
-                raise ValueError(
-                    f"{type(scheduler).__name__} with invert_sigmas=True counts noise levels backwards, which is not "
-                    "supported"
-                )
-        self._scheduler = scheduler
-        self.register_to_config(scheduler=None if scheduler is None else component_settings(scheduler))
-
-    def _level(self) -> NoiseLevel:
-        """The noise level of this step.
-
-        Raises:
-            ValueError: it cannot be known.
-        """
-        scheduler, timestep = self._scheduler, float(torch.as_tensor(self._timestep).flatten()[0])
-        if scheduler is None:
-            raise ValueError(f"RectifiedGradientGuidance does not know the pipeline's noise levels; {REMEDY}")
-        name = type(scheduler).__name__
-        if not self._follows_pipeline:
-            set_timesteps(scheduler, self._num_inference_steps, timestep)
-        if not is_at(scheduler, timestep):
-            reason = (
-                f"the guider's {name} is not there: it seems not to be the pipeline's"
-                if self._follows_pipeline
-                else f"the saved settings of {name} do not lead there in {self._num_inference_steps} steps"
-            )
-            raise ValueError(f"the noise level of timestep {timestep:g} is not known, as {reason}; {REMEDY}")
-        return noise_level(scheduler, timestep)
+        self._scheduler = scheduler_from(given)
+        self.register_to_config(scheduler=None if self._scheduler is None else component_settings(self._scheduler))
 
 
-@contextmanager
-def rescale_postponed(guider: BaseGuidance) -> Iterator[float]:
-    """The guider without its `guidance_rescale` of the whole prediction, which is yielded, to be applied later."""
-    kept: Any = getattr(guider, "guidance_rescale", 0.0)
-    rescale: float = kept
-    without: Any = 0.0
-    if isinstance(kept, list):  # frequency-decoupled guidance: one for each frequency, or the first for the whole
-        whole = guider.guidance_rescale_space == "data"
-        rescale, without = (kept[0], [0.0] * len(kept)) if whole else (0.0, kept)
-    guider.guidance_rescale = without
-    try:
-        yield rescale
-    finally:
-        guider.guidance_rescale = kept
+def _no_denoiser(z: Tensor) -> Tensor:
+    raise AssertionError("a step that reuses an evaluation calls no denoiser")

@@ -1,14 +1,12 @@
-"""What a guider is made from and saved as: the guider within, the weight over time, the scheduler."""
+"""What a guider is made from and saved as, and the settings of the guider within."""
 
 import inspect
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from diffusers import guiders
 from diffusers.guiders.guider_utils import BaseGuidance
-
-from companion.guidance import weights
-from companion.guidance.weights import GuidanceWeight
 
 RECTIFIABLE_GUIDERS = (
     "AdaptiveProjectedGuidance",
@@ -28,7 +26,6 @@ _REFUSED_GUIDERS = {
     "the guider of another modality",
     "RectifiedGradientGuidance": "its direction is rectified already",
 }
-_WEIGHTS = ("ConstantWeight", "LinearWeight", "PowerCosineWeight", "IntervalWeight")
 
 
 def component_settings(component: Any) -> dict[str, Any]:
@@ -69,19 +66,17 @@ def guider_from(given: BaseGuidance | dict[str, Any], guidance_scale: float | No
     return guider.new(guidance_scale=guidance_scale)
 
 
-def weight_from(weight: Any) -> GuidanceWeight | float | None:
-    if not isinstance(weight, dict):
-        if callable(weight) and type(weight).__name__ not in _WEIGHTS:
-            raise ValueError(f"weight must be a number or one of {', '.join(_WEIGHTS)}, to be saved; got {weight!r}")
-        return weight
-    if weight.get("type") not in _WEIGHTS:
-        raise ValueError(f"weight must name one of {', '.join(_WEIGHTS)} as its type, got {weight.get('type')!r}")
-    settings = {key: weight_from(value) for key, value in weight.items() if key != "type"}
-    return getattr(weights, weight["type"])(**settings)
-
-
-def weight_settings(weight: Any) -> Any:
-    if not is_dataclass(weight):
-        return weight
-    values = {field.name: weight_settings(getattr(weight, field.name)) for field in fields(weight)}
-    return {"type": type(weight).__name__, **values}
+@contextmanager
+def rescale_postponed(guider: BaseGuidance) -> Iterator[float]:
+    """The guider without its `guidance_rescale` of the whole prediction, which is yielded, to be applied later."""
+    kept: Any = getattr(guider, "guidance_rescale", 0.0)
+    rescale: float = kept
+    without: Any = 0.0
+    if isinstance(kept, list):  # frequency-decoupled guidance: one for each frequency, or the first for the whole
+        whole = guider.guidance_rescale_space == "data"
+        rescale, without = (kept[0], [0.0] * len(kept)) if whole else (0.0, kept)
+    guider.guidance_rescale = without
+    try:
+        yield rescale
+    finally:
+        guider.guidance_rescale = kept

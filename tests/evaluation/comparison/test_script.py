@@ -24,7 +24,9 @@ def folder(tmp_path_factory):
     [
         Settings([3, 4, 3], steps=5),
         Settings([0], steps=7, seed=12, guidance_scale=2.5, product="ones", scheduler="PNDMScheduler"),
-        Settings([9, 1], steps=6, weight=IntervalWeight(205.0, 502.0), scheduler="UniPCMultistepScheduler"),
+        Settings(
+            [9, 1], steps=6, weight=IntervalWeight(205.0, 502.0, unit="timestep"), scheduler="UniPCMultistepScheduler"
+        ),
         Settings([2], steps=4, weight=LinearWeight(0.5, 2.0), product="diagonal"),
         Settings([2], steps=4, weight=PowerCosineWeight(2.0, 1.5), product="jvp", scheduler="DDIMScheduler"),
         Settings([2], steps=4, weight=ConstantWeight(0.5)),

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from companion import ConstantWeight, IntervalWeight, LinearWeight, PowerCosineWeight, sample_generators
+from companion import sample_generators
 from companion.cli.main import main as command_line
 from companion.evaluation.sampling import runs
 from companion.evaluation.sampling import settings as sampling_settings
@@ -32,7 +32,6 @@ from companion.evaluation.sampling.settings import (
     check_sampling,
     conditions_for,
     model_defaults,
-    parse_weight,
     read_prompts,
     weights_fingerprint,
 )
@@ -276,21 +275,6 @@ def test_evaluations_are_counted(changes, nfe):
     assert counted == nfe
     if settings.product in ("none", "finite_difference"):  # nothing but forward passes
         assert sum(rows) / 2 == nfe
-
-
-def test_weights_are_written_short():
-    assert parse_weight("constant") == ConstantWeight()
-    assert parse_weight("constant:0.5") == ConstantWeight(0.5)
-    assert parse_weight("linear:1,0") == LinearWeight(1.0, 0.0)
-    assert parse_weight("linear") == LinearWeight()
-    assert parse_weight("power-cosine:4") == PowerCosineWeight(4.0)
-    assert parse_weight("power-cosine:4,2") == PowerCosineWeight(4.0, 2.0)
-    assert parse_weight("interval:205,502") == IntervalWeight(205.0, 502.0)
-    assert parse_weight("interval:0.28,2.9:linear:0,2") == IntervalWeight(0.28, 2.9, LinearWeight(0.0, 2.0))
-    for wrong in ("", "cosine", "linear:1", "linear:1,2,3", "linear:a,b", "interval", "interval:3", "interval:3,1",
-                  "power-cosine:-1", "constant:", "constant:nan", "interval:1,2:interval"):  # fmt: skip
-        with pytest.raises(ValueError):
-            parse_weight(wrong)
 
 
 @given(st.integers(1, 200), st.integers(1, 60))

@@ -50,7 +50,7 @@ def test_every_product_against_the_closed_form_of_k(prediction_type, product, se
     config = ClassifierScore(1.0, 0.5, name, 0.7, 0.8, entropy=0.2)
     got = rectified_classifier_gradient(
         denoiser(prediction_type, alpha, sigma), clean_logits, x, labels, alpha=alpha, sigma=sigma,
-        prediction_type=prediction_type, config=config, product=product,
+        prediction_type=prediction_type, config=config, product=product, probes=None,
     )  # fmt: skip
     clean = DATA.posterior_mean(x, alpha, sigma)
     g = classifier_gradient(clean_logits, clean, labels, config).gradient

@@ -231,24 +231,40 @@ def test_weight_zero_is_no_guidance_bit_for_bit(classifier, sampler):
     assert torch.equal(draw(pipe, labels=(0, 4), num_inference_steps=3, sampler=sampler), everyday)
 
 
-def test_auto_evaluates_every_third_call():
+def test_reuse_evaluates_every_third_call():
     pipe = mixture_pipe(BayesClean)
     calls = []
     pipe.unet.register_forward_hook(lambda *_: calls.append(1))
-    _, auto = rectified(pipe, RectifiedGuidanceConfig("auto"))
+    _, reused = rectified(pipe, RectifiedGuidanceConfig(every=3))
     assert len(calls) == STEPS + 2
     _, every = rectified(pipe, RectifiedGuidanceConfig("finite_difference"))
-    torch.testing.assert_close(auto[0].direction, every[0].direction)
+    torch.testing.assert_close(reused[0].direction, every[0].direction)
 
 
-@pytest.mark.parametrize("product", [*PRODUCTS, "auto"])
+@pytest.mark.parametrize("product", ["finite_difference", "vjp"])
+def test_skipping_leaves_out_what_guidance_takes(product):
+    """The share of the exact mixture's own K decides; the classifier is left out with the product."""
+    pipe = mixture_pipe(BayesClean)
+    _, whole = rectified(pipe, RectifiedGuidanceConfig(product), num_inference_steps=20)
+    _, steps = rectified(pipe, RectifiedGuidanceConfig(product, skip=0.3), num_inference_steps=20)
+    off = [step.index for step in steps if not step.direction.any()]
+    assert off and 0 not in off and off == list(range(1, len(off) + 1))
+    torch.testing.assert_close(steps[0].direction, whole[0].direction)
+    assert steps[-1].spent == 60 - 2 * len(off)
+    _, budget = rectified(pipe, RectifiedGuidanceConfig(product, cost=1.0), num_inference_steps=20)
+    assert budget[-1].spent <= 40 and budget[-1].direction.any()
+
+
+@pytest.mark.parametrize("product", [*PRODUCTS, "every third"])
 def test_classifier_free_guidance(product):
     """c + (s - 1) w product(K, c - u), alone and with a classifier beside it."""
     pipe = mixture_pipe(conditional=True)
     labels = torch.tensor([0, 1, 1])
-    config = RectifiedGuidanceConfig(product, weight=ConstantWeight(0.5), probes=None)
+    config = RectifiedGuidanceConfig(weight=ConstantWeight(0.5), every=3)
+    if product in PRODUCTS:
+        config = RectifiedGuidanceConfig(product, weight=ConstantWeight(0.5), probes=None)
     _, steps = rectified(pipe, config, guidance_scale=3.0, classifier_scale=0)
-    for step in steps[:1] if product == "auto" else steps:
+    for step in steps if product in PRODUCTS else steps[:1]:
         x, level = step.sample.flatten(1), step.level
         k = pipe.unet.rectification_matrix(step.sample, step.timestep, labels)
         own = [pipe.unet.mixtures[y].noise(x[i : i + 1], level.alpha, level.sigma) for i, y in enumerate(labels)]

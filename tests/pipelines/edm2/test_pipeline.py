@@ -11,6 +11,7 @@ from torch import Tensor
 import companion
 from companion import PRODUCTS, ConstantWeight, IntervalWeight, LinearWeight, RectifiedGuidanceConfig
 from companion.exact.mixtures import GaussianMixture, MixtureDenoiser
+from companion.guidance.noise_level import NoiseLevel
 from companion.pipelines.edm2.pipeline import EDM2Pipeline
 from companion.pipelines.edm2.sampler import karras_levels
 from tests.networks.test_edm2 import tiny_unet
@@ -191,7 +192,7 @@ def test_outside_the_interval_only_the_conditional_network_is_evaluated():
     everyday = draw(pipe, num_inference_steps=8, guidance_interval=interval)
     assert asked == {"unet": expected, "guide": inside}
     asked["unet"].clear(), asked["guide"].clear()
-    config = RectifiedGuidanceConfig(product="none", weight=IntervalWeight(*interval))
+    config = RectifiedGuidanceConfig(product="none", weight=IntervalWeight(*interval, unit="sigma"))
     assert torch.equal(rectified(pipe, config, num_inference_steps=8), everyday)
     assert asked == {"unet": expected, "guide": inside}
     assert [bool(s.direction.any()) for s in pipe.last_steps] == [sigma in inside for sigma in expected]
@@ -230,19 +231,20 @@ def test_weight_zero_is_unguided_bit_for_bit(product):
 def test_weight_over_time_counts_evaluations():
     pipe, seen = tiny_edm2(), []
 
-    def weight(progress: float, level: float) -> float:
+    def weight(progress: float, level: NoiseLevel) -> float:
         seen.append((progress, level))
         return LinearWeight(0.5, 2.0)(progress, level)
 
     rectified(pipe, RectifiedGuidanceConfig(product="none", weight=weight))
-    assert [round(progress * 6, 9) for progress, _ in seen] == list(range(7))
-    assert [level for _, level in seen] == [step.timestep for step in pipe.last_steps]
+    places = [0, 1, 1, 2, 2, 3, 3]  # Heun evaluates every level but the first twice: one level, one weight
+    assert [round(progress * 3, 9) for progress, _ in seen] == places
+    assert [level.karras_sigma for _, level in seen] == [step.timestep for step in pipe.last_steps]
     for i, step in enumerate(pipe.last_steps):
         c, u = (
             pipe.unet(step.sample, step.timestep, torch.tensor(LABELS)).sample,
             pipe.guide(step.sample, step.timestep),
         )
-        assert torch.allclose(step.direction, (0.5 + 1.5 * i / 6) * (c - u.sample), atol=1e-10)
+        assert torch.allclose(step.direction, (0.5 + 1.5 * places[i] / 3) * (c - u.sample), atol=1e-10)
 
 
 @pytest.mark.parametrize("config", [None, RectifiedGuidanceConfig(product="diagonal", probes=2)])
@@ -392,3 +394,22 @@ def test_errors_about_references_and_rectification():
     with pytest.raises(KeyboardInterrupt), companion.rectified_guidance(pipe, on_step=stop):
         draw(pipe)
     assert torch.equal(draw(pipe), plain)
+
+
+@pytest.mark.parametrize("options", [{"skip": 0.3}, {"cost": 1.0}, {"product": "auto"}])
+def test_the_reference_is_left_out_where_k_passes_nothing(options):
+    """Counted at both networks; what runs without the option draw is untouched."""
+    pipe, asked = tiny_edm2(), []
+    with torch.no_grad():  # K is nearly zero in the noise, as where networks are trained
+        pipe.unet.out_gain.mul_(0.1) if hasattr(pipe.unet, "out_gain") else None
+    plain, every_step = draw(pipe, num_inference_steps=12), rectified(pipe, None, num_inference_steps=12)
+    for network in (pipe.unet, pipe.guide):
+        network.register_forward_pre_hook(lambda module, inputs: asked.append(float(inputs[1])))
+    rectified(pipe, RectifiedGuidanceConfig(**options), num_inference_steps=12)
+    steps = pipe.last_steps
+    assert steps[-1].spent == len(asked) < 3 * 23
+    assert steps[0].spent in (1, 3) and any(not step.direction.any() for step in steps)
+    if "skip" not in options:
+        assert len(asked) <= 2 * 23
+    assert torch.equal(draw(pipe, num_inference_steps=12), plain)
+    assert torch.equal(rectified(pipe, None, num_inference_steps=12), every_step)

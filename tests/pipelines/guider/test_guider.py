@@ -241,7 +241,7 @@ def test_weight_over_time(tiny):
 
 def test_outside_an_interval_only_the_conditional_branch_is_evaluated(tiny):
     pipe, network = tiny
-    rectified(pipe, weight=IntervalWeight(300, 990))
+    rectified(pipe, weight=IntervalWeight(300, 990, unit="timestep"))
     for _ in range(2):  # the last step of a run must not decide what the next one encodes
         with watched(pipe, network) as steps:
             draw(pipe, num_inference_steps=6)
@@ -711,10 +711,17 @@ def public(scheduler: Any) -> dict[str, Any]:
     return {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
 
 
-WEIGHTS = [None, 0.5, ConstantWeight(2.0), LinearWeight(0.0, 2.0), PowerCosineWeight(2.0), IntervalWeight(100, 900)]
+WEIGHTS = [
+    None,
+    0.5,
+    ConstantWeight(2.0),
+    LinearWeight(0.0, 2.0),
+    PowerCosineWeight(2.0),
+    IntervalWeight(100, 900, unit="timestep"),
+]
 
 
-@pytest.mark.parametrize("weight", [*WEIGHTS, IntervalWeight(100, 900, LinearWeight())])
+@pytest.mark.parametrize("weight", [*WEIGHTS, IntervalWeight(100, 900, LinearWeight(), unit="timestep")])
 def test_settings_survive_saving(tmp_path, weight):
     guider = RectifiedGradientGuidance(
         guiders.SkipLayerGuidance(skip_layer_config=guiders.skip_layer_guidance.LayerSkipConfig([1, 2])),

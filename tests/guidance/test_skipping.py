@@ -1,0 +1,112 @@
+"""When a run is guided, by a threshold or by a budget: against the law and by counting."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from companion.guidance.skipping import SHARE, SPARSEST, GuidanceSkipping, check_cost, check_skip
+
+DIRECTION = torch.ones(3, 5, dtype=torch.float64)
+
+
+def share_at(ratio: float, spread: float) -> float:
+    """What K passes of any direction, for isotropic Gaussian data: s² / (s² + r²)."""
+    return spread**2 / (spread**2 + ratio**2)
+
+
+def run(skipping: GuidanceSkipping, ratios: list[float], spread: float) -> tuple[list[int], list[int], float]:
+    """The steps that are guided, those that evaluate the product, and the evaluations, on isotropic Gaussian data."""
+    guided, evaluated, spent = [], [], 0.0
+    for index, ratio in enumerate(ratios):
+        log_snr = -2 * math.log(ratio)
+        if not skipping.guided and skipping.skips(index, len(ratios), spent, log_snr):
+            spent += 1
+            continue
+        guided.append(index)
+        spent += 2
+        if not skipping.guided or not evaluated or index - evaluated[-1] >= skipping.every:
+            evaluated.append(index)
+            spent += skipping.passes
+            skipping.update(DIRECTION, share_at(ratio, spread) * DIRECTION, log_snr)
+    return guided, evaluated, spent
+
+
+def ratios_of(steps: int, first: float = 50.0) -> list[float]:
+    return torch.logspace(math.log10(first), -2, steps, dtype=torch.float64).tolist()
+
+
+@given(spread=st.floats(0.05, 3.0), threshold=st.floats(0.05, 0.95), steps=st.integers(2, 60))
+def test_guidance_starts_where_k_passes_the_threshold(spread, threshold, steps):
+    """For isotropic Gaussian data the law is exact, so two evaluations find the place."""
+    ratios = ratios_of(steps)
+    shares = [share_at(ratio, spread) for ratio in ratios]
+    if min(abs(share - threshold) for share in shares) < 1e-6 or shares[0] < 2e-4:
+        return
+    guided, evaluated, _ = run(GuidanceSkipping(threshold, 1, None, 1), ratios, spread)
+    above = [index for index, share in enumerate(shares) if share > threshold]
+    assert guided == sorted({0, *above}) == evaluated
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_skipping_and_reuse_go_together(every):
+    guided, evaluated, spent = run(GuidanceSkipping(0.3, every, None, 1), ratios_of(25), 0.6)
+    start = guided[1]
+    assert guided == [0, *range(start, 25)] and start > 5
+    assert evaluated == [0, *range(start, 25, every)]
+    assert spent == 25 + len(guided) + len(evaluated)
+
+
+@given(
+    cost=st.floats(0.5, 3.0),
+    steps=st.integers(1, 60),
+    spread=st.floats(0.01, 30.0),
+    first=st.floats(0.02, 80.0),
+    passes=st.sampled_from([1, 2, 4]),
+)
+def test_a_budget_is_kept_whatever_the_data(cost, steps, spread, first, passes):
+    _, _, spent = run(GuidanceSkipping(None, 1, cost, passes), ratios_of(steps, first), spread)
+    assert steps <= spent <= cost * 2 * steps + 1e-9
+
+
+def test_what_budgets_buy():
+    ratios, spread = ratios_of(25), 0.6
+    results = {cost: run(GuidanceSkipping(None, 1, cost, 1), ratios, spread) for cost in (0.5, 0.8, 1.0, 1.3, 1.5, 3.0)}
+    assert results[0.5] == ([], [], 25.0)  # no guidance
+    for cost in (1.5, 3.0):
+        assert results[cost] == (list(range(25)), list(range(25)), 75.0)  # everything
+    for cost in (0.8, 1.0, 1.3):
+        guided, evaluated, spent = results[cost]
+        assert spent > 2 * cost * 25 - SPARSEST  # little is left over
+        assert all(later - now <= SPARSEST for now, later in pairwise(evaluated[1:]))
+        assert share_at(ratios[guided[1]], spread) > SHARE or evaluated == guided
+    counts = [len(results[cost][0]) for cost in sorted(results)]
+    assert counts == sorted(counts)
+
+
+def test_the_share_is_the_batchs_mean():
+    skipping = GuidanceSkipping(0.3, 1, None, 1)
+    assert skipping.predicted(0.0) == 0
+    factors = torch.tensor([0.1, 0.2, 0.15], dtype=torch.float64)[:, None]
+    skipping.update(DIRECTION, factors * DIRECTION, -3.0)
+    assert not skipping.guided and skipping.predicted(-3.0) == pytest.approx(0.15)
+    moved = math.log(0.15 / 0.85) + 2.0
+    assert skipping.predicted(-1.0) == pytest.approx(1 / (1 + math.exp(-moved)))
+    assert skipping.predicted(-1e9) == 0 and skipping.predicted(1e9) == 1
+    skipping.update(0 * DIRECTION, 0 * DIRECTION, -1.0)  # no direction: nothing is passed
+    assert not skipping.guided and skipping.predicted(-1.0) < 1e-3
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.1, math.nan, True, "0.3"])
+def test_thresholds_out_of_range_are_refused(bad):
+    with pytest.raises(ValueError, match=r"skip must be a share from 0 .* to 1, or None, got"):
+        check_skip(bad)
+
+
+@pytest.mark.parametrize("bad", [0.49, -1, math.nan, math.inf, True, "1"])
+def test_budgets_out_of_range_are_refused(bad):
+    with pytest.raises(ValueError, match=r"cost must be a multiple of CFG's evaluations, at least 0.5"):
+        check_cost(bad)
