@@ -2,6 +2,7 @@
 standard guidance leaves out."""
 
 from companion.deprecation import renamed_names
+from companion.exact.accuracy import Accuracy, accuracy, optimum_error, weighted_error
 from companion.exact.bounds import (
     DefectBound,
     ExtrapolationError,
@@ -11,11 +12,10 @@ from companion.exact.bounds import (
     tilted_moments,
 )
 from companion.exact.chain import (
-    Accuracy,
     DDPMChain,
     NoiseSchedule,
+    Optimum,
     Prediction,
-    accuracy,
     denoiser_prediction,
     linear_schedule,
     mixture_prediction,
@@ -78,6 +78,7 @@ __all__ = [
     "MixtureDenoiser",
     "MonteCarloOptimum",
     "NoiseSchedule",
+    "Optimum",
     "Prediction",
     "Reward",
     "TiltedMoments",
@@ -122,6 +123,7 @@ __all__ = [
     "moments",
     "monte_carlo_optimum",
     "normalise",
+    "optimum_error",
     "rectified_direction",
     "reward_direction",
     "reward_levels",
@@ -135,6 +137,7 @@ __all__ = [
     "toy",
     "train_toy_denoiser",
     "wasserstein1",
+    "weighted_error",
     "win_ratio",
 ]
 

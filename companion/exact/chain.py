@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -31,6 +32,24 @@ LogReward = Callable[[Float[Tensor, "batch dim"]], Float[Tensor, " batch"]]
 """log R_0 at clean points."""
 
 Variance = Literal["posterior", "beta"]
+
+RESOLVED = 4.0
+"""A step is computed on a grid with so many spacings to its kernel's standard deviation, if it may be so fine."""
+
+FINEST = 513
+"""Points along an axis that a plane is refined to at most."""
+
+
+class Optimum(NamedTuple):
+    """The exact answer on a grid for t = 0 … T.
+
+    Attributes:
+        log_expected: log E_t.
+        direction: `ε̄*_t - ε_t = -√(1-ᾱ_t) ∇ log E_t` (Theorem 4.1), the reward's weight in it; zero at t = 0.
+    """
+
+    log_expected: Float[Tensor, "steps+1 *grid"]
+    direction: Float[Tensor, "steps+1 *grid dim"]
 
 
 @dataclass(frozen=True)
@@ -149,7 +168,7 @@ class DDPMChain:
         beta = float(self.schedule.betas[t - 1])
         return (x - beta / self.schedule.level(t)[1] * self.prediction(x, t)) / (1 - beta) ** 0.5
 
-    def expected_reward(
+    def optimum(
         self,
         grid: Grid,
         log_reward: LogReward,
@@ -157,8 +176,12 @@ class DDPMChain:
         margin: float = 0.0,
         bound: float = math.inf,
         kinks: bool = False,
-    ) -> Float[Tensor, "steps+1 *grid"]:
-        """log E_0 … log E_T on the grid: per step one Gaussian blur in log space and one interpolation at μ_t.
+        finest: int = FINEST,
+    ) -> "Optimum":
+        """log E_t and the optimal direction (the paper calls it golden) for t = 0 … T on the grid.
+
+        Per step one Gaussian blur in log space and one interpolation at μ_t. Where a kernel is narrower than
+        `RESOLVED` spacings, the first steps after clean data, the step is computed on a finer grid.
 
         Args:
             margin: compute on a grid wider by this much on each side, in the data's units, and cut it off again. Near
@@ -168,33 +191,79 @@ class DDPMChain:
                 rings; without a bound that may feed on itself from step to step.
             kinks: of `log_blur`: for rewards that fall by tens of nats within a spacing, such as high powers of ratios
                 far from the data.
+            finest: the most points along an axis that a finer grid may have; 0 computes on the grid itself.
 
         Raises:
             ValueError: the reward is zero, infinite or nan somewhere on the grid, or its expectation is infinite.
         """
         cells = [math.ceil(margin / spacing) for spacing in grid.spacing]
         if any(cells):
-            wide = self.expected_reward(grid.widened(*cells), log_reward, bound=bound, kinks=kinks)
-            for axis, (count, points) in enumerate(zip(cells, grid.shape, strict=True), 1):
-                wide = wide.narrow(axis, count, points)
-            return wide
-        log_expected = evaluate(grid, log_reward)
-        check_finite(grid, log_expected)
+            wide = self.optimum(grid.widened(*cells), log_reward, bound=bound, kinks=kinks, finest=finest)
+            inner = tuple(slice(count, count + points) for count, points in zip(cells, grid.shape, strict=True))
+            return Optimum(wide.log_expected[:, *inner], wide.direction[:, *inner])
+        times = self._refinements(grid, finest)
+        at = grid.refined(times[0])
+        values = evaluate(at, log_reward)
+        check_finite(at, values)
         # An average never exceeds the reward's largest value, here over a region three times as wide.
         around = Grid(grid.lows, grid.highs, tuple(33 for _ in grid.shape)).widened(*(32 for _ in grid.shape))
-        ceiling = max(float(log_expected.max()), float(evaluate(around, log_reward).nan_to_num(math.inf).max()))
-        levels = [log_expected]
-        for t in range(1, self.steps + 1):
-            blurred = log_blur(grid, levels[-1], self.std(t), nodes=self._nodes(grid), ceiling=ceiling, kinks=kinks)
-            means = evaluate(grid, partial(self.mean, t=t)).reshape(-1, grid.dimension)
-            levels.append(interpolate(grid, blurred, means, ceiling=ceiling).clamp(max=bound).reshape(grid.shape))
-            if not levels[-1].isfinite().all():
+        ceiling = max(float(values.max()), float(evaluate(around, log_reward).nan_to_num(math.inf).max()))
+        levels = [_every(grid, values, times[0])]
+        directions = [torch.zeros(*grid.shape, grid.dimension, dtype=torch.float64)]
+        for t, (before, after) in enumerate(pairwise([times[0], *times]), 1):
+            at, values = grid.refined(after), _every(grid, values, before // after)
+            values = self._step_back(at, values, t, log_reward, ceiling=ceiling, kinks=kinks).clamp(max=bound)
+            if not values.isfinite().all():
                 raise ValueError(
                     f"log E_{t} is not finite: beyond the grid {grid.describe()} the reward grows faster than the "
                     f"kernel at t={t} decays; bound log_reward, or widen the grid to where it stops growing"
                     "; if it is bounded and falls steeply, set kinks=True"
                 )
-        return torch.stack(levels)
+            levels.append(_every(grid, values, after))
+            directions.append(_every(grid, -self.schedule.level(t)[1] * gradient(at, values), after))
+        return Optimum(torch.stack(levels), torch.stack(directions))
+
+    def expected_reward(
+        self,
+        grid: Grid,
+        log_reward: LogReward,
+        *,
+        margin: float = 0.0,
+        bound: float = math.inf,
+        kinks: bool = False,
+    ) -> Float[Tensor, "steps+1 *grid"]:
+        """log E_0 … log E_T, computed on the grid itself; arguments and errors as of `optimum`."""
+        return self.optimum(grid, log_reward, margin=margin, bound=bound, kinks=kinks, finest=0).log_expected
+
+    def _refinements(self, grid: Grid, finest: int) -> list[int]:
+        """How many times finer the grid of each step t = 1 … T is: powers of 2 that never rise with t."""
+        times = []
+        for t in range(self.steps, 0, -1):
+            finer = times[-1] if times else 1
+            while RESOLVED * max(grid.spacing) > finer * self.std(t) and max(grid.refined(2 * finer).shape) <= finest:
+                finer *= 2
+            times.append(finer)
+        return times[::-1]
+
+    def _step_back(
+        self,
+        grid: Grid,
+        log_expected: Float[Tensor, "*grid"],
+        t: int,
+        log_reward: LogReward,
+        *,
+        ceiling: float,
+        kinks: bool,
+    ) -> Float[Tensor, "*grid"]:
+        """log E_t from log E_{t-1}; without noise, from the reward itself where it is finite."""
+        std, means = self.std(t), partial(self.mean, t=t)
+        blurred = log_blur(grid, log_expected, std, nodes=self._nodes(grid), ceiling=ceiling, kinks=kinks)
+        places = evaluate(grid, means, chunk=2048)
+        result = interpolate(grid, blurred, places.reshape(-1, grid.dimension), ceiling=ceiling).reshape(grid.shape)
+        if t == 1 and std == 0:
+            known = evaluate(grid, lambda x: log_reward(means(x)), chunk=2048)
+            result = torch.where(known.isfinite(), known, result)
+        return result
 
     def optimal_direction(
         self, grid: Grid, log_expected: Float[Tensor, "steps+1 *grid"]
@@ -313,6 +382,11 @@ class DDPMChain:
         return (log_kernel + log_expected[t - 1] - log_expected[t][:, None]).exp()
 
 
+def _every(grid: Grid, values: Float[Tensor, "..."], times: int) -> Float[Tensor, "..."]:
+    """Every `times`-th value along the grid's axes."""
+    return values[(slice(None, None, times),) * grid.dimension]
+
+
 def tilted_marginals(
     grid: Grid, densities: Float[Tensor, "steps+1 *grid"], log_expected: Float[Tensor, "steps+1 *grid"]
 ) -> Float[Tensor, "steps+1 *grid"]:
@@ -371,61 +445,3 @@ def _refinement(grid: Grid, density: Tensor, means: Tensor, std: float) -> int:
         if both.any():
             worst = max(worst, float(gaps[both].max()) / max(spacing, std))
     return min(max(1, -int(-0.9 * worst // 1)), 16 if grid.dimension == 1 else 4)
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Differences between a grid and one of half the points, at the finer grid's points.
-
-    Attributes:
-        grid, half: the two grids.
-        log_expected: largest difference of log E_t over all t and points.
-        optimal: RMS difference of the optimal direction over all t and points, relative to its RMS.
-        optimal_per_step: the same for each t = 1 … T.
-        density: largest total variation between the densities pushed forward under the optimal prediction; None if not
-        asked.
-    """
-
-    grid: Grid
-    half: Grid
-    log_expected: float
-    optimal: float
-    optimal_per_step: tuple[float, ...]
-    density: float | None
-
-    golden = RenamedAttribute("golden", "optimal")
-    golden_per_step = RenamedAttribute("golden_per_step", "optimal_per_step")
-
-
-def accuracy(chain: DDPMChain, grid: Grid, log_reward: LogReward, *, densities: bool = False) -> Accuracy:
-    """Grid halving: how far results move between half the points and all of them. The error of the full grid is
-    smaller.
-
-    Args:
-        densities: also push the optimal chain's densities forward on both grids.
-    """
-    half = grid.with_points(*((points + 1) // 2 for points in grid.shape))
-    fine, coarse = chain.expected_reward(grid, log_reward), chain.expected_reward(half, log_reward)
-    optimal, rough = chain.optimal_direction(grid, fine), chain.optimal_direction(half, coarse)
-
-    def onto(values: Float[Tensor, "steps+1 ..."]) -> Float[Tensor, "steps+1 ..."]:
-        moved = interpolate(half, values.movedim(0, -1), grid.points)
-        return moved.movedim(-1, 0).reshape(len(values), *grid.shape, *moved.shape[1:-1])
-
-    error = (optimal - onto(rough)).square().flatten(1)[1:]
-    scale = optimal[1:].square().mean().sqrt().clamp(min=1e-300)
-    distance = None
-    if densities:
-        ours, theirs = (
-            chain.with_prediction(chain.optimal_prediction(g, d)).push_forward(g)
-            for g, d in ((grid, optimal), (half, rough))
-        )
-        distance = float(0.5 * (ours - onto(theirs)).abs().flatten(1).sum(dim=1).max()) * grid.cell
-    return Accuracy(
-        grid,
-        half,
-        float((fine - onto(coarse)).abs().max()),
-        float(error.mean().sqrt() / scale),
-        tuple((error.mean(dim=1).sqrt() / scale).tolist()),
-        distance,
-    )

@@ -72,7 +72,7 @@ def compare(
     Args:
         weights: the paper's w.
         grid: fine enough for the data's narrowest Gaussian (`accuracy` tells); must hold the reward's largest values.
-        margin, kinks: of `DDPMChain.expected_reward`.
+        margin, kinks: of `DDPMChain.optimum`.
 
     Raises:
         ValueError: no weights, or a label without data.
@@ -91,8 +91,7 @@ def compare(
         reward = classifier_free_reward(conditional, unconditional, weight)
         # The reward's largest value on the grid, and a little for what lies between its points.
         bound = float(evaluate(grid, reward).max()) + 0.1
-        log_expected = chain.expected_reward(grid, reward, margin=margin, bound=bound, kinks=kinks)
-        optimal = chain.optimal_direction(grid, log_expected)
+        optimal = chain.optimum(grid, reward, margin=margin, bound=bound, kinks=kinks).direction
         fields = {name: weight * field for name, field in unit.items()}
         comparisons.append(Comparison(data, label, weight, grid, reward, chain, fields, optimal, densities))
     return comparisons

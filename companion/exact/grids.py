@@ -8,7 +8,7 @@ grid's shape.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 import numpy as np
@@ -22,6 +22,15 @@ MODE_REACH = 6.0
 
 MODE_MARGIN = 2.0
 """In nats: quadrature at a place where the integrand is smaller than elsewhere by more than this would miss it."""
+
+NARROWEST = 0.8
+"""Kernels of at least so many spacings are sums over the grid's points: the trapezoidal rule then errs by 1e-5."""
+
+TAIL = 8.5
+"""Such a sum ends so many standard deviations away from where the integrand is."""
+
+LOWEST = -640.0
+"""In nats below a line's largest value: what is smaller than that has lost digits to underflow."""
 
 CHUNK = 2**17
 """Elements worked on at a time: small enough for the processor's cache."""
@@ -92,6 +101,10 @@ class Grid:
     def with_points(self, *shape: int) -> "Grid":
         """The same region with other numbers of points."""
         return Grid(self.lows, self.highs, tuple(shape))
+
+    def refined(self, times: int) -> "Grid":
+        """The same region with `times` as many intervals: every `times`-th point is one of this grid's."""
+        return self.with_points(*((points - 1) * times + 1 for points in self.shape))
 
     def widened(self, *cells: int) -> "Grid":
         """More points of the same spacing on both sides, so many per axis."""
@@ -219,13 +232,14 @@ def log_blur(
 ) -> Float[Tensor, "*grid"]:
     """`log (N(0, std² I) ⋆ exp log_values)` on the grid, one axis after the other.
 
-    Gauss-Hermite quadrature over the kernel, moved and scaled at every point to where the integrand is (so it is
-    exact for quadratics however steep), of interpolated log-values. Kernels narrower than the spacing are therefore
-    no special case.
+    Kernels of a spacing or more: sums over the grid's points, which converge faster than any power of the spacing and
+    are exact to rounding in the tails too, all terms being positive. Narrower ones: Gauss-Hermite quadrature over the
+    kernel, moved and scaled at every point to where the integrand is (so it is exact for quadratics however steep), of
+    interpolated log-values.
 
     Args:
         std: of the kernel, in the data's units; 0 returns the values.
-        nodes: quadrature nodes per axis.
+        nodes: quadrature nodes per axis, for narrow kernels.
         ceiling: a bound of `log_values` off the grid, if one is known.
         kinks: check every placement of the nodes against the grid's own points, for values that fall by tens within a
             spacing, where slope and curvature mislead; up to twice the cost.
@@ -238,12 +252,64 @@ def log_blur(
     for axis, spacing in enumerate(grid.spacing):
         lines = log_values.movedim(axis, -1)
         flat = lines.reshape(-1, lines.shape[-1])
+        quadrature = partial(_blur_lines, std=std / spacing, nodes=nodes, ceiling=ceiling, kinks=kinks)
         chunk = max(1, CHUNK // (flat.shape[1] * nodes))
-        flat = torch.cat([_blur_lines(some, std / spacing, nodes, ceiling, kinks) for some in flat.split(chunk)])
+
+        def narrow(lines: Tensor, blur: Callable[[Tensor], Tensor] = quadrature, chunk: int = chunk) -> Tensor:
+            return torch.cat([blur(some) for some in lines.split(chunk)])
+
+        flat = narrow(flat) if std < NARROWEST * spacing else _sum_lines(flat, std / spacing, ceiling, narrow)
         log_values = flat.reshape(lines.shape).movedim(-1, axis)
         if not log_values.isfinite().all():  # the next axis would place its nodes by these
             return torch.full_like(log_values, math.nan)
     return log_values
+
+
+def _sum_lines(
+    lines: Float[Tensor, "lines points"], std: float, ceiling: float, otherwise: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "lines points"]:
+    """The blur along the last axis as sums over points, `otherwise` where those underflow; `std` in spacings."""
+    points = lines.shape[1]
+    centre, width = _mode(lines, std, ceiling)
+    reach = float((centre.abs() + TAIL * width).max())
+    if not math.isfinite(reach):
+        return torch.full_like(lines, math.nan)
+    pad = min(math.ceil(reach), 2 * points)
+    padded = extend(lines, pad, ceiling)
+    top = padded.amax(dim=1, keepdim=True)
+    values = (padded - top).exp()
+    if len(lines) == 1:
+        result = values.unfold(1, 2 * pad + 1, 1) @ _kernel(pad, std)
+    else:  # a Toeplitz matrix: row j is the kernel about point j of the padded lines
+        result = values @ _kernel(points + pad - 1, std).unfold(0, points, 1).flip(0)
+    result = result.log()
+    lost = (result < LOWEST).any(dim=1)
+    result = result + top
+    if lost.any():
+        result[lost] = torch.where(result[lost] - top[lost] < LOWEST, otherwise(lines[lost]), result[lost])
+    return result
+
+
+def _kernel(reach: int, std: float) -> Float[Tensor, " taps"]:
+    """The Gaussian at the points from -reach to reach, of mass 1 on the whole line."""
+    distance = torch.arange(-reach, reach + 1, dtype=torch.float64) / std
+    return (-0.5 * distance**2).exp() / (std * math.sqrt(2 * math.pi))
+
+
+def _mode(
+    lines: Float[Tensor, "lines points"], std: float, ceiling: float
+) -> tuple[Float[Tensor, "lines points"], Float[Tensor, "lines points"]]:
+    """Where the integrand of a blur has its mode, relative to each point, and its width, as for a quadratic.
+
+    Slope and curvature are taken over the kernel's own width: a kink narrower than that must not narrow the quadrature.
+    """
+    points, reach = lines.shape[1], max(1, round(std))
+    padded = extend(lines, reach, ceiling)
+    after, before = padded[:, 2 * reach :], padded[:, :points]
+    slope = (after - before) / (2 * reach)
+    curvature = (after - 2 * lines + before) / reach**2
+    narrowing = (1 - std**2 * curvature).clamp(min=0.25)
+    return std**2 * slope / narrowing, std / narrowing.sqrt()
 
 
 def _blur_lines(
@@ -252,15 +318,7 @@ def _blur_lines(
     """The blur along the last axis; `std` in units of the spacing."""
     points = lines.shape[1]
     abscissae, masses = _hermite(nodes)
-    # Slope and curvature over the kernel's own width: a kink narrower than that must not narrow the quadrature.
-    reach = max(1, round(std))
-    padded = extend(lines, reach, ceiling)
-    after, before = padded[:, 2 * reach :], padded[:, :points]
-    slope = (after - before) / (2 * reach)
-    curvature = (after - 2 * lines + before) / reach**2
-    narrowing = (1 - std**2 * curvature).clamp(min=0.25)
-    centre = std**2 * slope / narrowing
-    width = std / narrowing.sqrt()
+    centre, width = _mode(lines, std, ceiling)
     if kinks:
         centre, width = _at_the_mode(lines, std, centre, width, ceiling)
     steps = centre[..., None] + width[..., None] * abscissae
