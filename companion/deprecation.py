@@ -17,7 +17,7 @@ def renamed_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]
     def get(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        _warn(f"{module}.{name}", names[name])
+        warn_renamed(f"{module}.{name}", names[name])
         return getattr(sys.modules[module], names[name])
 
     return get
@@ -30,9 +30,10 @@ class RenamedAttribute:
         self.old, self.new = old, new
 
     def __get__(self, instance: Any, owner: type) -> Any:
-        _warn(f"{owner.__name__}.{self.old}", self.new)
+        warn_renamed(f"{owner.__name__}.{self.old}", self.new)
         return getattr(owner if instance is None else instance, self.new)
 
 
-def _warn(old: str, new: str) -> None:
+def warn_renamed(old: str, new: str) -> None:
+    """Warn the caller's caller that an old name was used."""
     warnings.warn(f"{old} is deprecated: it is now called {new}", DeprecationWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""The error of the optimal direction, weighted by where samples are, and what the finer grids of the first steps give."""
+"""The optimal direction's error, weighted by where samples are, and what the finer grids of the first steps give."""
 
 import pytest
 import torch
