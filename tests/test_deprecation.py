@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 
+import companion
 from companion import exact
 from companion.exact import comparison, methods
 
@@ -41,3 +42,12 @@ def test_renamed_attributes_warn():
 def test_unknown_names_stay_unknown():
     with pytest.raises(AttributeError, match="no attribute 'goldener'"):
         _ = exact.goldener
+
+
+def test_names_that_left_the_public_surface_work_and_warn():
+    assert 20 <= len(companion.__all__) <= 27 and not set(companion._MOVED) & set(companion.__all__)
+    for name, module in companion._MOVED.items():
+        with pytest.warns(DeprecationWarning, match=rf"companion\.{name} is deprecated: import it from {module}"):
+            assert getattr(companion, name) is getattr(importlib.import_module(module), name)
+    with pytest.raises(AttributeError, match="module 'companion' has no attribute 'everything'"):
+        _ = companion.everything

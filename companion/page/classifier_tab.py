@@ -85,7 +85,7 @@ def read(models: Models, values: Mapping[str, Any]) -> Run:
         classifier_scale=scale,
         gradient_at=None if place == AS_TRAINED else place,  # type: ignore[arg-type]
         tilt=tilt,
-        product=product,  # type: ignore[arg-type]
+        product=product,
         sampler=sampler,  # type: ignore[arg-type]
         steps=steps,
         unconditional=pipe.config.null_class is not None and not conditional,

@@ -86,7 +86,7 @@ def read(models: Models, values: Mapping[str, Any]) -> Run:
         conditions=one_per_picture(asked, count),
         guidance_scale=scale,
         weight=weight,
-        product=product,  # type: ignore[arg-type]
+        product=product,
         scheduler=text("scheduler", values["scheduler"]) or None,
         steps=steps,
         seed=seed,

@@ -63,7 +63,7 @@ def read(models: Models, values: Mapping[str, Any]) -> SweepRun:
     asked, _ = asked_of(pipe, values)
     settings = Settings(
         conditions=one_per_picture(asked, count),
-        product=product,  # type: ignore[arg-type]
+        product=product,
         scheduler=text("scheduler", values["scheduler"]) or None,
         steps=steps,
         seed=seed,

@@ -29,7 +29,8 @@ Preset = str
 """What a command line, a table or the page calls a way to guide: a product, "auto" or "covariance"."""
 PRESETS: tuple[Preset, ...] = (*PRODUCTS, "auto", "covariance")
 
-SamplingProduct, SAMPLING_PRODUCTS = Preset, PRESETS  # their names in the first version
+SamplingProduct = Preset  # these three by their names in the first version
+SAMPLING_PRODUCTS = PRESETS
 
 
 def check_preset(name: str) -> Preset:
