@@ -1,4 +1,4 @@
-"""`python -m companion`: train the embedded models anew, draw many samples of any model, make tables of them."""
+"""`python -m companion`: train the embedded models, draw many samples of any model, make tables, rank rules."""
 
 import argparse
 import inspect
@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, DiTPipeline, StableDiffu
 from transformers import ResNetForImageClassification
 
 from companion.calibration import scene_classifiers
+from companion.cli import rank
 from companion.evaluation.metrics.recognition import draw_classes, recognised
 from companion.evaluation.sampling import runs
 from companion.evaluation.tables import engine as tables
@@ -43,7 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
     tables.add_arguments(
         commands.add_parser("table", help="draw and measure a grid of runs (resuming a killed one), print the table")
     )
+    rank.add_arguments(commands.add_parser("rank", help="rank guidance rules, yours too, against the exact optimum"))
     options = parser.parse_args(arguments)
+    if options.command == "rank":
+        return rank.main(options)
     if options.command in ("sample", "table"):
         return (runs if options.command == "sample" else tables).main(options)
     try:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from companion.exact.grids import Grid
 
+LINE_FLOOR = 0.003
+"""Distances on a line below this are nothing: so far are evenly spread samples from the density that they stand for."""
+
 
 def line_wasserstein(grid: Grid, samples: Float[Tensor, " count"], density: Float[Tensor, " points"]) -> float:
     """Wasserstein-1 distance of samples to a density, the area between the two distribution functions.

@@ -18,7 +18,7 @@ from torch import Tensor
 from companion.exact.densities import kl, wasserstein1
 from companion.provenance import provenance
 from companion.ranking.problems import Problem
-from companion.ranking.rulers import SampleRuler, line_wasserstein
+from companion.ranking.rulers import LINE_FLOOR, SampleRuler, line_wasserstein
 from companion.ranking.rules.catalogue import Rule
 from companion.ranking.rules.whole_runs import WholeRun
 from companion.ranking.sampler import (
@@ -99,8 +99,6 @@ def _measure_line(problem: Problem, rules: Sequence[Rule], settings: Settings) -
         if not rule.whole
     }
     push_forward(problem, [chain for some in chains.values() for chain in some], grid, levels)
-    generator = torch.Generator().manual_seed(settings.seed)
-    floor = line_wasserstein(grid, problem.truth(settings.line_samples, generator)[:, 0], target)
     cells = {}
     for rule in rules:
         results: list[Cell] = []
@@ -118,7 +116,7 @@ def _measure_line(problem: Problem, rules: Sequence[Rule], settings: Settings) -
                     made["distance"] = line_wasserstein(grid, made.pop("samples")[:, 0], target)
                 results.append(made)
         cells[rule.name] = _chosen(results, [strength for _, strength in runs[rule.name]])
-    return floor, _against_cfg(cells)
+    return LINE_FLOOR, _against_cfg(cells)
 
 
 def _measure_samples(problem: Problem, rules: Sequence[Rule], settings: Settings) -> tuple[float, dict[str, Cell]]:
@@ -154,8 +152,17 @@ def _measure_samples(problem: Problem, rules: Sequence[Rule], settings: Settings
             replicates[rule.name, prefix] = found.replicates
         cell.pop("samples", None)
         cells[rule.name] = cell
-    again = problem.truth(count, torch.Generator().manual_seed(sample_seed(settings.seed, 2)))
-    return abs(whole.energy(again)), _against_cfg(cells, replicates)
+    return noise_floor(problem, settings), _against_cfg(cells, replicates)
+
+
+def noise_floor(problem: Problem, settings: Settings, pairs: int = 10) -> float:
+    """The largest energy distance between draws of the truth and the truth that rules are measured by, of ten."""
+    if problem.dimension == 1:
+        return LINE_FLOOR
+    truth = problem.truth(4 * settings.samples, torch.Generator().manual_seed(sample_seed(settings.seed, 1)))
+    ruler = SampleRuler(truth, settings.samples, seed=2, resamples=2)
+    generator = torch.Generator().manual_seed(sample_seed(settings.seed, 2))
+    return max(abs(ruler.energy(problem.truth(settings.samples, generator))) for _ in range(pairs))
 
 
 def _samples(

@@ -24,6 +24,7 @@ class Rule:
         needs_weaker, needs_class: problems it can be run on: those with a weaker model, those whose reference
             contains the class.
         league: the only league that it is for; None for both.
+        on_a_line: the rule that it is in one dimension, if it is one there.
         note: what a reader should know.
     """
 
@@ -38,6 +39,7 @@ class Rule:
     needs_weaker: bool = False
     needs_class: bool = False
     league: str | None = None
+    on_a_line: str | None = None
     note: str = ""
 
     def applies(self, problem: Problem) -> bool:
@@ -65,10 +67,17 @@ _RULES = (
         note="published interval of EDM2-S-512, scaled to these data; the oracle also chooses among three others",
     ),
     Rule("rescaled", "2305.08891", schedules.rescaled_cfg, smallest=2),
-    Rule("APG", "2410.02416", projections.apg, smallest=2, note="on a line its projection leaves nothing"),
+    Rule(
+        "APG",
+        "2410.02416",
+        projections.apg,
+        smallest=2,
+        on_a_line="none",
+        note="on a line its projection leaves nothing",
+    ),
     Rule("CFG-Zero*", "2503.18886", projections.cfg_zero_star),
     Rule("CFG++", "2406.08070", schedules.cfg_plus_plus),
-    Rule("tangential", "2503.18137", projections.tangential, smallest=2),
+    Rule("tangential", "2503.18137", projections.tangential, smallest=2, on_a_line="CFG"),
     Rule("power-law", "2502.07849", projections.power_law),
     Rule("feedback", "2506.06085", adaptive.feedback, note="has no w: the strength scales its guidance scale less 1"),
     Rule("characteristic", "2312.07586", adaptive.characteristic, note="without the projection for latent images"),
@@ -86,11 +95,13 @@ _RULES = (
     Rule("Gibbs-like", "2505.21101", whole_runs.gibbs_like, whole=True),
     Rule("autoguidance", "2406.02507", schedules.autoguidance, needs_weaker=True),
     Rule("REG", "2501.18865", rectified.reg, note="KΔ: vjp, jvp and finite_difference are one for exact scores"),
-    Rule("REG, ones", "2501.18865", rectified.reg_ones, smallest=2),
-    Rule("REG, diagonal", "2501.18865", rectified.reg_diagonal, smallest=2),
+    Rule("REG, ones", "2501.18865", rectified.reg_ones, smallest=2, on_a_line="REG"),
+    Rule("REG, diagonal", "2501.18865", rectified.reg_diagonal, smallest=2, on_a_line="REG"),
     Rule("REG, every 3rd", "this package", rectified.reg_reused),
     Rule("covariance", "this package", rectified.covariance),
-    Rule("covariance, matrix", "this package", rectified.covariance_matrix, smallest=2, largest=8),
+    Rule(
+        "covariance, matrix", "this package", rectified.covariance_matrix, smallest=2, largest=8, on_a_line="covariance"
+    ),
     Rule("Feynman-Kac SMC", "2503.02819", whole_runs.feynman_kac, whole=True, note="samples are not independent"),
     Rule(
         "optimal direction",

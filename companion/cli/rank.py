@@ -1,0 +1,46 @@
+"""`python -m companion rank`: guidance rules against the exact optimum."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from companion.ranking.document import document
+from companion.ranking.ranking import find_rule, load_ranking, rank
+from companion.ranking.rules.catalogue import RULES
+from companion.ranking.suites import SUITES
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--rule", action="append", default=[], metavar="MODULE:FUNCTION", help="your own; repeatable")
+    parser.add_argument("--suite", choices=SUITES, default="quick", help="quick takes under a minute; default: quick")
+    parser.add_argument("--against", nargs="*", metavar="NAME", help=f"of {', '.join(RULES)}; default: all")
+    parser.add_argument("--folder", type=Path, help="where problems are kept as they are measured, to resume")
+    parser.add_argument("--out", type=Path, help="write everything as JSON")
+    parser.add_argument("--read", type=Path, help="a file that --out wrote: show it, and measure nothing")
+    parser.add_argument("--docs", type=Path, help="write the tables as a document; docs/ranking.md is one")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure, print the tables; 2 and a sentence where the request makes no sense."""
+    try:
+        if options.read is not None:
+            ranking = load_ranking(options.read)
+        else:
+            sys.path.insert(0, "")  # so that --rule finds modules beside the reader
+            ranking = rank(
+                *map(find_rule, options.rule),
+                suite=options.suite,
+                against=options.against,
+                folder=options.folder,
+                report=lambda line: print(line, file=sys.stderr, flush=True),
+            )
+        print(ranking.text())
+        if options.out is not None:
+            ranking.save(options.out)
+        if options.docs is not None:
+            options.docs.write_text(document(ranking))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

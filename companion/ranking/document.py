@@ -1,0 +1,78 @@
+"""docs/ranking.md, made from a measured ranking: its prose is document.md's, its numbers are measured."""
+
+from pathlib import Path
+
+from companion.ranking.ranking import Ranking
+from companion.ranking.report import counted, markdown_table, rules_table
+from companion.ranking.standings import Duel, Kind, duel
+from companion.ranking.suites import LINE, MANY, PLANE, SETTLED, UNCONDITIONAL, WEAKER, suite_problems
+
+LEAGUES = (SETTLED, LINE, PLANE, MANY, UNCONDITIONAL, WEAKER)
+SIDE_BY_SIDE = ("CFG", "REG", "covariance", "interval", "none")
+RIVALS: tuple[tuple[str, Kind], ...] = (
+    ("CFG", "nominal"),
+    ("REG", "nominal"),
+    ("interval", "nominal"),
+    ("CFG", "oracle"),
+)
+
+
+def document(ranking: Ranking) -> str:
+    """The whole document."""
+    text = Path(__file__).with_suffix(".md").read_text()
+    parts = {
+        "provenance": _provenance(ranking),
+        "tables": _tables(ranking),
+        "wish": _leagues(ranking),
+        "claims": _claims(ranking),
+        "rules": rules_table(),
+    }
+    for name, part in parts.items():
+        text = text.replace(f"{{{name}}}", part)
+    return text
+
+
+def _provenance(ranking: Ranking) -> str:
+    made, suite = ranking.provenance, ranking.provenance.get("suite", "quick")
+    total = len(suite_problems(suite))
+    return (
+        f"Measured: {len(ranking.problems)} of the {total} problems of the {suite} suite; {made['device']}, "
+        f"{made['started'][:10]}, torch {made['versions']['torch']}, commit {made['commit']}. Redo it with\n\n"
+        f"```\npython -m companion rank --suite {suite} --folder runs/ranking --out notebooks/results/ranking.json "
+        "--docs docs/ranking.md\n```"
+    )
+
+
+def _tables(ranking: Ranking) -> str:
+    parts = []
+    for situation in ranking.situations:
+        count = sum(problem["situation"] == situation for problem in ranking.problems)
+        title = f"## {situation[0].upper()}{situation[1:]} ({counted(count)})"
+        parts.append(f"{title}\n\n{markdown_table(ranking.problems, situation)}")
+    return "\n\n".join(parts)
+
+
+def _leagues(ranking: Ranking) -> str:
+    """Both leagues, a row for each situation."""
+    lines = [f"| situation | {' | '.join(SIDE_BY_SIDE)} |", "|---|" + "---|" * len(SIDE_BY_SIDE)]
+    for situation in LEAGUES:
+        if situation in ranking.situations:
+            intervals = [ranking.standing(name, situation).left for name in SIDE_BY_SIDE]
+            cells = [f"{value:.2f} [{low:.2f}, {high:.2f}]" for low, value, high in intervals]
+            lines.append(f"| {situation} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _claims(ranking: Ranking) -> str:
+    """The covariance factor against those it was claimed to beat."""
+    names = [f"against {name}" + (" at its best strength" if kind == "oracle" else "") for name, kind in RIVALS]
+    lines = [f"| situation | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for situation in ranking.situations:
+        cells = [_said(duel(ranking.problems, ("covariance", "nominal"), other, situation)) for other in RIVALS]
+        lines.append(f"| {situation} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _said(found: Duel) -> str:
+    low, value, high = found.ratio
+    return f"{found.wins}–{found.ties}–{found.losses}, {value:.2f} [{low:.2f}, {high:.2f}]"
