@@ -17,7 +17,7 @@ from companion.cli import rank
 from companion.evaluation.metrics.recognition import draw_classes, recognised
 from companion.evaluation.sampling import runs
 from companion.evaluation.tables import engine as tables
-from companion.minis import adm, classifier, clip, edm2, guides, recipes, text_conditional
+from companion.minis import adm, classifier, clip, edm2, guides, recipes, scene_regressor, text_conditional
 from companion.minis.drawing import draw, object_colours
 from companion.minis.scenes import COLOURS, SHAPES, labels, render, scene
 from companion.minis.shipping import ship
@@ -73,6 +73,11 @@ def _autoencoder(folder: Path, out: Path) -> Path:
 
 def _classifier(folder: Path, out: Path) -> Path:
     return ship_classifier(*classifier.train_classifier(folder), out)
+
+
+def _regressor(folder: Path, out: Path) -> Path:
+    autoencoder = _trained_autoencoder(out)
+    return scene_regressor.ship_regressor(*scene_regressor.train_regressor(folder, autoencoder), autoencoder, out)
 
 
 def _clip(folder: Path, out: Path) -> Path:
@@ -149,6 +154,7 @@ _MODELS: dict[str, tuple[tuple[str, ...], Callable[[Path, Path], Path]]] = {  # 
     "autoencoder": ((), _autoencoder),
     "scene-classifier": ((), _classifier),
     "mini-clip": ((), _clip),
+    "scene-regressor": (("autoencoder",), _regressor),
     "mini-adm-resnet": ((), _adm_resnet),
     "mini-adm": (("scene-classifier", "mini-adm-resnet"), _adm),
     "mini-adm-noisy": (("mini-adm",), _adm_noisy),

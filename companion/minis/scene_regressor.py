@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from companion.minis.scenes import COLOURS, SHAPES, SIZE, TEXTURES, Scene, render, scene
+from companion.minis.scenes import COLOURS, SHAPES, SIZE, TEXTURES, Scene, object_parameters, render, scene
+from companion.minis.shipping import ship
 from companion.minis.training import TrainingConfig, train
 from companion.seeding import sample_seed
 
 WEIGHTS = Path(__file__).parent / "weights" / "scene-regressor"
 TRAINING = TrainingConfig(steps=1800, batch_size=64, learning_rate=2e-3, weight_decay=1e-2, ema_decay=0.998)
 RECONSTRUCTIONS = 2500
+_HELD_OUT_SEED = 99
 _TRAINING_SEED = 3  # other scenes than the generators and the classifier learn from
 
 _NUMBERS = {"place": 2, "radius": 1, "rotation": 1, "light": 2, "ground": 6, "ground_direction": 2}
@@ -146,7 +148,7 @@ def _kept_reconstructions(autoencoder: AutoencoderKL, count: int, file: Path) ->
             images = render([scene(_TRAINING_SEED, index, 1) for index in range(first, min(count, first + 64))])
             parts.append(((reconstructed(autoencoder, images) + 1) * 127.5).round().to(torch.uint8))
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"images": torch.cat(parts)}, file)
+        save_file({"images": torch.cat(parts).contiguous()}, file)
     return load_file(file)["images"]
 
 
@@ -187,7 +189,7 @@ def train_regressor(
         )
 
     record = train(model, loss, config, folder)
-    return model, {**record, "reconstructions": reconstructions}
+    return model.to(memory_format=torch.contiguous_format), {**record, "reconstructions": reconstructions}
 
 
 class SceneRegressor(nn.Module):
@@ -217,6 +219,37 @@ class SceneRegressor(nn.Module):
             bright=found["ground"][:, 3:],
             ground_angle=torch.atan2(found["ground_direction"][:, 0], found["ground_direction"][:, 1]),
         )
+
+
+@torch.no_grad()
+def ship_regressor(
+    network: ResNetForImageClassification, record: dict, autoencoder: AutoencoderKL, out: Path, *, samples: int = 2000
+) -> Path:
+    """Measure the regressor on held-out scenes and on their reconstructions, and write its folder."""
+    scenes = [scene(_HELD_OUT_SEED, index, 1) for index in range(samples)]
+    classes, _ = targets(scenes)
+    true = object_parameters(scenes)
+    centre = torch.stack([true.centre_x, true.centre_y], dim=1).flatten(1)
+    images, regressor, figures = render(scenes), SceneRegressor(network.eval()), {}
+    for kind in ("held-out scenes", "of them reconstructed"):
+        count = samples if kind == "held-out scenes" else samples // 4
+        shown = images if kind == "held-out scenes" else reconstructed(autoencoder, images[:count])
+        parts = [vars(regressor(part)) for part in shown.split(250)]
+        guess = SceneGuess(*(torch.cat([part[name] for part in parts]) for name in parts[0]))
+        for column, name in enumerate(_CHOICES):
+            right = getattr(guess, name).argmax(dim=1) == classes[:count, column]
+            figures[f"{name} right, {count:,} {kind}"] = f"{100 * float(right.double().mean()):.2f} %"
+        errors = {"centre": guess.centre - centre[:count], "radius": guess.radius - true.radius[:count].flatten()}
+        for name, error in errors.items():
+            figures[f"root mean square error of the {name}, {count:,} {kind}"] = (
+                f"{float(error.square().mean().sqrt()):.2f} pixels"
+            )
+    text = (
+        "Which scene of one object a 64x64 picture shows: logits of shape, texture and colour; place, radius,\n"
+        "rotation, light and ground. `companion.evaluation.metrics.inversion.invert` starts from it.\n"
+        "`companion.minis.scene_regressor.load_regressor()`."
+    )
+    return ship(network, "scene-regressor", text, record, figures, out)
 
 
 def load_regressor(device: str | torch.device = "cpu", folder: Path = WEIGHTS) -> SceneRegressor:

@@ -1,11 +1,13 @@
 """Inverting the renderer: the nearest valid scene of a picture, and how far the picture is from it.
 
 A valid scene is one that `companion.minis.scenes.scene` can draw with one object. A regressor proposes a few templates
-(shape, texture and colour) with places and angles; each is moved to the least squared error by Levenberg and
-Marquardt's method, within the limits of the law that scenes are drawn from: first with soft edges on every second
-pixel, then sharply on all. Residuals are root mean squares over pixels and channels, of colours in [0, 1].
+(shape, texture and colour) with places and angles. From the best of some starts each is moved to the least squared
+error by Levenberg and Marquardt's method, within the limits of the law that scenes are drawn from: first with soft
+edges on every second row and column, then sharply on all. The templates that fit worst are dropped on the way, the
+best of the asked-for shape never. Residuals are root mean squares over pixels and channels, of colours in [0, 1].
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,7 +41,7 @@ from companion.minis.scenes import (
 _KINDS = len(SHAPES) * len(TEXTURES) * len(COLOURS)
 _PALETTE = torch.tensor(list(COLOURS.values()))
 _BATCH = 16  # templates at a time: their fields stay in the processor's cache
-_LIKELY = 1e-4  # templates less likely than the first by this factor are not tried
+_LIKELY = 0.01  # templates less likely than the first by this factor are not tried
 
 # A scene's coordinates are the numbers that its law draws: the place as a share of the room that the radius leaves,
 # radius, rotation, light, the ground's tone, three tints, shift and angle. Light and angle have no limits, and the
@@ -47,18 +49,22 @@ _LIKELY = 1e-4  # templates less likely than the first by this factor are not tr
 _LOW = torch.tensor([0.0, 0.0, SINGLE_RADIUS[0], -ROTATION, -math.inf, TONE[0], *[-TINT] * 3, SHIFT[0], -math.inf])
 _HIGH = torch.tensor([1.0, 1.0, SINGLE_RADIUS[1], ROTATION, math.inf, TONE[1], *[TINT] * 3, SHIFT[1], math.inf])
 _SHIFT = 9
+_TENSORS = ("shape", "texture", "colour", "place", "radius", "rotation", "residual")
 
 
 class _Stage(NamedTuple):
-    """Steps of the least squares at one width of edges (pixels), on every `stride`-th row and column."""
+    """Steps of the least squares (0: the best of the starts) at one width of edges (pixels), on every `stride`-th row
+    and column; as many templates of each picture go on.
+    """
 
     softness: float
     stride: int
     iterations: int
+    survivors: int
 
 
-_PREPARING = (_Stage(4.0, 2, 5), _Stage(1.0, 2, 3))
-_FINISHING = _Stage(1.0, 1, 3)
+_STAGES = (_Stage(2.0, 4, 0, 2), _Stage(4.0, 2, 4, 2), _Stage(1.0, 2, 3, 1), _Stage(1.0, 1, 3, 1))
+_OFFSETS, _TURNS = (-2.0, 0.0, 2.0), (-0.42, -0.21, 0.0, 0.21, 0.42)  # pixels from the proposed place; radians
 
 
 @dataclass(frozen=True)
@@ -91,8 +97,7 @@ def invert(
     *,
     asked: Int[Tensor, " batch"] | Sequence[int] | None = None,
     regressor: SceneRegressor | None = None,
-    candidates: int = 4,
-    finalists: int = 2,
+    candidates: int = 6,
 ) -> Inversion:
     """The nearest valid scene of one object of every picture.
 
@@ -101,17 +106,16 @@ def invert(
         asked: the asked-for shapes, indices in `SHAPES`; a scene of that shape is then among the candidates.
         regressor: proposes; None is the shipped one.
         candidates: templates tried for each picture at most, at least 1; unlikely ones are left out.
-        finalists: of them refined on all pixels, at least 1.
 
     Raises:
-        ValueError: pictures of another shape, not finite, not one asked-for class each, or a count below 1.
+        ValueError: pictures of another shape, not finite, not one asked-for class each, or no candidates.
     """
     if images.ndim != 4 or images.shape[1:] != (3, SIZE, SIZE) or not len(images):
         raise ValueError(f"images must be of shape (batch, 3, {SIZE}, {SIZE}), got {tuple(images.shape)}")
     if not images.isfinite().all():
         raise ValueError("images must be finite, got NaN or infinity in at least one pixel")
-    if min(candidates, finalists) < 1:
-        raise ValueError(f"candidates and finalists must be at least 1, got {candidates} and {finalists}")
+    if candidates < 1:
+        raise ValueError(f"candidates must be at least 1, got {candidates}")
     wanted = None if asked is None else torch.as_tensor(asked)
     if wanted is not None and (len(wanted) != len(images) or not 0 <= int(wanted.min()) <= int(wanted.max()) < 10):
         raise ValueError(f"asked must be one class from 0 to {len(SHAPES) - 1} for each picture, got {asked!r}")
@@ -122,16 +126,15 @@ def invert(
 
     picture, kind = _proposed(guess, candidates, wanted)
     coordinates, sign = (each[picture] for each in _coordinates(guess))
-    for stage in _PREPARING:
+    right = torch.zeros(len(kind), dtype=torch.bool) if wanted is None else _split(kind)[0] == wanted[picture]
+    for stage in _STAGES:
         coordinates, residual = _refined(images, picture, kind, sign, coordinates, stage)
-    right = None if wanted is None else _split(kind)[0] == wanted[picture]
-    keep = _best(picture, residual, len(images), finalists)
-    if right is not None:
+        keep = _best(picture, residual, len(images), stage.survivors)
         keep |= _best(picture, torch.where(right, residual, math.inf), len(images), 1)
-        right = right[keep]
-    picture, kind, sign = picture[keep], kind[keep], sign[keep]
-    coordinates, residual = _refined(images, picture, kind, sign, coordinates[keep], _FINISHING)
-    return _gathered(picture, kind, sign, coordinates, residual, right, len(images))
+        picture, kind, sign, coordinates, residual, right = (
+            each[keep] for each in (picture, kind, sign, coordinates, residual, right)
+        )
+    return _gathered(picture, kind, sign, coordinates, residual, None if wanted is None else right, len(images))
 
 
 def _split(kind: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,7 +206,11 @@ def _refined(
         for rows in (looks == look).nonzero().flatten().split(_BATCH):
             target = (images[picture[rows], :, :: stage.stride, :: stage.stride] + 1) / 2
             draw = partial(_drawn, shape, texture, stage, sign[rows], kind[rows] % len(COLOURS))
-            coordinates[rows], residual[rows] = _least_squares(draw, target, coordinates[rows], stage.iterations)
+            coordinates[rows], residual[rows] = (
+                _least_squares(draw, target, coordinates[rows], stage.iterations)
+                if stage.iterations
+                else _best_start(draw, target, coordinates[rows])
+            )
     return coordinates, residual
 
 
@@ -211,6 +218,24 @@ def _drawn(shape: str, texture: str, stage: _Stage, sign: Tensor, colour: Tensor
     """Pictures in [0, 1] of coordinates of shape (batch, 11, height, width)."""
     parameters = _parameters(fields, sign, colour)
     return (render_parameters(shape, texture, parameters, softness=stage.softness, stride=stage.stride) + 1) / 2
+
+
+@torch.no_grad()
+def _best_start(
+    draw: Callable[[Tensor], Tensor], target: Float[Tensor, "batch 3 height width"], near: Float[Tensor, "batch 11"]
+) -> tuple[Float[Tensor, "batch 11"], Float[Tensor, " batch"]]:
+    """The best of some places near the proposed one and of rotations all over their range."""
+    best, cost = near, (draw(near[:, :, None, None]) - target).square().flatten(1).mean(dim=1)
+    pixel = 1 / (SIZE - 2 * (near[:, 2] + MARGIN))
+    for right, down, turn in itertools.product(_OFFSETS, _OFFSETS, _TURNS):
+        trial = near.clone()
+        trial[:, 0] += right * pixel
+        trial[:, 1] += down * pixel
+        trial[:, 3] = turn
+        trial = trial.clamp(_LOW, _HIGH)
+        found = (draw(trial[:, :, None, None]) - target).square().flatten(1).mean(dim=1)
+        best, cost = torch.where((found < cost)[:, None], trial, best), torch.minimum(found, cost)
+    return best, cost.sqrt()
 
 
 def _least_squares(
@@ -318,6 +343,16 @@ def _scenes(kind: Tensor, coordinates: Tensor, sign: Tensor) -> tuple[Scene, ...
         )
         scenes.append(Scene((item,), (tuple(one.near.tolist()), tuple(one.far.tolist())), one.ground_angle.item()))
     return tuple(scenes)
+
+
+def joined(parts: Sequence[Inversion]) -> Inversion:
+    """Several batches as one."""
+    in_class = [part.class_residual for part in parts if part.class_residual is not None]
+    return Inversion(
+        *(torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS),
+        class_residual=torch.cat(in_class) if len(in_class) == len(parts) else None,
+        scenes=tuple(one for part in parts for one in part.scenes),
+    )
 
 
 def attributes_met(found: Inversion, asked: Sequence[Scene]) -> dict[str, Bool[Tensor, " batch"]]:

@@ -9,21 +9,37 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from companion.evaluation.metrics.evaluators import REFERENCE_SEED
+from companion.evaluation.metrics.inversion import attributes_met, invert, joined
+from companion.evaluation.metrics.metrics import share
+from companion.evaluation.metrics.paired_statistics import Comparison, holm, mcnemar, paired_means
+from companion.evaluation.metrics.scene_validity import (
+    THRESHOLD_FILE,
+    VALID_SHARE,
+    LawDistance,
+    law_distances,
+    load_autoencoder,
+    percentile,
+    valid_residual,
+    weights_digest,
+)
+from companion.evaluation.sampling.folder import write_json
+from companion.evaluation.tables.results import Figure
 from companion.minis.drawing import draw
-from companion.minis.scenes import Scene, scene
+from companion.minis.scene_regressor import reconstructed
+from companion.minis.scenes import Scene, labels, render, scene
 from companion.pipelines.configuration import RectifiedGuidanceConfig, SamplingProduct
 from companion.pipelines.hook import rectified_guidance
 from companion.pipelines.registry import load
@@ -55,7 +71,30 @@ class Row:
 
 UNGUIDED = Row("none", 1.0)
 PAIRS = tuple((Row("none", scale), Row("finite_difference", scale)) for scale in SCALES)
+RESULTS = Path("notebooks/results/validity.json")
+_HELD_OUT_SEED = 99  # scenes that no model has learned from
+_CHUNK = 100
 ROWS = (UNGUIDED, *(row for pair in PAIRS for row in pair))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one row's pictures: residuals to the nearest scene and to the nearest of the asked-for shape, attributes that
+    are as asked for, and the scenes' distances from their law.
+    """
+
+    residual: Float[Tensor, " samples"]
+    class_residual: Float[Tensor, " samples"]
+    attributes: Mapping[str, Bool[Tensor, " samples"]]
+    distances: Mapping[str, LawDistance]
+
+    def numbers(self) -> dict[str, Float[Tensor, " samples"]]:
+        return {"residual": self.residual, "class_residual": self.class_residual}
+
+    def shares(self, largest: float) -> dict[str, Bool[Tensor, " samples"]]:
+        """Whether each picture is valid, has each attribute, and has all of them."""
+        every = torch.stack(list(self.attributes.values())).all(dim=0)
+        return {"valid": self.residual < largest, **self.attributes, "all attributes": every}
 
 
 def asked_scenes(samples: int) -> list[Scene]:
@@ -111,13 +150,134 @@ def read_pictures(file: Path) -> tuple[Float[Tensor, "samples 3 64 64"], dict[st
         return stored.get_tensor("images").float() / 127.5 - 1, json.loads(told["provenance"])
 
 
+def measured(images: Float[Tensor, "samples 3 64 64"], asked: Sequence[Scene]) -> Measured:
+    """What the nearest scene of each picture says."""
+    parts = [
+        (invert(images[first : first + _CHUNK], asked=labels(asked[first : first + _CHUNK])), first)
+        for first in range(0, len(images), _CHUNK)
+    ]
+    met = [attributes_met(found, asked[first : first + _CHUNK]) for found, first in parts]
+    attributes = {name: torch.cat([each[name] for each in met]) for name in met[0]}
+    residuals = [(found.residual, found.class_residual) for found, _ in parts]
+    return Measured(
+        residual=torch.cat([nearest for nearest, _ in residuals]),
+        class_residual=torch.cat([in_class for _, in_class in residuals if in_class is not None]),
+        attributes=attributes,
+        distances=law_distances(joined([found for found, _ in parts])),
+    )
+
+
+def row_figures(found: Measured, largest: float) -> dict[str, Figure]:
+    """Means with Student's intervals, shares with Wilson's."""
+    none = torch.zeros_like(found.residual)
+    figures = {name: paired_means(values, none).figure for name, values in found.numbers().items()}
+    return figures | {name: share(right) for name, right in found.shares(largest).items()}
+
+
+def comparisons(first: Measured, second: Measured, largest: float) -> dict[str, Comparison]:
+    """First less second, pair by pair."""
+    others, right = second.numbers(), second.shares(largest)
+    found = {name: paired_means(values, others[name]) for name, values in first.numbers().items()}
+    return found | {name: mcnemar(values, right[name]) for name, values in first.shares(largest).items()}
+
+
+def measure_rows(folder: Path, samples: int = SAMPLES) -> dict[str, Any]:
+    """Figures of every row that is drawn, and every paired difference, as plain JSON.
+
+    p-values are adjusted for the number of comparisons of one metric, those with CFG and with no guidance together.
+    """
+    source = provenance(command=[*COMMAND, "measure", "--samples", str(samples)])
+    largest, asked = valid_residual(), asked_scenes(samples)
+    found: dict[Row, Measured] = {}
+    rows = {}
+    for row in ROWS:
+        if not picture_file(folder, row, samples).exists():
+            continue
+        images, drawing = read_pictures(picture_file(folder, row, samples))
+        found[row] = measured(images, asked)
+        rows[row.name] = {
+            "settings": asdict(row),
+            "figures": {name: asdict(figure) for name, figure in row_figures(found[row], largest).items()},
+            "law_distances": {name: distance._asdict() for name, distance in found[row].distances.items()},
+            "residuals": [round(value, 5) for value in found[row].residual.tolist()],
+            "drawn_by": drawing,
+        }
+        print(f"{row.name}: residual {row_figures(found[row], largest)['residual'].text(4)}", flush=True)
+    if not rows:
+        raise ValueError(f"{folder} holds no pictures of {samples} captions; draw them first: {' '.join(COMMAND)} draw")
+    wanted = [(reg, cfg) for cfg, reg in PAIRS] + [(row, UNGUIDED) for row in ROWS[1:]]
+    pairs = [
+        (one, other, comparisons(found[one], found[other], largest))
+        for one, other in wanted
+        if {one, other} <= set(found)
+    ]
+    adjusted = {
+        name: holm([compared[name].p_value for _, _, compared in pairs]) for name in (pairs[0][2] if pairs else ())
+    }
+    differences = [
+        {
+            "first": one.name,
+            "second": other.name,
+            "figures": {
+                name: {**asdict(each.figure), "p_value": each.p_value, "p_value_holm": adjusted[name][index]}
+                for name, each in compared.items()
+            },
+        }
+        for index, (one, other, compared) in enumerate(pairs)
+    ]
+    return {
+        "model": "mini-sd",
+        "samples": samples,
+        "valid_residual": largest,
+        "provenance": source,
+        "rows": rows,
+        "differences": differences,
+    }
+
+
+def measure_threshold(samples: int = 2000) -> dict[str, Any]:
+    """Residuals and attributes of real held-out scenes and of their reconstructions, as plain JSON."""
+    source = provenance(command=[*COMMAND, "threshold", "--samples", str(samples)])
+    scenes = [scene(_HELD_OUT_SEED, index, 1) for index in range(samples)]
+    autoencoder = load_autoencoder()
+    result: dict[str, Any] = {"seed": _HELD_OUT_SEED, "samples": samples, "weights_sha256": weights_digest()}
+    for kind in ("real", "reconstructed"):
+        images = render(scenes)
+        if kind == "reconstructed":
+            images = reconstructed(autoencoder, images)
+        begun = time.process_time()
+        found = measured(images, scenes)
+        spent = (time.process_time() - begun) / samples
+        right = torch.stack(list(found.attributes.values()))
+        result[kind] = {
+            "residual": {**asdict(percentile(found.residual)), "quantile": VALID_SHARE},
+            "median_residual": float(found.residual.median()),
+            "attributes_right": float(right.double().mean()),
+            **{f"{name}_right": asdict(share(values)) for name, values in found.attributes.items()},
+            "law_distances": {name: distance._asdict() for name, distance in found.distances.items()},
+            "milliseconds_a_picture": round(1000 * spent, 1),
+        }
+        print(f"{kind}: {json.dumps(result[kind], indent=2)}", flush=True)
+    return {**result, "provenance": source}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=" ".join(COMMAND), description=__doc__)
-    parser.add_argument("step", choices=("draw",))
+    parser.add_argument("step", choices=("draw", "measure", "threshold"))
     parser.add_argument("--pictures", type=Path, default=Path("runs/validity"), metavar="FOLDER")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help=f"captions; default: {SAMPLES}")
+    parser.add_argument("--samples", type=int, help=f"captions: {SAMPLES}; scenes of the threshold: 2000")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON; default: where the package reads it")
     options = parser.parse_args(arguments)
-    draw_rows(ROWS, options.pictures, options.samples)
+    try:
+        if options.step == "draw":
+            draw_rows(ROWS, options.pictures, options.samples or SAMPLES)
+        elif options.step == "measure":
+            write_json(options.out or RESULTS, measure_rows(options.pictures, options.samples or SAMPLES))
+        else:
+            write_json(options.out or THRESHOLD_FILE, measure_threshold(options.samples or 2000))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
