@@ -80,7 +80,8 @@ def difference_errors(
     with torch.no_grad():
         prediction = denoiser(x)
         direction = prediction.double() - reference.double()
-    wanted = apply_k(exact, x.double(), direction, problem.coefficients, product="jvp")
+        at_x = exact(x.double())  # brings the network into float64, which forward mode forbids
+    wanted = apply_k(exact, x.double(), direction, problem.coefficients, product="jvp", prediction=at_x)
     errors = []
     for step in relative_steps:
         found = rectify(denoiser, x, reference, problem.coefficients, prediction=prediction, relative_step=step)

@@ -18,6 +18,7 @@ from companion.evaluation.studies.guidance_variants import (
     renoising_weight,
 )
 from companion.evaluation.tables.results import read_cells
+from companion.guidance.noise_level import NoiseLevel
 from companion.minis.drawing import draw
 
 CAPTIONS = ["a large red star", "a small blue striped ring"]
@@ -78,7 +79,7 @@ def test_weights_of_cfg_plus_plus_come_from_the_schedulers_levels():
     scheduler.set_timesteps(10)
     t = int(scheduler.timesteps[0])
     ratio, following = ((1 / kept[i] - 1).sqrt() for i in (t, t - 100))
-    assert weight(0.0, t) == pytest.approx(float(0.5 * ratio / (ratio - following) - 1))
+    assert weight(0.0, NoiseLevel(0.6, 0.8, timestep=t)) == pytest.approx(float(0.5 * ratio / (ratio - following) - 1))
 
 
 def test_a_begun_file_is_continued(tmp_path, monkeypatch):

@@ -946,3 +946,39 @@ def test_what_cannot_be_known_is_refused(networks):
         RectifiedGradientGuidance(weight={"type": "Own"})
     with pytest.raises(ValueError, match="product must be one of"):
         RectifiedGradientGuidance(product="matrix")
+
+
+@pytest.mark.parametrize("settings", [{"every": 3}, {"skip": 0.3}, {"skip": 0.3, "every": 3}, {"cost": 1.0}])
+def test_savings_are_counted_at_the_network(settings):
+    """A mixture's exact scores, whose K is small in the noise: what is asked for is what is evaluated."""
+    network = oracle(table(DDIMScheduler()), "epsilon")
+    pipe = modular_sdxl(network, DDIMScheduler(clip_sample=False))
+    guider, drawn = rectified(pipe, **settings), []
+    for _ in range(2):  # a second run begins anew
+        with watched(pipe, network) as steps:
+            drawn.append(draw(pipe, label_prompts(LABELS, NULL), size=16, num_inference_steps=15))
+        calls = [len(step.calls) for step in steps]
+        assert guider._run.spent == sum(calls)
+        if settings == {"every": 3}:
+            assert calls == 5 * [3, 2, 2]
+        else:
+            assert 1 in calls[:5] and set(calls) <= {1, 2, 3} and calls[-1] > 1
+            assert all(torch.equal(step.followed, step.prediction(0)) for step in steps if len(step.calls) == 1)
+        if "cost" in settings:
+            assert sum(calls) <= 2 * len(calls)
+        elif "skip" in settings:
+            assert calls[0] == 3
+    assert torch.equal(*drawn)
+    again = RectifiedGradientGuidance.from_config(guider.config)
+    assert {name: again.config[name] for name in settings} == settings
+
+
+def test_savings_are_checked():
+    for settings, message in [
+        ({"every": 0}, "every must be an integer of at least 1"),
+        ({"skip": 2.0}, "skip must be a share from 0"),
+        ({"cost": 0.2}, "cost must be a multiple of CFG's evaluations"),
+        ({"cost": 1.0, "skip": 0.3}, "cost chooses skip and every itself"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            RectifiedGradientGuidance(**settings)
