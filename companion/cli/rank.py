@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--docs", type=Path, help="write the tables as a document; docs/ranking.md is one")
 
 
-def main(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Measure, print the tables; 2 and a sentence where the request makes no sense."""
     try:
         if options.read is not None:

@@ -1,7 +1,7 @@
 """mini-adm: ADM in small. A U-Net of pixels that learns its variance too, on 32x32 pictures of single-object scenes.
 
-Told the null class it is the unconditional network that classifier guidance starts from; told a class, it is what
-classifier-free guidance needs: one network for both, so that they can be compared.
+Conditioned on the null class it is the unconditional network that classifier guidance starts from; conditioned on a
+class, it is what classifier-free guidance needs: one network for both, so that they can be compared.
 """
 
 import math
@@ -15,8 +15,8 @@ from diffusers import DDPMScheduler, UNet2DModel
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from companion.minis.latents import TRAINING_SEED
 from companion.minis.reading import WithReader, reading_loss, scene_parameters
-from companion.minis.recipes import TRAINING_SEED
 from companion.minis.scenes import SHAPES, SIZE, Scene, labels, render, scene
 from companion.minis.training import TrainingConfig, train
 from companion.seeding import sample_seed
@@ -46,7 +46,7 @@ def render_small(scenes: Sequence[Scene]) -> Float[Tensor, "batch 3 32 32"]:
 
 
 def enlarged(pictures: Float[Tensor, "batch 3 32 32"]) -> Float[Tensor, "batch 3 64 64"]:
-    """Pictures at the size of all other scenes, bilinearly: what judges of those can look at."""
+    """Pictures at the size of all other scenes, bilinearly: what classifiers of those can look at."""
     return F.interpolate(pictures, scale_factor=2, mode="bilinear")
 
 
@@ -90,10 +90,10 @@ def variance_loss(
     + (1 - v) log β̃, v = (output + 1)/2. The mean does not learn from it. At timestep 0, where no noise is
     added, it is 0.
     """
-    kept = alphas_cumprod.double()
-    before = torch.cat([kept.new_ones(1), kept[:-1]])
-    beta = 1 - kept / before
-    posterior = beta * (1 - before) / (1 - kept)
+    alpha_bar = alphas_cumprod.double()
+    before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+    beta = 1 - alpha_bar / before
+    posterior = beta * (1 - before) / (1 - alpha_bar)
     posterior[0] = posterior[1]
 
     def at(values: Tensor) -> Tensor:
@@ -101,8 +101,8 @@ def variance_loss(
 
     predicted, values = outputs.float().chunk(2, dim=1)
     # Both means are the same function of x̂_0 and x, so they differ by a multiple of the difference of ε.
-    noise = (noisy - at(kept.sqrt()) * clean) / at((1 - kept).sqrt())
-    apart = at(beta / ((kept / before) * (1 - kept)).sqrt()) * (predicted.detach() - noise)
+    noise = (noisy - at(alpha_bar.sqrt()) * clean) / at((1 - alpha_bar).sqrt())
+    apart = at(beta / ((alpha_bar / before) * (1 - alpha_bar)).sqrt()) * (predicted.detach() - noise)
     share = (values + 1) / 2
     log_variance = share * at(beta.log()) + (1 - share) * at(posterior.log())
     low = at(posterior.log())
@@ -110,7 +110,9 @@ def variance_loss(
     return divergence.mean(dim=(1, 2, 3)) * (timestep > 0) / math.log(2)
 
 
-def train_adm(folder: Path, config: TrainingConfig | None = None) -> tuple[UNet2DModel, dict]:
+def train_adm(
+    folder: Path, config: TrainingConfig | None = None, *, start: UNet2DModel | None = None
+) -> tuple[UNet2DModel, dict]:
     """Train mini-adm's U-Net, on new scenes every step.
 
     The loss is ε's squared error under min-SNR-5 weights (Hang et al. 2023), a tenth of `variance_loss`, and the
@@ -118,29 +120,32 @@ def train_adm(folder: Path, config: TrainingConfig | None = None) -> tuple[UNet2
 
     Args:
         folder: checkpoints and log.
+        start: a trained U-Net to continue from; None trains from scratch.
     """
     config = config or TrainingConfig(steps=4000, batch_size=64, learning_rate=2e-3, ema_decay=0.998, optimiser="muon")
     torch.manual_seed(config.seed)
     unet = build_unet()
+    if start is not None:
+        unet.load_state_dict(start.state_dict())
     model = WithReader(unet, "mid_block", _WIDTHS[-1])
-    kept = build_scheduler().alphas_cumprod
+    alphas_cumprod = build_scheduler().alphas_cumprod
 
     def loss(step: int) -> Tensor:
         first = step * config.batch_size
         scenes = [scene(TRAINING_SEED, first + i, 1) for i in range(config.batch_size)]
         clean = render_small(scenes)
         generator = torch.Generator().manual_seed(sample_seed(config.seed, step))
-        timestep = torch.randint(len(kept), (len(clean),), generator=generator)
+        timestep = torch.randint(len(alphas_cumprod), (len(clean),), generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
         dropped = torch.rand(len(clean), generator=generator) < DROPPED
-        condition = labels(scenes).masked_fill(dropped, NULL_CLASS)
-        level = kept[timestep].view(-1, 1, 1, 1)
-        noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
-        outputs, read = model(noisy, timestep, class_labels=condition)
-        ratio = level / (1 - level)
-        denoising = ratio.clamp(max=5) / ratio * (outputs[:, :3].float() - noise) ** 2
-        variance = variance_loss(outputs, clean, noisy, timestep, kept)
-        legible = (ratio / (ratio + 0.02)).flatten()
+        class_labels = labels(scenes).masked_fill(dropped, NULL_CLASS)
+        alpha_bar = alphas_cumprod[timestep].view(-1, 1, 1, 1)
+        noisy = alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
+        outputs, read = model(noisy, timestep, class_labels=class_labels)
+        snr = alpha_bar / (1 - alpha_bar)
+        denoising = snr.clamp(max=5) / snr * (outputs[:, :3].float() - noise) ** 2
+        variance = variance_loss(outputs, clean, noisy, timestep, alphas_cumprod)
+        legible = (snr / (snr + 0.02)).flatten()
         reading = legible * reading_loss(read, scene_parameters(scenes))
         return denoising.mean() + _VARIANCE_SHARE * variance.mean() + 0.25 * reading.mean()
 

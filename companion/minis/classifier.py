@@ -1,4 +1,4 @@
-"""The scene classifier: which of the ten shapes a picture shows. It judges what the embedded models draw."""
+"""The scene classifier: which of the ten shapes a picture shows. It evaluates what the embedded models draw."""
 
 from pathlib import Path
 

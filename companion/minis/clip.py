@@ -1,5 +1,5 @@
-"""mini-clip: pictures of scenes and their captions in one space (CLIP, Radford et al. 2021). It judges how well a
-picture fits its caption.
+"""mini-clip: pictures of scenes and their captions in one space (CLIP, Radford et al. 2021). It measures how
+well a picture fits its caption.
 """
 
 from collections.abc import Iterator, Sequence

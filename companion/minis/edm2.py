@@ -11,9 +11,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from companion.minis.latents import SceneWindow
 from companion.minis.reading import WithReader, reading_loss
-from companion.minis.recipes import encode_scenes
-from companion.minis.scenes import SHAPES, SIZE
+from companion.minis.scenes import SHAPES, SIZE, labels
 from companion.minis.training import TrainingConfig, train
 from companion.seeding import sample_seed
 
@@ -47,7 +47,7 @@ def train_edm2(
     autoencoder: AutoencoderKL,
     config: TrainingConfig = TRAINING,
     *,
-    scenes: int = 80_000,
+    window: SceneWindow | None = None,
     dropped: float = 0.1,
 ) -> dict:
     """Train `network`, called as `network(x, σ, class_labels=weights)`, in place; returns `train`'s record.
@@ -58,14 +58,17 @@ def train_edm2(
     so that the learning rate is a rotation's speed.
 
     Args:
-        folder: checkpoints and log; the latents are kept beside it.
+        folder: checkpoints and log.
+        network: fresh, or with trained weights to continue from.
+        window: the scenes; None begins with the first.
         dropped: share of labels replaced by the null label, all weights 0.
     """
-    data = encode_scenes(autoencoder, scenes, folder.parent / "latents.safetensors", objects=1)
-    latents, classes = data["latents"][:scenes], data["labels"]
+    window = window or SceneWindow(autoencoder)
     middle = f"dec.{SIZE // 16}x{SIZE // 16}_in1"
     width = len(network.get_parameter(f"{middle}.conv_res1.weight"))
-    network.get_parameter("out_gain").data.fill_(1.0)
+    gain = network.get_parameter("out_gain")
+    if gain == 0:  # a fresh network's output is switched off
+        gain.data.fill_(1.0)
     model = WithReader(network, middle, width)
     matrices = [parameter for parameter in network.parameters() if parameter.ndim > 1]
 
@@ -74,18 +77,18 @@ def train_edm2(
             for matrix in matrices:
                 matrix.div_(torch.linalg.vector_norm(matrix, dim=tuple(range(1, matrix.ndim)), keepdim=True))
         generator = torch.Generator().manual_seed(sample_seed(config.seed, step))
-        chosen = torch.randint(len(latents), (config.batch_size,), generator=generator)
-        clean = SIGMA_DATA * latents[chosen].float()
+        latents, scenes, parameters = window.batch(step, config.batch_size, generator)
+        clean = SIGMA_DATA * latents
         sigma = (LOG_SIGMA[0] + LOG_SIGMA[1] * torch.randn(len(clean), generator=generator)).exp()
         noise = torch.randn(clean.shape, generator=generator)
-        kept = torch.rand(len(clean), 1, generator=generator) >= dropped
-        labels = torch.eye(len(SHAPES))[classes[chosen]] * kept
+        conditional = torch.rand(len(clean), 1, generator=generator) >= dropped
+        class_labels = torch.eye(len(SHAPES))[labels(scenes)] * conditional
         level = sigma.view(-1, 1, 1, 1)
-        denoised, read = model(clean + level * noise, sigma, class_labels=labels)
+        denoised, read = model(clean + level * noise, sigma, class_labels=class_labels)
         weight = (level**2 + SIGMA_DATA**2) / (level * SIGMA_DATA) ** 2
         ratio = (SIGMA_DATA / sigma) ** 2
         legible = ratio / (ratio + 0.02)
         denoising = (weight * (denoised.float() - clean) ** 2).mean()
-        return denoising + 0.25 * (legible * reading_loss(read, data["parameters"][chosen])).mean()
+        return denoising + 0.25 * (legible * reading_loss(read, parameters)).mean()
 
-    return {**train(model, loss, config, folder), "scenes": scenes}
+    return {**train(model, loss, config, folder), "window": window.described}

@@ -22,7 +22,7 @@ from companion.seeding import sample_seed
 
 Batch = tuple[Float[Tensor, "batch 3 32 32"], Int[Tensor, " batch"]]
 
-TRAINING_SEED = 3  # other scenes than mini-adm's and its judge's
+TRAINING_SEED = 3  # other scenes than mini-adm's and its evaluator's
 SCENES = 6000
 
 RESNET_TRAINING = TrainingConfig(steps=1500, batch_size=64, learning_rate=2e-3, weight_decay=1e-2, ema_decay=0.99)
@@ -120,15 +120,16 @@ def train_noisy(
     """
     if start is not None:
         start_from(network, start)
-    kept = build_scheduler().alphas_cumprod
+    alphas_cumprod = build_scheduler().alphas_cumprod
     batch = scene_batches(TRAINING_SEED, config.batch_size, scenes=scenes)
 
     def loss(step: int) -> Tensor:
         pictures, classes = batch(step)
         generator = torch.Generator().manual_seed(sample_seed(config.seed, step))
-        timestep = torch.randint(len(kept), (len(pictures),), generator=generator)
-        level = kept[timestep].view(-1, 1, 1, 1)
-        noisy = level.sqrt() * pictures + (1 - level).sqrt() * torch.randn(pictures.shape, generator=generator)
+        timestep = torch.randint(len(alphas_cumprod), (len(pictures),), generator=generator)
+        alpha_bar = alphas_cumprod[timestep].view(-1, 1, 1, 1)
+        noise = torch.randn(pictures.shape, generator=generator)
+        noisy = alpha_bar.sqrt() * pictures + (1 - alpha_bar).sqrt() * noise
         return F.cross_entropy(network(noisy, timestep).float(), classes)
 
     return {**train(network, loss, config, folder), "scenes": scenes}

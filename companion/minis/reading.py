@@ -36,13 +36,13 @@ class WithReader(nn.Module):
     def forward(
         self, *args: Any, **conditions: Any
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b tokens parameters"]]:
-        kept: list[Any] = []
-        handle = self.denoiser.get_submodule(self.middle).register_forward_hook(lambda _, __, out: kept.append(out))
+        outputs: list[Any] = []
+        handle = self.denoiser.get_submodule(self.middle).register_forward_hook(lambda _, __, out: outputs.append(out))
         try:
             predicted = self.denoiser(*args, **conditions).sample
         finally:
             handle.remove()
-        tokens = kept[0][0] if isinstance(kept[0], tuple) else kept[0]
+        tokens = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
         return predicted, self.reader(tokens.flatten(2).mT if tokens.ndim == 4 else tokens)
 
 

@@ -7,16 +7,13 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from companion.minis.reading import WithReader, reading_loss, scene_parameters
+from companion.minis.latents import TRAINING_SEED, SceneWindow
+from companion.minis.reading import WithReader, reading_loss
 from companion.minis.scenes import SHAPES, SIZE, labels, render, scene
 from companion.minis.training import TrainingConfig, train
 from companion.seeding import sample_seed
-
-TRAINING_SEED = 1  # data set that the models learn from; held-out scenes use other seeds
 
 
 def build_autoencoder() -> AutoencoderKL:
@@ -35,9 +32,7 @@ def build_autoencoder() -> AutoencoderKL:
 
 
 def edge_loss(predicted: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Tensor:
-    """Mean absolute error of the horizontal and vertical differences:
-    asks for sharp edges where L1 alone would blur.
-    """
+    """Mean absolute error of horizontal and vertical differences: it asks for sharp edges where L1 alone would blur."""
     error = predicted - target
     return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
 
@@ -68,8 +63,7 @@ def standardise_latents(model: AutoencoderKL, images: Float[Tensor, "batch 3 hei
     """Fold zero mean and unit variance of every latent channel into the 1x1 convolutions around the latents.
 
     Pipelines know one scaling factor for all channels; a diffusion model wants all of them at the noise's scale.
-    Pictures
-    decoded from the means are unchanged.
+    Pictures decoded from the means are unchanged.
     """
     latents = model.encode(images).latent_dist.mean
     centre, spread = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
@@ -106,46 +100,33 @@ def build_dit() -> DiTTransformer2DModel:
     )
 
 
-@torch.no_grad()
-def encode_scenes(
-    autoencoder: AutoencoderKL, count: int, file: Path, *, objects: int | None, batch_size: int = 128
-) -> dict[str, Tensor]:
-    """The first training scenes as their models need them, kept in `file` between runs.
-
-    Returns:
-        `latents` (count, channels, height, width): posterior means, not scaled, float16; `labels` (count); `parameters`
-        (count, parameters), see `scene_parameters`.
-    """
-    if not file.exists():
-        parts: dict[str, list[Tensor]] = {"latents": [], "labels": [], "parameters": []}
-        for first in tqdm(range(0, count, batch_size), desc="encoding", mininterval=5):
-            scenes = [scene(TRAINING_SEED, i, objects) for i in range(first, min(count, first + batch_size))]
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                parts["latents"].append(autoencoder.encode(render(scenes)).latent_dist.mean.half())
-            parts["labels"].append(labels(scenes))
-            parts["parameters"].append(scene_parameters(scenes))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: torch.cat(tensors) for name, tensors in parts.items()}, file)
-    return load_file(file)
-
-
 def train_dit(
-    folder: Path, autoencoder: AutoencoderKL, config: TrainingConfig | None = None, *, scenes: int = 80_000
+    folder: Path,
+    autoencoder: AutoencoderKL,
+    config: TrainingConfig | None = None,
+    *,
+    start: DiTPipeline | None = None,
+    window: SceneWindow | None = None,
 ) -> tuple[DiTPipeline, dict]:
-    """Train mini-dit on latents of single-object scenes, kept in `latents.safetensors` beside `folder`.
+    """Train mini-dit on latents of single-object scenes.
 
     The loss is ε's squared error under min-SNR-5 weights (Hang et al. 2023), plus the reading of the scene's
-    parameters off the
-    middle tokens where the noise leaves them legible.
+    parameters off the middle tokens where the noise leaves them legible.
+
+    Args:
+        folder: checkpoints and log.
+        start: a trained pipeline to continue from; None trains from scratch.
+        window: the scenes; None begins with the first.
     """
     config = config or TrainingConfig(
         steps=10_500, batch_size=64, learning_rate=2e-3, ema_decay=0.9995, optimiser="muon"
     )
-    data = encode_scenes(autoencoder, scenes, folder.parent / "latents.safetensors", objects=1)
-    latents, classes = data["latents"], data["labels"]
-    kept = DDPMScheduler(**SCHEDULE).alphas_cumprod
+    window = window or SceneWindow(autoencoder)
+    alphas_cumprod = DDPMScheduler(**SCHEDULE).alphas_cumprod
     torch.manual_seed(config.seed)
     transformer = build_dit()
+    if start is not None:
+        transformer.load_state_dict(start.transformer.state_dict())
     model = WithReader(transformer, "transformer_blocks.2", 3 * 64)
     for module in model.modules():
         if isinstance(module, LabelEmbedding):
@@ -153,29 +134,26 @@ def train_dit(
 
     def loss(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(sample_seed(config.seed, step))
-        chosen = torch.randint(len(latents), (config.batch_size,), generator=generator)
-        clean = latents[chosen].float()
-        timestep = torch.randint(len(kept), (config.batch_size,), generator=generator)
+        clean, scenes, parameters = window.batch(step, config.batch_size, generator)
+        timestep = torch.randint(len(alphas_cumprod), (config.batch_size,), generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
         dropped = torch.rand(config.batch_size, generator=generator) < 0.1
-        condition = classes[chosen].masked_fill(dropped, NULL_CLASS)
-        level = kept[timestep].view(-1, 1, 1, 1)
-        noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
-        predicted, read = model(noisy, timestep=timestep, class_labels=condition)
-        ratio = level / (1 - level)
-        denoising = ratio.clamp(max=5) / ratio * (predicted.float() - noise) ** 2
-        legible = (ratio / (ratio + 0.02)).flatten()
-        return denoising.mean() + 0.25 * (legible * reading_loss(read, data["parameters"][chosen])).mean()
+        class_labels = labels(scenes).masked_fill(dropped, NULL_CLASS)
+        alpha_bar = alphas_cumprod[timestep].view(-1, 1, 1, 1)
+        noisy = alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
+        predicted, read = model(noisy, timestep=timestep, class_labels=class_labels)
+        snr = alpha_bar / (1 - alpha_bar)
+        denoising = snr.clamp(max=5) / snr * (predicted.float() - noise) ** 2
+        legible = (snr / (snr + 0.02)).flatten()
+        return denoising.mean() + 0.25 * (legible * reading_loss(read, parameters)).mean()
 
-    record = train(model, loss, config, folder)
+    record = {**train(model, loss, config, folder), "window": window.described}
     return dit_pipeline(transformer, autoencoder), record
 
 
 @torch.no_grad()
 def dit_pipeline(transformer: DiTTransformer2DModel, autoencoder: AutoencoderKL) -> DiTPipeline:
-    """The pipeline around a trained transformer: DDIM, the shapes' names as labels,
-    nothing in the classes it never saw.
-    """
+    """The pipeline around a trained transformer: DDIM, the shapes' names as labels, zeros for classes it never saw."""
     for module in transformer.modules():
         if isinstance(module, LabelEmbedding):
             module.embedding_table.weight[len(SHAPES) : NULL_CLASS] = 0.0

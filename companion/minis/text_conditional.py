@@ -6,7 +6,7 @@ their pipelines pass as negative prompt.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import (
@@ -30,11 +30,14 @@ from transformers import (
 )
 
 from companion.minis.captions import CAPTION_TOKENS, caption_tokenizer
+from companion.minis.latents import SceneWindow
 from companion.minis.reading import WithReader, reading_loss
-from companion.minis.recipes import SCHEDULE, TRAINING_SEED, encode_scenes
-from companion.minis.scenes import SIZE, scene
+from companion.minis.recipes import SCHEDULE
+from companion.minis.scenes import SIZE
 from companion.minis.training import TrainingConfig, train
 from companion.seeding import sample_seed
+
+Prediction = Literal["epsilon", "v_prediction"]
 
 DROPPED = 0.1  # share of captions replaced by the empty one
 
@@ -93,30 +96,17 @@ def caption_tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> Int[Tensor,
 Batch = tuple[Float[Tensor, "b c h w"], Int[Tensor, "b tokens"], Float[Tensor, "b parameters"], torch.Generator]
 
 
-def captioned_batches(
-    autoencoder: AutoencoderKL,
-    tokenizer: CLIPTokenizer,
-    config: TrainingConfig,
-    file: Path,
-    scenes: int,
-) -> Callable[[int], Batch]:
+def captioned_batches(window: SceneWindow, tokenizer: CLIPTokenizer, config: TrainingConfig) -> Callable[[int], Batch]:
     """A function from the step number to its batch: clean latents, caption tokens (one in ten is the empty prompt's),
     scene parameters, and the generator that drew them, for the noise.
-
-    Args:
-        file: keeps the latents between runs (see `encode_scenes`).
-        scenes: how many different ones.
     """
-    data = encode_scenes(autoencoder, scenes, file, objects=1)
-    latents, parameters = data["latents"][:scenes], data["parameters"]
-    tokens = caption_tokens(tokenizer, [scene(TRAINING_SEED, i, 1).caption for i in range(len(latents))] + [""])
 
     def batch(step: int) -> Batch:
         generator = torch.Generator().manual_seed(sample_seed(config.seed, step))
-        chosen = torch.randint(len(latents), (config.batch_size,), generator=generator)
+        latents, scenes, parameters = window.batch(step, config.batch_size, generator)
         dropped = torch.rand(config.batch_size, generator=generator) < DROPPED
-        said = tokens[chosen.masked_fill(dropped, len(latents))]
-        return latents[chosen].float(), said, parameters[chosen], generator
+        captions = ["" if drop else one.caption for one, drop in zip(scenes, dropped.tolist(), strict=True)]
+        return latents, caption_tokens(tokenizer, captions), parameters, generator
 
     return batch
 
@@ -126,22 +116,25 @@ def train_sd(
     autoencoder: AutoencoderKL,
     config: TrainingConfig | None = None,
     *,
-    scenes: int = 80_000,
+    prediction: Prediction = "epsilon",
     start: StableDiffusionPipeline | None = None,
+    window: SceneWindow | None = None,
 ) -> tuple[StableDiffusionPipeline, dict]:
-    """Train mini-sd, or its v-prediction variant from a trained one.
+    """Train mini-sd, or its v-prediction variant.
 
     The loss is the squared error of ε (or of v = α ε - σ x0) under min-SNR-5 weights (Hang et al. 2023), plus the
     reading of the scene's parameters off the middle tokens where the noise leaves them legible.
 
     Args:
-        folder: checkpoints and log; the latents are kept beside it.
-        start: None trains ε-prediction from scratch; a trained pipeline is continued with v-prediction.
+        folder: checkpoints and log.
+        prediction: what the U-Net predicts.
+        start: a trained pipeline, of either prediction, to continue from; None trains from scratch.
+        window: the scenes; None begins with the first.
     """
     if config is None:
-        steps, rate = (3700, 2e-3) if start is None else (1100, 1e-3)
+        steps, rate = (3700, 2e-3) if prediction == "epsilon" else (1100, 1e-3)
         config = TrainingConfig(steps=steps, batch_size=64, learning_rate=rate, ema_decay=0.998, optimiser="muon")
-    prediction = "epsilon" if start is None else "v_prediction"
+    window = window or SceneWindow(autoencoder)
     tokenizer = caption_tokenizer()
     torch.manual_seed(config.seed)
     unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
@@ -150,30 +143,28 @@ def train_sd(
         text_encoder.load_state_dict(start.text_encoder.state_dict())
     model = TextConditional(text_encoder, WithReader(unet, "mid_block", _WIDTH))
     scheduler = DDIMScheduler(**SCHEDULE, set_alpha_to_one=False, steps_offset=1, prediction_type=prediction)
-    kept = scheduler.alphas_cumprod
-    batch = captioned_batches(autoencoder, tokenizer, config, folder.parent / "latents.safetensors", scenes)
+    alphas_cumprod = scheduler.alphas_cumprod
+    batch = captioned_batches(window, tokenizer, config)
 
     def loss(step: int) -> Tensor:
         clean, tokens, parameters, generator = batch(step)
-        timestep = torch.randint(len(kept), (len(clean),), generator=generator)
+        timestep = torch.randint(len(alphas_cumprod), (len(clean),), generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
-        level = kept[timestep].view(-1, 1, 1, 1)
-        noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
-        ratio = level / (1 - level)
-        target, weight = noise, ratio.clamp(max=5) / ratio
+        alpha_bar = alphas_cumprod[timestep].view(-1, 1, 1, 1)
+        noisy = alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
+        snr = alpha_bar / (1 - alpha_bar)
+        target, weight = noise, snr.clamp(max=5) / snr
         if prediction == "v_prediction":
-            target, weight = level.sqrt() * noise - (1 - level).sqrt() * clean, ratio.clamp(max=5) / (ratio + 1)
+            target = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean
+            weight = snr.clamp(max=5) / (snr + 1)
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernel's backward pass is slower at these sizes
-            said = model.text_encoder(tokens)[0]
-            predicted, read = model.denoiser(noisy, timestep, encoder_hidden_states=said)
-        legible = (ratio / (ratio + 0.02)).flatten()
+            prompt_embeds = model.text_encoder(tokens)[0]
+            predicted, read = model.denoiser(noisy, timestep, encoder_hidden_states=prompt_embeds)
+        legible = (snr / (snr + 0.02)).flatten()
         denoising = weight * (predicted.float() - target) ** 2
         return denoising.mean() + 0.25 * (legible * reading_loss(read, parameters)).mean()
 
-    record = train(model, loss, config, folder)
-    record["scenes"] = scenes
-    if start is not None:
-        record["started from"] = "mini-sd"
+    record = {**train(model, loss, config, folder), "window": window.described}
     return sd_pipeline(unet, text_encoder, tokenizer, autoencoder, scheduler), record
 
 
@@ -238,13 +229,18 @@ def build_glm(tokenizer: CLIPTokenizer) -> GlmModel:
 
 
 def picture_sizes(count: int) -> dict[str, Float[Tensor, "count 2"]]:
-    """The sizes and crop that `CogView4Pipeline` tells its transformer for pictures of its own size, uncropped."""
+    """The sizes and crop that `CogView4Pipeline` passes to its transformer for pictures of its own size, uncropped."""
     size, corner = torch.full((count, 2), float(SIZE)), torch.zeros(count, 2)
     return {"original_size": size, "target_size": size, "crop_coords": corner}
 
 
 def train_flow(
-    folder: Path, autoencoder: AutoencoderKL, config: TrainingConfig | None = None, *, scenes: int = 80_000
+    folder: Path,
+    autoencoder: AutoencoderKL,
+    config: TrainingConfig | None = None,
+    *,
+    start: CogView4Pipeline | None = None,
+    window: SceneWindow | None = None,
 ) -> tuple[CogView4Pipeline, dict]:
     """Train mini-flow: x = (1 - σ) clean + σ noise, and the network predicts the velocity noise - clean.
 
@@ -252,33 +248,39 @@ def train_flow(
     decided (Esser et al. 2024). The reader joins as in the other models.
 
     Args:
-        folder: checkpoints and log; the latents are kept beside it.
+        folder: checkpoints and log.
+        start: a trained pipeline to continue from; None trains from scratch.
+        window: the scenes; None begins with the first.
     """
     config = config or TrainingConfig(steps=5400, batch_size=64, learning_rate=2e-3, ema_decay=0.998, optimiser="muon")
+    window = window or SceneWindow(autoencoder)
     tokenizer = caption_tokenizer(padding_side="left", longest=1024)
     torch.manual_seed(config.seed)
     transformer, text_encoder = build_flow_transformer(), build_glm(tokenizer)
+    if start is not None:
+        transformer.load_state_dict(start.transformer.state_dict())
+        text_encoder.load_state_dict(start.text_encoder.state_dict())
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     model = TextConditional(text_encoder, WithReader(transformer, "transformer_blocks.2", width))
-    scheduler = FlowMatchEulerDiscreteScheduler()  # unshifted: the pipeline tells the network the timesteps unshifted
-    batch = captioned_batches(autoencoder, tokenizer, config, folder.parent / "latents.safetensors", scenes)
+    scheduler = FlowMatchEulerDiscreteScheduler()  # unshifted: the pipeline passes its timesteps unshifted
+    batch = captioned_batches(window, tokenizer, config)
 
     def loss(step: int) -> Tensor:
         clean, tokens, parameters, generator = batch(step)
         uniform = torch.rand(len(clean), generator=generator)
         timestep = (1000 * 2 * uniform / (1 + uniform)).ceil().clamp(min=1)
         noise = torch.randn(clean.shape, generator=generator)
-        level = (timestep / 1000).view(-1, 1, 1, 1)
-        noisy = (1 - level) * clean + level * noise
+        sigma = (timestep / 1000).view(-1, 1, 1, 1)
+        noisy = (1 - sigma) * clean + sigma * noise
         with sdpa_kernel(SDPBackend.MATH):
-            said = model.text_encoder(tokens, output_hidden_states=True).hidden_states[-2]
+            prompt_embeds = model.text_encoder(tokens, output_hidden_states=True).hidden_states[-2]
             predicted, read = model.denoiser(
-                hidden_states=noisy, encoder_hidden_states=said, timestep=timestep, **picture_sizes(len(clean))
+                hidden_states=noisy, encoder_hidden_states=prompt_embeds, timestep=timestep, **picture_sizes(len(clean))
             )
-        ratio = ((1 - level) / level).square().flatten()
+        snr = ((1 - sigma) / sigma).square().flatten()
         velocity = (predicted.float() - (noise - clean)).square().mean()
-        return velocity + 0.25 * (ratio / (ratio + 0.02) * reading_loss(read, parameters)).mean()
+        return velocity + 0.25 * (snr / (snr + 0.02) * reading_loss(read, parameters)).mean()
 
-    record = {**train(model, loss, config, folder), "scenes": scenes}
+    record = {**train(model, loss, config, folder), "window": window.described}
     autoencoder.register_to_config(scaling_factor=1.0)  # its latents have unit variance already
     return CogView4Pipeline(tokenizer, text_encoder, autoencoder, transformer, scheduler), record

@@ -76,8 +76,7 @@ def train(
     """Train `model` in place, leave the averaged weights in it; continue where a killed run of these settings stopped.
 
     Args:
-        model: whatever `loss` computes with; its parameters are optimised with AdamW under bfloat16 autocast on the
-            CPU.
+        model: whatever `loss` computes with. It computes under bfloat16 autocast, on a CPU only where that is faster.
         loss: maps the step number to a scalar; must draw all its randomness from that number.
         config: training settings.
         folder: receives `checkpoint.pt` and `log.jsonl`.
@@ -90,81 +89,106 @@ def train(
         ValueError: the folder holds a run with other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "checkpoint.pt"
     device = next(model.parameters()).device
-    optimisers = _optimisers(model, config)
-    average = EMAModel(model.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
-    first, spent, settings = 0, 0.0, asdict(config)
-    if path.exists():
-        state = torch.load(path, map_location=device, weights_only=True)
-        if state["settings"] != settings:
-            raise ValueError(f"{folder} holds a run with other settings: {state['settings']}; choose another folder")
-        model.load_state_dict(state["model"])
-        for optimiser, kept in zip(optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(kept)
-        average.load_state_dict(state["average"])
-        first, spent = state["step"], state["seconds"]
+    run = _Run(model, config, folder / "checkpoint.pt", device)
     model.train()
-    started = saved = time.monotonic()
+    saved = time.monotonic()
     recent: list[float] = []
-    step = first
-
-    def save() -> None:
-        temporary = path.with_suffix(".tmp")
-        state = {
-            "model": model.state_dict(),
-            "optimisers": [optimiser.state_dict() for optimiser in optimisers],
-            "average": average.state_dict(),
-            "step": step,
-            "seconds": spent + time.monotonic() - started,
-            "settings": settings,
-        }
-        torch.save(state, temporary)
-        os.replace(temporary, path)
-
     with (
-        tqdm(total=config.steps, initial=first, desc=folder.name, mininterval=5) as bar,
+        tqdm(total=config.steps, initial=run.step, desc=folder.name, mininterval=5) as bar,
         (folder / "log.jsonl").open("a") as log,
     ):
-        for step in range(first, config.steps):
-            for group in (group for optimiser in optimisers for group in optimiser.param_groups):
-                group["lr"] = config.rate(step)
-            with torch.autocast(device.type, dtype=torch.bfloat16):
-                value = loss(step)
-            model.zero_grad(set_to_none=True)
-            value.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimiser in optimisers:
-                optimiser.step()
-            average.step(model.parameters())
+        while run.step < config.steps:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=run.autocast):
+                value = loss(run.step)
+            run.update(value, config.rate(run.step))
             recent.append(float(value.detach()))
             bar.update()
-            step += 1
-            if step % 100 == 0:
+            if run.step % 100 == 0:
                 mean = sum(recent) / len(recent)
                 bar.set_postfix(loss=f"{mean:.4f}")
-                log.write(
-                    json.dumps(
-                        {"step": step, "loss": round(mean, 6), "seconds": round(spent + time.monotonic() - started)}
-                    )
-                    + "\n"
-                )
+                log.write(json.dumps({"step": run.step, "loss": round(mean, 6), "seconds": round(run.seconds)}) + "\n")
                 log.flush()
                 recent.clear()
             stop = until()
-            if stop or step == config.steps or time.monotonic() - saved > config.checkpoint_seconds:
-                save()
+            if stop or run.step == config.steps or time.monotonic() - saved > config.checkpoint_seconds:
+                run.save()
                 saved = time.monotonic()
             if stop:
                 break
-    average.copy_to(model.parameters())
+    run.average.copy_to(model.parameters())
     model.eval()
-    return {
-        "steps": step,
-        "seconds": round(spent + time.monotonic() - started),
-        "settings": settings,
-        **machine(device),
-    }
+    record = {"steps": run.step, "seconds": round(run.seconds), "settings": asdict(config), "bfloat16": run.autocast}
+    return {**record, **machine(device)}
+
+
+class _Run:
+    """All that a step depends on, read from the checkpoint where there is one."""
+
+    def __init__(self, model: nn.Module, config: TrainingConfig, path: Path, device: torch.device) -> None:
+        self._model, self._settings, self._path = model, asdict(config), path
+        self._optimisers = _optimisers(model, config)
+        self.average = EMAModel(model.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
+        self.step, self._spent, self._began = 0, 0.0, time.monotonic()
+        if not path.exists():
+            self.autocast = device.type != "cpu" or bfloat16_is_faster()
+            return
+        state = torch.load(path, map_location=device, weights_only=True)
+        if state["settings"] != self._settings:
+            raise ValueError(
+                f"{path.parent} holds a run with other settings: {state['settings']}; choose another folder"
+            )
+        model.load_state_dict(state["model"])
+        for optimiser, stored in zip(self._optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(stored)
+        self.average.load_state_dict(state["average"])
+        self.step, self._spent = state["step"], state["seconds"]
+        self.autocast = state.get("autocast", True)  # measured once, so that a resumed run computes as it began
+
+    @property
+    def seconds(self) -> float:
+        """Of training, all sessions together."""
+        return self._spent + time.monotonic() - self._began
+
+    def update(self, loss: Tensor, rate: float) -> None:
+        """One step of the optimisers and of the averaged weights."""
+        for group in (group for optimiser in self._optimisers for group in optimiser.param_groups):
+            group["lr"] = rate
+        self._model.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        for optimiser in self._optimisers:
+            optimiser.step()
+        self.average.step(self._model.parameters())
+        self.step += 1
+
+    def save(self) -> None:
+        """Replace the checkpoint atomically."""
+        state = {
+            "model": self._model.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self._optimisers],
+            "average": self.average.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "settings": self._settings,
+            "autocast": self.autocast,
+        }
+        temporary = self._path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, self._path)
+
+
+def bfloat16_is_faster() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones. Not all do, whatever their flags say."""
+    seconds = []
+    for dtype in (torch.bfloat16, torch.float32):
+        tokens, weight = torch.ones(4096, 192, dtype=dtype), torch.ones(192, 768, dtype=dtype)
+        tokens @ weight  # the first call also prepares its kernel
+        began = time.perf_counter()
+        for _ in range(10):
+            tokens @ weight
+        seconds.append(time.perf_counter() - began)
+    return seconds[0] < seconds[1]
 
 
 def _optimisers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:

@@ -1,8 +1,18 @@
 """The command line."""
 
-import pytest
+import shlex
+import subprocess
+import sys
 
-from companion.cli.main import main
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from companion.cli.main import COMMANDS, main
+from companion.cli.train import CONTINUED
+from companion.minis import adm, edm2, recipes, text_conditional
+from companion.minis.shipping import WEIGHTS
+from tests.evaluation.sampling.separate_processes import ROOT
 
 
 @pytest.mark.parametrize("name", ["mini-dit", "mini-edm2", "mini-sd", "mini-sd-v", "mini-flow"])
@@ -18,6 +28,54 @@ def test_mini_sd_v_needs_mini_sd(tmp_path, capsys):
         (tmp_path / part).mkdir()
     assert main(["train", "mini-sd-v", "--out", str(tmp_path)]) == 2
     assert "run python -m companion train mini-sd first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_its_file_and_its_help(capsys, command):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith(f"usage: python -m companion {command} ") and COMMANDS[command] in shown
+
+
+def test_unknown_commands_are_refused_with_the_known_ones(capsys):
+    for given in (["paint"], []):
+        with pytest.raises(SystemExit) as stopped:
+            main(given)
+        assert stopped.value.code == 2
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(line in shown for line in COMMANDS.values())
+
+
+def test_only_denoisers_are_continued_from_the_package(tmp_path, capsys):
+    assert main(["train", "mini-clip", "--from-shipped", "--runs", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: --from-shipped continues mini-adm, mini-dit, ")
+    assert main(["train", "mini-dit", "--first-scene", "-1", "--runs", str(tmp_path)]) == 2
+    assert "--first-scene must be at least 0, got -1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_training_goes_on_from_the_shipped_weights(tmp_path, monkeypatch, name):
+    """What each recipe is given to start from, against the shipped folder's own tensors."""
+    given = []
+
+    def spy(model, *_):
+        given.append({key: value.clone() for key, value in model.state_dict().items()})
+        raise KeyboardInterrupt
+
+    for recipe in (adm, edm2, recipes, text_conditional):
+        monkeypatch.setattr(recipe, "train", spy)
+    with pytest.raises(KeyboardInterrupt):
+        main(["train", name, "--from-shipped", "--runs", str(tmp_path)])
+    part = "transformer" if name in ("mini-dit", "mini-flow") else "unet"
+    shipped = load_file(WEIGHTS / name / part / "diffusion_pytorch_model.safetensors")
+    found = {key.rpartition("denoiser.")[2]: value for key, value in given[0].items() if "denoiser." in key}
+    assert set(shipped) <= set(found)
+    for key, value in shipped.items():
+        assert torch.equal(value.float(), found[key].float()), key
 
 
 def test_unknown_models_are_listed(capsys):
@@ -39,3 +97,9 @@ def test_unknown_models_are_listed(capsys):
 def test_mini_adm_and_its_classifiers_need_one_another(tmp_path, capsys, name, needed):
     assert main(["train", name, "--runs", str(tmp_path)]) == 2
     assert f"run python -m companion train {needed} first" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    command = f"{shlex.quote(sys.executable)} -m companion table imagenet --list | head -1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.startswith("mini-edm2,unguided") and "BrokenPipe" not in done.stderr

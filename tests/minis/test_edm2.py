@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from companion.minis import edm2, recipes
+from companion.minis.latents import SceneWindow
 from companion.minis.training import TrainingConfig
 from companion.networks.edm2 import EDM2UNet
 
@@ -27,9 +28,10 @@ def test_sizes():
 
 
 def test_a_killed_run_resumes(autoencoder, tmp_path, monkeypatch):
+    window = SceneWindow(autoencoder, size=12, fresh=2)
     whole = network()
-    record = edm2.train_edm2(tmp_path / "whole", whole, autoencoder, CONFIG, scenes=12)
-    assert record["steps"] == 3 and record["scenes"] == 12
+    record = edm2.train_edm2(tmp_path / "whole", whole, autoencoder, CONFIG, window=window)
+    assert record["steps"] == 3 and record["window"] == {"first": 0, "size": 12, "fresh": 2}
     train = edm2.train
 
     def killed(*args, **settings):
@@ -37,10 +39,10 @@ def test_a_killed_run_resumes(autoencoder, tmp_path, monkeypatch):
         return train(*args, **settings, until=lambda: asked.append(1) or len(asked) == 2)
 
     monkeypatch.setattr(edm2, "train", killed)
-    assert edm2.train_edm2(tmp_path / "parts", network(), autoencoder, CONFIG, scenes=12)["steps"] == 2
+    assert edm2.train_edm2(tmp_path / "parts", network(), autoencoder, CONFIG, window=window)["steps"] == 2
     monkeypatch.setattr(edm2, "train", train)
     resumed = network()
-    assert edm2.train_edm2(tmp_path / "parts", resumed, autoencoder, CONFIG, scenes=12)["steps"] == 3
+    assert edm2.train_edm2(tmp_path / "parts", resumed, autoencoder, CONFIG, window=window)["steps"] == 3
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
 
@@ -57,7 +59,7 @@ def test_what_a_step_sees(autoencoder, tmp_path):
         lambda module, args: norms.append(net.out_conv.weight.flatten(1).norm(dim=1))
     )
     config = TrainingConfig(steps=2, batch_size=400, learning_rate=1e-3, warmup=1, optimiser="muon")
-    edm2.train_edm2(tmp_path / "run", net, autoencoder, config, scenes=12)
+    edm2.train_edm2(tmp_path / "run", net, autoencoder, config, window=SceneWindow(autoencoder, size=12))
     assert all(torch.allclose(norm, torch.ones_like(norm), atol=1e-5) for norm in norms)
     noisy, sigma, labels = (torch.cat([step[i] for step in seen]) for i in range(3))
     assert abs(sigma.log().mean()) < 0.15 and abs(sigma.log().std() - 1.2) < 0.1
@@ -65,3 +67,16 @@ def test_what_a_step_sees(autoencoder, tmp_path):
     assert ((noisy[loud] / sigma[loud].view(-1, 1, 1, 1)).std() - 1).abs() < 0.1
     dropped = (labels.sum(dim=1) == 0).double().mean()
     assert 0.06 < dropped < 0.14 and set(labels.unique().tolist()) == {0.0, 1.0}
+
+
+def test_training_goes_on_from_shipped_weights(autoencoder, tmp_path):
+    """Folded weights are on the sphere (to the small constant in its norm): a step at rate 0 changes no prediction."""
+    start = network()
+    torch.nn.init.constant_(start.out_gain, 0.7)
+    copied = network()
+    copied.load_state_dict(start.fold_weights().state_dict())
+    still = TrainingConfig(steps=1, batch_size=4, learning_rate=0.0, warmup=1, optimiser="muon", ema_decay=0.0)
+    edm2.train_edm2(tmp_path / "on", copied, autoencoder, still, window=SceneWindow(autoencoder, size=4))
+    noisy, sigma = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5, 2.0])
+    with torch.no_grad():
+        assert torch.allclose(copied(noisy, sigma).sample, start(noisy, sigma).sample, atol=5e-3)

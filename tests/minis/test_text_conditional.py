@@ -5,15 +5,26 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
-from safetensors.torch import load_file
 
 from companion.minis import recipes, text_conditional
 from companion.minis.captions import caption_tokenizer
-from companion.minis.scenes import scene
+from companion.minis.latents import SceneWindow
+from companion.minis.scenes import render, scene
 from companion.minis.training import TrainingConfig
 
 CONFIG = TrainingConfig(steps=2, batch_size=64, learning_rate=1e-3, warmup=1, optimiser="muon")
 SCENES = 12
+
+
+def window(autoencoder) -> SceneWindow:
+    return SceneWindow(autoencoder, size=SCENES, fresh=0)
+
+
+@torch.no_grad()
+def latents(autoencoder) -> torch.Tensor:
+    """Of the scenes that the tests train on, encoded by themselves."""
+    images = render([scene(recipes.TRAINING_SEED, i, 1) for i in range(SCENES)])
+    return autoencoder.encode(images).latent_dist.mean.double()
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +38,13 @@ def trained(autoencoder, tmp_path_factory):
     """Each model after two steps, with the record of its run."""
     runs = tmp_path_factory.mktemp("runs")
     models = {
-        "mini-sd": text_conditional.train_sd(runs / "mini-sd", autoencoder, CONFIG, scenes=SCENES),
-        "mini-flow": text_conditional.train_flow(runs / "mini-flow", autoencoder, CONFIG, scenes=SCENES),
+        "mini-sd": text_conditional.train_sd(runs / "mini-sd", autoencoder, CONFIG, window=window(autoencoder)),
+        "mini-flow": text_conditional.train_flow(runs / "mini-flow", autoencoder, CONFIG, window=window(autoencoder)),
     }
     start = models["mini-sd"][0]
-    models["mini-sd-v"] = text_conditional.train_sd(runs / "mini-sd-v", autoencoder, CONFIG, scenes=SCENES, start=start)
+    models["mini-sd-v"] = text_conditional.train_sd(
+        runs / "mini-sd-v", autoencoder, CONFIG, window=window(autoencoder), start=start, prediction="v_prediction"
+    )
     return models, runs
 
 
@@ -47,7 +60,7 @@ def test_two_steps_give_an_official_pipeline(trained, tmp_path, name):
     models, _ = trained
     pipe, record = models[name]
     assert type(pipe).__module__.startswith("diffusers.pipelines.") and record["steps"] == 2
-    assert record["scenes"] == SCENES
+    assert record["window"]["size"] == SCENES
     pipe.save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
     drawn = []
@@ -64,24 +77,23 @@ def test_two_steps_give_an_official_pipeline(trained, tmp_path, name):
 def test_mini_sd_v_starts_from_mini_sd(trained, autoencoder, tmp_path):
     pipe, _ = trained[0]["mini-sd"]
     still = replace(CONFIG, steps=1, learning_rate=0.0)
-    (tmp_path / "latents.safetensors").symlink_to(trained[1] / "latents.safetensors")
-    copied, record = text_conditional.train_sd(tmp_path / "v", autoencoder, still, scenes=SCENES, start=pipe)
+    copied, _ = text_conditional.train_sd(
+        tmp_path / "v", autoencoder, still, window=window(autoencoder), start=pipe, prediction="v_prediction"
+    )
     for part in ("unet", "text_encoder"):
         kept, new = getattr(pipe, part).state_dict(), getattr(copied, part).state_dict()
         assert all(torch.equal(kept[key], new[key]) for key in kept)
-    assert record["started from"] == "mini-sd"
 
 
 @pytest.mark.parametrize("recipe", [text_conditional.train_sd, text_conditional.train_flow])
 def test_a_killed_run_resumes(trained, autoencoder, tmp_path, monkeypatch, recipe):
-    (tmp_path / "latents.safetensors").symlink_to(trained[1] / "latents.safetensors")
     config = replace(CONFIG, batch_size=4)
-    whole, _ = recipe(tmp_path / "whole", autoencoder, config, scenes=SCENES)
+    whole, _ = recipe(tmp_path / "whole", autoencoder, config, window=window(autoencoder))
     train = text_conditional.train
     monkeypatch.setattr(text_conditional, "train", lambda *a: train(*a, until=lambda: True))
-    _, cut = recipe(tmp_path / "cut", autoencoder, config, scenes=SCENES)
+    _, cut = recipe(tmp_path / "cut", autoencoder, config, window=window(autoencoder))
     monkeypatch.undo()
-    resumed, record = recipe(tmp_path / "cut", autoencoder, config, scenes=SCENES)
+    resumed, record = recipe(tmp_path / "cut", autoencoder, config, window=window(autoencoder))
     assert (cut["steps"], record["steps"]) == (1, 2)
     for part in ("text_encoder", "unet" if hasattr(whole, "unet") else "transformer"):
         for a, b in zip(getattr(whole, part).parameters(), getattr(resumed, part).parameters(), strict=True):
@@ -105,7 +117,7 @@ def training_calls(recipe, autoencoder, folder, monkeypatch, **options):
 
     monkeypatch.setattr(text_conditional, "train", spy)
     monkeypatch.setattr(text_conditional, "reading_loss", lambda read, truth: torch.zeros(len(truth)))
-    pipe, _ = recipe(folder, autoencoder, CONFIG, scenes=SCENES, **options)
+    pipe, _ = recipe(folder, autoencoder, CONFIG, window=window(autoencoder), **options)
     if seen.get("args"):
         seen["noisy"], seen["timestep"] = seen["args"]
     else:
@@ -127,7 +139,6 @@ def inference_calls(pipe, prompt):
 
 @pytest.mark.parametrize("name", ["mini-sd", "mini-flow"])
 def test_what_it_trains_on_is_what_the_pipeline_passes(trained, autoencoder, tmp_path, monkeypatch, name):
-    (tmp_path / "latents.safetensors").symlink_to(trained[1] / "latents.safetensors")
     recipe = text_conditional.train_sd if name == "mini-sd" else text_conditional.train_flow
     seen, pipe = training_calls(recipe, autoencoder, tmp_path / name, monkeypatch)
     known = [scene(recipes.TRAINING_SEED, i, 1).caption for i in range(SCENES)]
@@ -170,19 +181,18 @@ def predictions_zeroed(monkeypatch):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_the_loss_of_mini_sd_against_its_definition(trained, autoencoder, tmp_path, monkeypatch, prediction):
     """min(SNR, 5) times the squared error of x0, whatever is predicted; here the prediction is zero."""
-    stored = tmp_path / "latents.safetensors"
-    stored.symlink_to(trained[1] / "latents.safetensors")
     options = {}
     predictions_zeroed(monkeypatch)
     if prediction == "v_prediction":
+        options["prediction"] = prediction
         options["start"], _ = text_conditional.train_sd(
-            tmp_path / "start", autoencoder, replace(CONFIG, steps=1, learning_rate=0.0), scenes=SCENES
+            tmp_path / "start", autoencoder, replace(CONFIG, steps=1, learning_rate=0.0), window=window(autoencoder)
         )
     seen, pipe = training_calls(text_conditional.train_sd, autoencoder, tmp_path / "sd", monkeypatch, **options)
     scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, prediction_type=prediction, clip_sample=False)
     assert torch.equal(pipe.scheduler.alphas_cumprod, scheduler.alphas_cumprod)
     level = scheduler.alphas_cumprod[seen["timestep"]].double().view(-1, 1, 1, 1, 1)
-    noisy, clean = seen["noisy"].double().unsqueeze(1), load_file(stored)["latents"].double()
+    noisy, clean = seen["noisy"].double().unsqueeze(1), latents(autoencoder)
     guess = noisy / level.sqrt() if prediction == "epsilon" else level.sqrt() * noisy  # x0 when zero is predicted
     ratio = level / (1 - level)
     losses = (ratio.clamp(max=5) * (guess - clean) ** 2).mean(dim=(2, 3, 4))
@@ -193,11 +203,9 @@ def test_the_loss_of_mini_sd_against_its_definition(trained, autoencoder, tmp_pa
 
 def test_the_loss_of_mini_flow_against_its_definition(trained, autoencoder, tmp_path, monkeypatch):
     """A fresh transformer predicts zero: the loss is the mean square of noise - clean; x = (1-σ) clean + σ noise."""
-    stored = tmp_path / "latents.safetensors"
-    stored.symlink_to(trained[1] / "latents.safetensors")
     seen, _ = training_calls(text_conditional.train_flow, autoencoder, tmp_path / "flow", monkeypatch)
     level = (seen["timestep"] / 1000).double().view(-1, 1, 1, 1, 1)
-    noisy, clean = seen["noisy"].double().unsqueeze(1), load_file(stored)["latents"].double()
+    noisy, clean = seen["noisy"].double().unsqueeze(1), latents(autoencoder)
     noise = (noisy - (1 - level) * clean) / level
     chosen = noise.square().mean(dim=(2, 3, 4)).argmin(dim=1)
     losses = (noise - clean).square().mean(dim=(2, 3, 4)).gather(1, chosen.unsqueeze(1))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from companion.minis import training
 from companion.minis.training import TrainingConfig, train
 
 CONFIG = TrainingConfig(steps=12, batch_size=8, learning_rate=0.05, warmup=3, ema_decay=0.9)
@@ -95,3 +96,37 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **options)
+
+
+@pytest.mark.parametrize("began", [True, False])
+def test_a_resumed_run_computes_as_it_began(tmp_path, monkeypatch, began):
+    """However fast the processor is on the day on which it goes on."""
+    monkeypatch.setattr(training, "bfloat16_is_faster", lambda: began)
+    whole, record = fit(tmp_path / "whole")
+    fit(tmp_path / "cut", CONFIG, 5)
+    monkeypatch.setattr(training, "bfloat16_is_faster", lambda: not began)
+    resumed, _ = fit(tmp_path / "cut")
+    assert record["bfloat16"] is began
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_cpu_computes_in_bfloat16_where_that_is_faster(tmp_path, monkeypatch, faster):
+    monkeypatch.setattr(training, "bfloat16_is_faster", lambda: faster)
+    model, seen = Regression(), []
+
+    def loss(step: int) -> torch.Tensor:
+        seen.append(model.blocks(torch.ones(1, 4)).dtype)
+        return model.loss(step)
+
+    train(model, loss, replace(CONFIG, steps=1), tmp_path)
+    assert seen == [torch.bfloat16 if faster else torch.float32]
+
+
+def test_what_is_faster_is_measured(monkeypatch):
+    monkeypatch.undo()
+    for times, faster in (([0.0, 1.0, 1.0, 3.0], True), ([0.0, 2.0, 2.0, 3.0], False)):
+        clock = iter(times)
+        monkeypatch.setattr(training.time, "perf_counter", lambda clock=clock: next(clock))
+        assert training.bfloat16_is_faster() is faster

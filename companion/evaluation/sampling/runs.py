@@ -8,7 +8,6 @@ for any number of processes with the same device and number of threads. With ano
 floating point makes of another order of sums.
 """
 
-import argparse
 import os
 import socket
 import sys
@@ -17,12 +16,12 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
-from accelerate.utils import broadcast_object_list, parse_flag_from_env  # type: ignore[import-untyped]
+from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
@@ -37,99 +36,16 @@ from companion.evaluation.sampling.folder import (
     finish,
     write_batch,
 )
-from companion.evaluation.sampling.settings import (
-    Format,
-    SamplingSettings,
-    check_sampling,
-    conditions_for,
-    guidance_argument,
-    model_defaults,
-    with_scheduler,
-)
-from companion.files import Unwritable, read_json, write_json
-from companion.guidance.weights import WEIGHT_SYNTAX
-from companion.pipelines.edm2.pipeline import Reference
-from companion.pipelines.hook import SAMPLING_PRODUCTS, GuidanceStep, rectified_guidance
-from companion.pipelines.registry import load
-from companion.pipelines.saved import DTYPES
+from companion.evaluation.sampling.settings import SamplingSettings, check_sampling
+from companion.files import read_json, write_json
+from companion.pipelines.capabilities import guidance_argument
+from companion.pipelines.hook import GuidanceStep, rectified_guidance
 from companion.provenance import provenance
 from companion.seeding import sample_generators
 
 
 class Diverged(ValueError):
     """A picture is not finite; the message says which and what to do."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m companion sample`."""
-    add = parser.add_argument
-    add("--model", required=True, help="an embedded model, one of the paper's, a local folder, or owner/model")
-    add("--num-samples", type=int, required=True, metavar="N")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of the run; a stopped one is continued")
-    add("--batch-size", type=int, default=50, metavar="B", help="samples a batch; default: 50")
-    add("--steps", type=int, metavar="S", help="sampler steps; default: the paper's, else the pipeline's")
-    add("--seed", type=int, default=0, metavar="K", help="default: 0; sample i draws from the generator (K, i)")
-    add("--guidance-scale", type=float, metavar="G", help="1 + w; default: the paper's, else the pipeline's")
-    add("--weight", default="constant", metavar="SCHEDULE", help=f"weight over time: {WEIGHT_SYNTAX}")
-    add("--product", choices=SAMPLING_PRODUCTS, default="finite_difference", help="none is CFG; this is the default")
-    add("--reference", choices=get_args(Reference), help="of EDM2's guidance; default: its guide network if it has one")
-    add("--scheduler", metavar="CLASS", help="diffusers' class name; default: the model's own")
-    add("--classes", metavar="A,B,...", help="names or numbers, drawn in turn; default: all")
-    add("--prompts", type=Path, metavar="FILE", help="one prompt a line, drawn in turn; or COCO's caption file (.json)")
-    add("--format", choices=get_args(Format), default="png", help="PNGs, or one npz file a batch; default: png")
-    add("--device", help='"cpu", "cuda", ...; default: what accelerate finds')
-    add("--dtype", choices=tuple(DTYPES), default="float32", help="of the weights; default: float32")
-
-
-def main(options: argparse.Namespace) -> int:
-    """`python -m companion sample`; the exit status. Errors are one line on the standard error."""
-    on_cpu = options.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
-    state = PartialState(cpu=on_cpu or not torch.accelerator.is_available())
-    try:
-        device = options.device if options.device and state.num_processes == 1 else state.device
-        pipe = load(options.model, device=device, dtype=DTYPES[options.dtype])
-        settings = settings_from(options, pipe)
-        out = sample(with_scheduler(pipe, settings.scheduler), settings, options.out)
-    except (Unwritable, Diverged) as error:  # may happen to one process alone
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ValueError as error:  # the same in every process
-        if state.is_main_process:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        if state.is_main_process:
-            print("stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
-    finally:
-        if state.use_distributed and sys.exc_info()[0] is None:
-            state.destroy_process_group()
-    if state.is_main_process:
-        print(f"written: {out}")
-    return 0
-
-
-def settings_from(options: argparse.Namespace, pipe: DiffusionPipeline) -> SamplingSettings:
-    """The command line's settings, with the model's own where none are given.
-
-    Raises:
-        ValueError: see `SamplingSettings` and `conditions_for`.
-    """
-    own = model_defaults(options.model, pipe)
-    return SamplingSettings(
-        model=options.model,
-        num_samples=options.num_samples,
-        conditions=conditions_for(pipe, classes=options.classes, prompts=options.prompts),
-        batch_size=options.batch_size,
-        steps=own["steps"] if options.steps is None else options.steps,
-        seed=options.seed,
-        guidance_scale=own["guidance_scale"] if options.guidance_scale is None else options.guidance_scale,
-        weight=options.weight,
-        product=options.product,
-        scheduler=options.scheduler,
-        call=own["call"] if options.reference is None else own["call"] | {"guidance_reference": options.reference},
-        image_format=options.format,
-    )
 
 
 def sample(

@@ -23,10 +23,12 @@ from PIL import Image
 
 from companion import sample_generators
 from companion.cli.main import main as command_line
+from companion.cli.sample import add_arguments, settings_from
+from companion.cli.sample import run as main
 from companion.evaluation.sampling import runs
 from companion.evaluation.sampling import settings as sampling_settings
 from companion.evaluation.sampling.folder import Lock, begin, read_batches, read_manifest
-from companion.evaluation.sampling.runs import add_arguments, draw, main, sample, settings_from
+from companion.evaluation.sampling.runs import draw, sample
 from companion.evaluation.sampling.settings import (
     SamplingSettings,
     check_sampling,
@@ -36,6 +38,7 @@ from companion.evaluation.sampling.settings import (
     weights_fingerprint,
 )
 from companion.files import Unwritable
+from companion.pipelines.registry import load
 from tests.evaluation.sampling.separate_processes import (
     ROOT,
     SETTINGS,
@@ -376,14 +379,14 @@ def test_the_command_line(tmp_path, capsys):
     assert "3/3" in printed.err and "image/s" in printed.err
     settings = read_manifest(tmp_path / "run")["settings"]
     assert (settings["guidance_scale"], settings["steps"], settings["scheduler"]) == (4.0, 2, "DDIMScheduler")
-    assert settings["weights"] == weights_fingerprint(runs.load(folder))
+    assert settings["weights"] == weights_fingerprint(load(folder))
     assert main(parser.parse_args([*given, "--steps", "3", "--classes", "star,3", "--format", "npz"])) == 2
     refused = capsys.readouterr().err.rpartition("\r")[2].partition("\n")[2]  # behind diffusers' loading bar
     assert refused.startswith("error: ") and "steps was 2 and is now 3" in refused and refused.count("\n") == 1
     assert command_line(["sample", *given, "--classes", "unicorn"]) == 2
     assert "unknown class 'unicorn'" in capsys.readouterr().err
     options = parser.parse_args([*given, "--scheduler", "UniPCMultistepScheduler", "--weight", "power-cosine:4"])
-    assert settings_from(options, runs.load(folder)).steps == 50
+    assert settings_from(options, load(folder)).steps == 50
 
 
 def test_a_run_begins_while_no_process_of_another_is_alive(tmp_path):

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from companion.evaluation.sampling import runs
-from companion.evaluation.sampling.runs import settings_from
+from companion.cli.sample import add_arguments, settings_from
 from companion.evaluation.sampling.settings import SamplingSettings, check_sampling
 from tests.evaluation.scene_pipelines import scene_dit
 from tests.pipelines.edm2.test_pipeline import tiny_edm2
@@ -39,7 +38,7 @@ def test_other_pipelines_have_no_choice_of_reference():
 
 def test_the_command_line_names_the_reference():
     parser = argparse.ArgumentParser()
-    runs.add_arguments(parser)
+    add_arguments(parser)
     given = ["--model", "m", "--num-samples", "2", "--out", str(Path("x")), "--product", "covariance"]
     pipe = tiny_edm2(torch.float32, null_labels=True)
     assert settings_from(parser.parse_args(given), pipe).call == {}

@@ -1,0 +1,98 @@
+"""`python -m companion table`: make a table cell by cell, and print it. A table is added by a line of `TABLES`."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
+from accelerate.utils import parse_flag_from_env  # type: ignore[import-untyped]
+
+from companion.evaluation.metrics import references
+from companion.evaluation.studies.calibrated_guides import calibrated
+from companion.evaluation.studies.classifier_table import imagenet128
+from companion.evaluation.studies.guidance_table import coco, imagenet
+from companion.evaluation.studies.guidance_variants import variants
+from companion.evaluation.tables.engine import RunOptions, TablePlan, run_table
+from companion.evaluation.tables.options import TableOptions
+from companion.files import Unwritable
+from companion.pipelines.saved import DTYPES
+
+TABLES: dict[str, Callable[[TableOptions], TablePlan]] = {
+    "imagenet": imagenet,
+    "coco": coco,
+    "imagenet128": imagenet128,
+    "variants": variants,
+    "calibrated": calibrated,
+}
+"""Name -> the options' plan."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m companion table`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = references.__doc__
+    add = parser.add_argument
+    add("name", choices=tuple(TABLES), help="which table")
+    add("--profile", choices=("mini", "paper"), default="mini", help="embedded models and scenes, or the papers' own")
+    add("--data", type=Path, metavar="DIR", help="the paper profile's references, see below")
+    add("--out", type=Path, default=None, metavar="DIR", help="folder of the cells; default: runs/table-NAME-PROFILE")
+    add("--resume", action="store_true", help="keep the cells that are there, and make the others")
+    add("--only", metavar="CELL", help="make one cell")
+    add("--models", metavar="A,B,...", help="only these models' cells")
+    add("--limit-minutes", type=float, metavar="M", help="begin no cell after so many minutes")
+    add("--collect", type=Path, metavar="FILE", help="one file for all finished cells; --resume keeps them, too")
+    add("--num-samples", type=int, metavar="N", help="samples a cell; default: the table's")
+    add("--batch-size", type=int, metavar="B", help="samples a batch; default: the table's")
+    add("--seeds", type=int, metavar="K", help="seeds a row, from 0; default: 1")
+    add("--list", action="store_true", help="print the cells' names in the order of their making, and draw nothing")
+    add("--keep-samples", action="store_true", help="do not remove the pictures once they are measured")
+    add("--device", help='"cpu", "cuda", ...; default: what accelerate finds')
+    add("--dtype", choices=tuple(DTYPES), default="float32", help="of the weights; default: float32")
+    add("--runs", type=Path, metavar="DIR", help="calibrated: folder in which classifiers were fine-tuned")
+    add("--source", type=Path, metavar="DIR", help="imagenet128, paper: folder of OpenAI's checkpoints")
+    for field, what in (("strength", "a"), ("smoothing", "ε"), ("entropy", "a_H")):
+        add(f"--{field}", type=float, metavar="X", help=f"imagenet128, paper: {what}, which the sources do not give")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Make and print a table; the exit status. Errors are one line on the standard error."""
+    on_cpu = options.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=on_cpu or not torch.accelerator.is_available())
+    try:
+        if options.device is None or state.num_processes > 1:
+            options.device = state.device
+        chosen = TableOptions(**{field.name: getattr(options, field.name) for field in fields(TableOptions)})
+        plan = TABLES[options.name](chosen)
+        if options.list:
+            print("\n".join([*plan.names(), *plan.left_out()]))
+            return 0
+        if state.is_main_process and (left_out := plan.left_out()):
+            print("\n".join(left_out), file=sys.stderr)
+        cells = run_table(plan, _run_options(options, chosen))
+    except (Unwritable, ValueError) as error:
+        if state.is_main_process or isinstance(error, Unwritable):
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if state.is_main_process:
+            print("stopped; the same command with --resume goes on where it was", file=sys.stderr)
+        return 130
+    if state.is_main_process:
+        print(plan.as_markdown(cells))
+    return 0
+
+
+def _run_options(options: argparse.Namespace, chosen: TableOptions) -> RunOptions:
+    typed = ["python", "-m", "companion", "table", options.name, *chosen.arguments()]
+    return RunOptions(
+        out=options.out or Path("runs") / f"table-{options.name}-{options.profile}",
+        resume=options.resume,
+        only=options.only,
+        collected=options.collect,
+        minutes=options.limit_minutes,
+        keep_samples=options.keep_samples,
+        command=lambda cell: [*typed, "--only", cell],
+    )
