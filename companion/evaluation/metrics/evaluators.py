@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from companion.evaluation.metrics.features import FeatureNetwork, extract
+from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.metrics.metrics import (
     ClipNetwork,
     class_agreement,
@@ -22,10 +23,10 @@ from companion.evaluation.metrics.metrics import (
 from companion.evaluation.metrics.reference_statistics import GaussianStatistics, statistics_of
 from companion.evaluation.sampling.folder import Pixels, read_batches
 from companion.evaluation.sampling.settings import conditions_for
-from companion.evaluation.tables.results import Figure
 from companion.minis.scenes import Scene, render, scene
+from companion.pixels import to_uint8
 
-REFERENCE_SEED = 100  # scenes that no model has learned from, and that judge no classifier
+REFERENCE_SEED = 100  # scenes that no model has learned from, and that no classifier is measured on
 NEIGHBOURS = 3
 _JACKKNIFE = 512  # from as many dimensions on, a bootstrap of the Fréchet distance takes minutes
 
@@ -45,7 +46,7 @@ class Reference:
     described: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Judge(Protocol):
+class Evaluator(Protocol):
     """Measures one model's runs.
 
     `described` decides the figures, together with the run's settings; it is plain JSON. `least` is the number of
@@ -76,8 +77,8 @@ class Judge(Protocol):
         ...
 
 
-class _Judge:
-    """What both kinds of judges share: a network of features, and a reference that is made when first needed."""
+class _Evaluator:
+    """What both kinds of evaluators share: a network of features, and a reference that is made when first needed."""
 
     def __init__(
         self, network: FeatureNetwork, reference: Callable[[], Reference], described: Mapping[str, Any]
@@ -114,7 +115,7 @@ class _Judge:
         return figures
 
 
-class ClassJudge(_Judge):
+class ClassEvaluator(_Evaluator):
     """Of class-conditional models: FID, Inception score, precision, recall, agreement with the class asked for.
 
     Args:
@@ -147,7 +148,7 @@ class ClassJudge(_Judge):
         return figures
 
 
-class CaptionJudge(_Judge):
+class CaptionEvaluator(_Evaluator):
     """Of text-conditional models: FID, precision, recall, and how well pictures and captions agree.
 
     Args:
@@ -198,25 +199,42 @@ def fid_of(features: torch.Tensor, reference: GaussianStatistics) -> Figure:
     return fid(features, reference, resamples=0) if features.shape[1] >= _JACKKNIFE else fid(features, reference)
 
 
-def scene_batches(scenes: Sequence[Scene], size: int = 100) -> Iterator[Pixels]:
-    """Rendered pictures of scenes, 0 to 255."""
+def scene_batches(
+    scenes: Sequence[Scene], size: int = 100, *, rendered: Callable[[Sequence[Scene]], torch.Tensor] = render
+) -> Iterator[Pixels]:
+    """Rendered pictures of scenes, 0 to 255.
+
+    Args:
+        size: pictures a batch.
+        rendered: scenes -> pictures in [-1, 1].
+    """
     for first in range(0, len(scenes), size):
-        pixels = ((render(scenes[first : first + size]) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        pixels = to_uint8(rendered(scenes[first : first + size]))
         yield np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy())
 
 
-def _scene_reference(network: FeatureNetwork, samples: int) -> Reference:
+def scene_reference(
+    network: FeatureNetwork, samples: int, *, rendered: Callable[[Sequence[Scene]], torch.Tensor] = render, **also: str
+) -> Reference:
+    """That many held-out scenes of one object.
+
+    Args:
+        rendered: scenes -> pictures in [-1, 1].
+        also: what else is worth knowing of the pictures, for the provenance.
+    """
     held_out = [scene(REFERENCE_SEED, i, 1) for i in range(samples)]
-    features = extract(network, scene_batches(held_out)).features
-    return Reference(statistics_of(features), features, {"scenes": samples, "seed": REFERENCE_SEED})
+    features = extract(network, scene_batches(held_out, rendered=rendered)).features
+    return Reference(statistics_of(features), features, {"scenes": samples, "seed": REFERENCE_SEED, **also})
 
 
-def scene_judge(network: FeatureNetwork, samples: int) -> ClassJudge:
+def scene_evaluator(network: FeatureNetwork, samples: int) -> ClassEvaluator:
     """Against that many held-out scenes of one object."""
-    return ClassJudge(network, partial(_scene_reference, network, samples), {"reference_samples": samples})
+    return ClassEvaluator(network, partial(scene_reference, network, samples), {"reference_samples": samples})
 
 
-def scene_caption_judge(network: FeatureNetwork, clip: ClipNetwork, samples: int, captions: int) -> CaptionJudge:
+def scene_caption_evaluator(
+    network: FeatureNetwork, clip: ClipNetwork, samples: int, captions: int
+) -> CaptionEvaluator:
     """Against that many held-out scenes of one object, whose first captions are drawn.
 
     Raises:
@@ -224,6 +242,6 @@ def scene_caption_judge(network: FeatureNetwork, clip: ClipNetwork, samples: int
     """
     if captions > samples:
         raise ValueError(f"captions must be at most as many as reference scenes, {samples}, got {captions}")
-    said = [scene(REFERENCE_SEED, i, 1).caption for i in range(captions)]
-    make = partial(_scene_reference, network, samples)
-    return CaptionJudge(network, clip, said, make, {"reference_samples": samples})
+    drawn = [scene(REFERENCE_SEED, i, 1).caption for i in range(captions)]
+    make = partial(scene_reference, network, samples)
+    return CaptionEvaluator(network, clip, drawn, make, {"reference_samples": samples})

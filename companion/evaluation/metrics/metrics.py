@@ -18,8 +18,8 @@ from torch import Tensor
 
 from companion.calibration.errors import smooth_calibration_error
 from companion.calibration.loss import confidence_and_correctness
+from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.metrics.reference_statistics import GaussianStatistics, statistics_of
-from companion.evaluation.tables.results import Figure
 from companion.seeding import sample_generators
 
 RESAMPLES = 200

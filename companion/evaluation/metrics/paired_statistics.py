@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.metrics.metrics import frechet_distance, frechet_influence
 from companion.evaluation.metrics.reference_statistics import GaussianStatistics, statistics_of
-from companion.evaluation.tables.results import Figure
 from companion.seeding import sample_generators
 
 RESAMPLES = 1000

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from companion.evaluation.metrics.evaluators import CaptionJudge, ClassJudge, Reference
+from companion.evaluation.metrics.evaluators import CaptionEvaluator, ClassEvaluator, Reference
 from companion.evaluation.metrics.features import FeatureNetwork, extract
 from companion.evaluation.metrics.image_sets import ImageSet, captioned_files, open_images, open_picture
 from companion.evaluation.metrics.metrics import ClipNetwork
@@ -41,7 +41,7 @@ _STATISTICS = {
 }
 
 
-def imagenet_judge(network: FeatureNetwork, data: Path, size: int) -> ClassJudge:
+def imagenet_evaluator(network: FeatureNetwork, data: Path, size: int) -> ClassEvaluator:
     """FID and Inception score against ImageNet's statistics, or pictures, in a folder; precision and recall, see above.
 
     Raises:
@@ -56,7 +56,7 @@ def imagenet_judge(network: FeatureNetwork, data: Path, size: int) -> ClassJudge
         def from_file() -> Reference:
             return Reference(statistics, _features_of_pictures_in(file, network), {"statistics": name})
 
-        return ClassJudge(network, from_file, {"reference": name}, names_classes=False)
+        return ClassEvaluator(network, from_file, {"reference": name}, names_classes=False)
     folder = data / f"imagenet{size}"
     if not folder.is_dir():
         raise ValueError(
@@ -70,7 +70,7 @@ def imagenet_judge(network: FeatureNetwork, data: Path, size: int) -> ClassJudge
     def from_pictures() -> Reference:
         return Reference(statistics_of(extract(network, pictures.batches()).features), None, _counted(pictures))
 
-    return ClassJudge(network, from_pictures, {"reference": _counted(pictures)}, names_classes=False)
+    return ClassEvaluator(network, from_pictures, {"reference": _counted(pictures)}, names_classes=False)
 
 
 def _features_of_pictures_in(file: Path, network: FeatureNetwork) -> Tensor | None:
@@ -89,7 +89,7 @@ def _counted(pictures: ImageSet) -> dict[str, object]:
     return {"folder": pictures.path.name, "pictures": pictures.number}
 
 
-def coco_judge(network: FeatureNetwork, clip: ClipNetwork, data: Path, captions: int) -> CaptionJudge:
+def coco_evaluator(network: FeatureNetwork, clip: ClipNetwork, data: Path, captions: int) -> CaptionEvaluator:
     """FID against all pictures of COCO-2017's validation set, and the CLIP score of so many of their captions.
 
     Pictures of the set have many sizes; each is cut to its central square and scaled to 512 pixels.
@@ -122,7 +122,7 @@ def coco_judge(network: FeatureNetwork, clip: ClipNetwork, data: Path, captions:
         return Reference(statistics_of(features), None, {"coco": file.name, "pictures": len(pictures)})
 
     described = {"reference": file.name, "pictures": len(pictures), "square": COCO_SIZE}
-    return CaptionJudge(network, clip, [said for _, said in pairs[:captions]], reference, described)
+    return CaptionEvaluator(network, clip, [said for _, said in pairs[:captions]], reference, described)
 
 
 def _check_folder(data: Path) -> None:

@@ -1,13 +1,13 @@
 """What fine-tuning mini-adm's classifiers for calibration does: to their calibration, and to what they guide to.
 
 python -m companion train mini-adm-resnet-calibrated; python -m companion train mini-adm-noisy-calibrated
-python -m companion.evaluation.studies.calibrated_guides --out calibrated_guides.json
+python -m companion table calibrated --collect FILE --resume
 """
 
-import argparse
-import json
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,16 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from companion.calibration.scene_classifiers import FORMS, form_folder, scene_calibration
-from companion.evaluation.metrics.evaluators import REFERENCE_SEED, fid_of
+from companion.evaluation.metrics.evaluators import REFERENCE_SEED, Reference, fid_of
 from companion.evaluation.metrics.features import SceneFeatures
+from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.metrics.metrics import precision_recall, share
 from companion.evaluation.metrics.reference_statistics import statistics_of
+from companion.evaluation.tables.engine import Measured
+from companion.evaluation.tables.options import TableOptions
+from companion.evaluation.tables.results import Cell
+from companion.markdown import table
 from companion.minis.adm import enlarged, render_small
 from companion.minis.drawing import draw
 from companion.minis.scenes import SHAPES, scene
 from companion.pipelines.adm.classifier import EMBEDDED_NOISY, EMBEDDED_RESNET, is_noise_aware, off_the_shelf_classifier
 from companion.pipelines.adm.loading import load_adm
-from companion.provenance import provenance
+from companion.pixels import to_uint8
+
+Figures = dict[str, Figure]
 
 HELD_OUT_SEED = 99
 AS_TRAINED = "as trained"
@@ -35,7 +42,7 @@ GUIDED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         EMBEDDED_NOISY: MappingProxyType({"gradient_at": "noisy", "classifier_scale": 4.0}),
     }
 )
-"""How each guides mini-adm, which is told no class."""
+"""How each guides mini-adm, which is conditioned on no class."""
 STEPS = 25
 
 
@@ -56,11 +63,11 @@ def classifier_in_form(name: str, form: str, runs: Path) -> nn.Module:
 
 def shown(pictures: Tensor) -> Tensor:
     """32x32 pictures in [-1, 1] as the features' network takes them."""
-    return ((enlarged(pictures) + 1) * 127.5).round().clamp(0, 255).byte()
+    return to_uint8(enlarged(pictures))
 
 
-def generated(name: str, network: nn.Module, samples: int, reference: Tensor, features: SceneFeatures) -> dict:
-    """FID, precision, recall and agreement of what mini-adm, told no class, draws under the classifier's guidance."""
+def generated(name: str, network: nn.Module, samples: int, reference: Reference, features: SceneFeatures) -> Figures:
+    """FID, precision, recall and agreement of what unconditional mini-adm draws under the classifier's guidance."""
     pipe = load_adm("mini-adm", classifier=network)
     pipe.set_progress_bar_config(disable=True)
     asked = torch.arange(samples) % len(SHAPES)
@@ -69,54 +76,121 @@ def generated(name: str, network: nn.Module, samples: int, reference: Tensor, fe
     parts = [features(shown(part)) for part in drawn.split(100)]
     found = torch.cat([part.features for part in parts])
     seen = torch.cat([part.logits for part in parts]).argmax(dim=1)
-    precision, recall = precision_recall(reference, found)
-    figures = {
-        "fid": fid_of(found, statistics_of(reference)),
-        "precision": precision,
-        "recall": recall,
-        "agreement": share(seen == asked),
-    }
-    return {key: asdict(value) for key, value in figures.items()}
+    assert reference.features is not None
+    precision, recall = precision_recall(reference.features, found)
+    agreement = share(seen == asked)
+    fid = fid_of(found, reference.statistics)
+    return {"fid": fid, "precision": precision, "recall": recall, "agreement": agreement}
 
 
-def measure(runs: Path, names: Sequence[str], samples: int, scenes: int = 5000) -> list[dict[str, Any]]:
-    """One row per classifier and form: calibration on held-out scenes, and figures of what it guides to.
+def calibration_of(network: nn.Module, scenes: int) -> Figures:
+    """Accuracy, confidence and calibration errors on so many held-out scenes; no interval."""
+    found = scene_calibration(network, noise_aware=is_noise_aware(network), seed=HELD_OUT_SEED, count=scenes)
+    method = "held-out scenes, no interval"
+    return {name: Figure(value, value, value, method, scenes) for name, value in found._asdict().items()}
+
+
+@dataclass(frozen=True)
+class CalibratedPlan:
+    """The table: one row for each classifier, as it was trained and after each form of fine-tuning.
 
     Args:
-        names: of the classifiers, out of `GUIDED`.
+        runs: folder in which the fine-tuning was run.
+        classifiers: names out of `GUIDED`.
         samples: pictures a row.
         scenes: held out, for calibration, and as the reference of FID, precision and recall.
+        forms: of the weights, out of `AS_TRAINED` and `FORMS`.
     """
-    features = SceneFeatures()
-    held = [render_small([scene(REFERENCE_SEED, i, 1) for i in range(n, n + 100)]) for n in range(0, scenes, 100)]
-    reference = torch.cat([features(shown(part)).features for part in held])
-    rows = []
-    for name in names:
-        for form in (AS_TRAINED, *FORMS):
-            network = classifier_in_form(name, form, runs)
-            found = scene_calibration(network, noise_aware=is_noise_aware(network), seed=HELD_OUT_SEED, count=scenes)
-            figures = generated(name, network, samples, reference, features)
-            rows.append({"classifier": name, "form": form, "calibration": found._asdict(), "generated": figures})
-            print(json.dumps(rows[-1]), flush=True)
-    return rows
+
+    runs: Path = Path("runs")
+    classifiers: tuple[str, ...] = tuple(GUIDED)
+    samples: int = 500
+    scenes: int = 5000
+    forms: tuple[str, ...] = (AS_TRAINED, *FORMS)
+
+    def __post_init__(self) -> None:
+        if wrong := [name for name in self.classifiers if name not in GUIDED]:
+            raise ValueError(f"classifiers must be out of {', '.join(GUIDED)}, got {wrong[0]!r}")
+
+    def rows(self) -> dict[str, tuple[str, str]]:
+        """Cell's name -> classifier and form."""
+        return {
+            f"{name},{form.replace(', ', '-').replace(' ', '-')}": (name, form)
+            for name in self.classifiers
+            for form in self.forms
+        }
+
+    def names(self) -> list[str]:
+        return list(self.rows())
+
+    def left_out(self) -> list[str]:
+        return []
+
+    def open(self, names: Sequence[str]) -> "CalibratedCells":
+        """Raises:
+        ValueError: a fine-tuning was not run.
+        """
+        return CalibratedCells(self, names)
+
+    def as_markdown(self, cells: Sequence[Cell]) -> str:
+        """One line a row: calibration on held-out scenes, then figures of what it guides to."""
+        measures = {"accuracy": 3, "confidence": 3, "binned_error": 3, "smooth_error": 3}
+        headings = ["classifier", "form", "right", "confidence", "binned ECE", "smooth ECE"]
+        rows = []
+        for cell in cells:
+            figures = cell.figures
+            first = [f"{figures[name].value:.{digits}f}" for name, digits in measures.items()]
+            then = [figures[name].text() for name in ("fid", "precision", "recall", "agreement")]
+            rows.append([cell.settings["classifier"], cell.settings["form"], *first, *then])
+        return table([*headings, "FID", "precision", "recall", "agreement"], rows)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m companion.evaluation.studies.calibrated_guides", description=__doc__
-    )
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the fine-tuning was run")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=500)
-    parser.add_argument("--classifiers", nargs="+", choices=tuple(GUIDED), default=tuple(GUIDED))
-    options = parser.parse_args(arguments)
-    command = ["python", "-m", "companion.evaluation.studies.calibrated_guides", "--samples", str(options.samples)]
-    command += ["--classifiers", *options.classifiers]
-    rows = measure(options.runs, options.classifiers, options.samples)
-    settings = {"steps": STEPS, "sampler": "ddpm", "samples": options.samples, "reference_scenes": 5000}
-    made = provenance(torch.device("cpu"), [*command, "--out", options.out.name])
-    options.out.write_text(json.dumps({"settings": settings, "provenance": made, "rows": rows}, indent=1) + "\n")
+class CalibratedCells:
+    """Makes the cells of a `CalibratedPlan`."""
+
+    def __init__(self, plan: CalibratedPlan, names: Sequence[str]) -> None:
+        self._plan, self._rows = plan, plan.rows()
+        self.settings: dict[str, dict[str, Any]] = {}
+        for cell in names:
+            name, form = self._rows[cell]
+            classifier_in_form(name, form, plan.runs)  # there is one
+            made = {"steps": STEPS, "sampler": "ddpm", "samples": plan.samples, "reference_scenes": plan.scenes}
+            self.settings[cell] = {"classifier": name, "form": form, **made}
+
+    @cached_property
+    def _features(self) -> SceneFeatures:
+        return SceneFeatures()
+
+    @cached_property
+    def _reference(self) -> Reference:
+        held_out = [scene(REFERENCE_SEED, i, 1) for i in range(self._plan.scenes)]
+        parts = [render_small(held_out[first : first + 100]) for first in range(0, len(held_out), 100)]
+        features = torch.cat([self._features(shown(part)).features for part in parts])
+        return Reference(statistics_of(features), features)
+
+    def check(self, names: Sequence[str]) -> None:
+        """Nothing to look through: scenes are rendered."""
+
+    def draw(self, name: str, folder: Path, progress: bool) -> None:
+        """Nothing is left on disk: `measure` draws."""
+
+    def measure(self, name: str, folder: Path) -> Measured:
+        classifier, form = self._rows[name]
+        network = classifier_in_form(classifier, form, self._plan.runs)
+        calibration = calibration_of(network, self._plan.scenes)
+        reference, began = self._reference, time.monotonic()
+        drawn = generated(classifier, network, self._plan.samples, reference, self._features)
+        return Measured({**calibration, **drawn}, STEPS, round(time.monotonic() - began, 1))
 
 
-if __name__ == "__main__":
-    main()
+def calibrated(options: TableOptions) -> CalibratedPlan:
+    """The command line's plan.
+
+    Raises:
+        ValueError: an option that the table does not take, or an unknown classifier.
+    """
+    options.check_scenes_only("calibrated", ("models", "runs"))
+    given: dict[str, Any] = {} if options.num_samples is None else {"samples": options.num_samples}
+    if options.models is not None:
+        given["classifiers"] = tuple(name.strip() for name in options.models.split(","))
+    return CalibratedPlan(options.runs or Path("runs"), **given)

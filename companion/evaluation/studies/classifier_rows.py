@@ -1,8 +1,9 @@
 """The rows of the table of classifier guidance, ImageNet 128x128 and its mini, in the order in which they are made.
 
-Every score comes everyday and rectified. Rows come in the order of what they are worth: a table that is stopped early
-has the published baseline, rectification, calibration and divergence jointly, and classifier-free guidance of the same
-network first; then each of them alone, classifier-free guidance with as much arithmetic, other scales, other scores.
+Every score comes with standard guidance and rectified. Rows come in the order of what they are worth: a table that is
+stopped early has the published baseline, rectification, calibration and divergence jointly, and classifier-free
+guidance of the same network first; then each of them alone, classifier-free guidance with as much arithmetic, other
+scales, other scores.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,6 @@ from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from companion.evaluation.sampling.settings import SamplingSettings
 from companion.guidance.classifier.scores import DIVERGENCES, PLAIN, ClassifierScore
 from companion.pipelines.adm.classifier import EMBEDDED_NOISY, EMBEDDED_RESNET
 from companion.pipelines.adm.presets import PUBLISHED_GUIDANCE, published_guidance
@@ -34,12 +34,12 @@ class Row:
     Args:
         method: what the table calls it.
         guide: the classifier's name; None for no classifier.
-        product: of K; "none" is everyday guidance.
+        product: of K; "none" is standard guidance.
         steps: of the sampler.
         call: further arguments of the pipeline's call, plain JSON.
         score: what is climbed.
         budget: the number of steps is chosen for as much arithmetic as the off-the-shelf classifier's row takes,
-            everyday or rectified; None is `steps` themselves.
+            standard ("everyday") or rectified; None is `steps` themselves.
         published: CSV and line of the figures beside it ("cal_sampling_10k:baseline (Ma et al. 2023)"), if any.
         missing: fields of the score that the sources do not give.
     """
@@ -63,7 +63,7 @@ class Row:
 
     @property
     def model(self) -> str:
-        """Of the table's model, by the classifier beside it, if any: what both are loaded by."""
+        """The name of the classifier, by which the table's model is loaded with it."""
         return NO_GUIDE if self.guide is None else self.guide
 
     def described(self) -> dict[str, Any]:
@@ -71,51 +71,8 @@ class Row:
         return {**asdict(self), "call": dict(self.call), "missing": list(self.missing)}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A table.
-
-    Args:
-        model: of all rows.
-        rows: in the order in which they are made.
-        num_samples, batch_size: of a cell.
-        reference_samples: scenes of the reference; a reference from a file has its own number.
-        seeds: of every row.
-    """
-
-    model: str
-    rows: tuple[Row, ...]
-    num_samples: int
-    batch_size: int
-    reference_samples: int = 5000
-    seeds: tuple[int, ...] = (0,)
-
-    def cells(self) -> list[tuple[Row, int, str]]:
-        """(row, seed, name) of every cell whose settings are known: all rows of a seed first."""
-        return [(row, seed, row.cell(seed)) for seed in self.seeds for row in self.rows if not row.missing]
-
-    def settings(self, row: Row, seed: int, conditions: tuple[int, ...] | tuple[str, ...]) -> SamplingSettings:
-        """What is drawn for a cell."""
-        call = {"sampler": "ddpm", **row.call}
-        scale = call.pop("guidance_scale", 1.0)
-        call |= {"classifier_scale": 0.0} if row.guide is None else {"score": asdict(row.score)}
-        return SamplingSettings(
-            model=self.model,
-            num_samples=self.num_samples,
-            conditions=conditions,
-            batch_size=self.batch_size,
-            steps=row.steps,
-            seed=seed,
-            guidance_scale=scale,
-            product=row.product,
-            call=call,
-            image_format="npz",
-        )
-
-
 _TEMPERED = ClassifierScore(joint_temperature=1.0, marginal_temperature=0.5)
 _ECD: Mapping[str, Any] = MappingProxyType({"gamma": 0.3, "softplus_beta": 3.0, "gradient_at": "clean"})
-_CALIBRATED = "-calibrated"
 _NAMES = {
     "reverse_kl": "reverse KL",
     "forward_kl": "forward KL",
@@ -125,107 +82,82 @@ _NAMES = {
 
 
 def mini_rows() -> tuple[Row, ...]:
-    """Rows of mini-adm, told the class as ADM is, with its classifiers in the places of ImageNet's."""
-    steps, scale = MINI_STEPS, {"classifier_scale": MINI_SCALE}
-    off_the_shelf = {**_ECD, **scale}
-    calibrated = EMBEDDED_RESNET + _CALIBRATED
-
-    def divergent(name: Any) -> ClassifierScore:
-        return replace(_TEMPERED, divergence=name, strength=MINI_STRENGTH, smoothing=MINI_SMOOTHING)
-
-    def row(method: str, score: ClassifierScore, call: Mapping[str, Any], guide: str, published: str | None) -> Row:
-        return Row(method, guide, "none", steps, dict(call), score, published=published)
-
-    resnet = EMBEDDED_RESNET
-    plain = row("plain score at x̂0", PLAIN, {"gradient_at": "clean", **scale}, resnet, None)
-    ecd = row("off the shelf [ECD]", _TEMPERED, off_the_shelf, resnet, "cal_sampling_10k:baseline (Ma et al. 2023)")
-    noisy_call = {"gradient_at": "noisy", "classifier_scale": MINI_NOISY_SCALE}
-    noisy = row(
-        "noise-aware at x_t", PLAIN, noisy_call, EMBEDDED_NOISY, "cal_smooth_ece:standard fine-tuned classifier"
-    )
-    calibrated_noisy = replace(
-        noisy,
-        method="noise-aware at x_t, calibrated",
-        guide=EMBEDDED_NOISY + _CALIBRATED,
-        published="cal_smooth_ece:smooth ECE fine-tuned classifier",
-    )
-    divergences = {
-        name: row(
-            _NAMES[name],
-            divergent(name),
-            off_the_shelf,
-            resnet,
-            {
-                "forward_kl": "cal_imagenet128_50k:forward KL",
-                "reverse_kl": "cal_imagenet128_50k:reverse KL",
-                "jensen_shannon": "cal_imagenet128_50k:Jensen-Shannon",
-            }.get(name),
-        )
-        for name in DIVERGENCES
-    }
-    tilted = row(
-        "tilted, t = -0.2", _TEMPERED, {**off_the_shelf, "tilt": -0.2}, resnet, "cal_sampling_10k:tilted (t = -0.2)"
-    )
-    entropy = row(
+    """Rows of mini-adm, conditioned on the class as ADM is, with its classifiers in the places of ImageNet's."""
+    unguided = Row("unguided", None, "none", MINI_STEPS, published="ecd_imagenet128:unguided diffusion")
+    free = _free()
+    ecd = _row("off the shelf [ECD]", _TEMPERED, published="cal_sampling_10k:baseline (Ma et al. 2023)")
+    ecd_calibrated = _calibrated(replace(ecd, method="off the shelf"))
+    divergences = {name: _divergent(name) for name in DIVERGENCES}
+    forward, reverse = divergences["forward_kl"], divergences["reverse_kl"]
+    js, hellinger = divergences["jensen_shannon"], divergences["squared_hellinger"]
+    js_calibrated, reverse_calibrated = _calibrated(js), _calibrated(reverse)
+    plain = _row("plain score at x̂0", PLAIN, {"gradient_at": "clean", "classifier_scale": MINI_SCALE})
+    noisy = _noisy()
+    noisy_calibrated = replace(_calibrated(noisy), published="cal_smooth_ece:smooth ECE fine-tuned classifier")
+    tilted = _row("tilted, t = -0.2", _TEMPERED, {**_OFF_THE_SHELF, "tilt": -0.2}, "cal_sampling_10k:tilted (t = -0.2)")
+    entropy = _row(
         "entropy regularisation",
         replace(_TEMPERED, entropy=MINI_ENTROPY),
-        off_the_shelf,
-        resnet,
-        "cal_sampling_10k:entropy regularisation",
+        published="cal_sampling_10k:entropy regularisation",
     )
-    ecd_calibrated = replace(ecd, method="off the shelf, calibrated", guide=calibrated, published=None)
-    joint = {
-        name: replace(divergences[name], method=f"{_NAMES[name]}, calibrated", guide=calibrated, published=None)
-        for name in ("jensen_shannon", "reverse_kl")
-    }
-    unguided = Row("unguided", None, "none", steps, published="ecd_imagenet128:unguided diffusion")
-    free = Row(
-        "classifier-free",
-        None,
-        "none",
-        steps,
-        {"guidance_scale": MINI_FREE_SCALE},
-        published="cal_imagenet128_50k:classifier-free",
-    )
-    budgets: dict[Budget, str] = {"everyday": "off the shelf", "rectified": "it rectified"}
-    equal = [
-        replace(free, method=f"classifier-free, the arithmetic of {name}", budget=budget, published=None)
-        for budget, name in budgets.items()
-    ]
-
-    def rectified(everyday: Row) -> Row:
-        return replace(everyday, product=RECTIFIED, published=None)
-
-    def at_scale(given: Row, scale: float) -> Row:
-        name = "guidance_scale" if given.guide is None else "classifier_scale"
-        method = f"{given.method}, scale {scale:g}"
-        return replace(given, method=method, call={**given.call, name: scale}, published=None)
-
-    scaled = [at_scale(each, scale) for scale in (2.0, 4.0) for each in (ecd, rectified(ecd))] + [at_scale(free, 4.0)]
-    js, rkl = joint["jensen_shannon"], joint["reverse_kl"]
-    ecd_js = divergences["jensen_shannon"]
-    first = [
-        unguided,
-        ecd,
-        rectified(ecd),
-        js,
-        rectified(js),
-        free,
-        ecd_js,
-        ecd_calibrated,
-        rectified(ecd_js),
-        equal[1],
-    ]
-    published = [divergences["reverse_kl"], noisy, calibrated_noisy, plain, rectified(plain), divergences["forward_kl"]]
-    new = [rectified(ecd_calibrated), rkl, rectified(rkl), rectified(divergences["reverse_kl"]), rectified(noisy)]
-    rest = [tilted, entropy, equal[0], divergences["squared_hellinger"]]
-    rest += [rectified(each) for each in (divergences["forward_kl"], divergences["squared_hellinger"], tilted, entropy)]
+    first = [unguided, ecd, _rectified(ecd), js_calibrated, _rectified(js_calibrated), free, js, ecd_calibrated]
+    first += [_rectified(js), _with_budget(free, "rectified", "it rectified")]
+    scaled = [_at_scale(each, scale) for scale in (2.0, 4.0) for each in (ecd, _rectified(ecd))]
+    scaled += [_at_scale(free, 4.0)]
+    published = [reverse, noisy, noisy_calibrated, plain, _rectified(plain), forward]
+    new = [_rectified(ecd_calibrated), reverse_calibrated, _rectified(reverse_calibrated), _rectified(reverse)]
+    rest = [_rectified(noisy), tilted, entropy, _with_budget(free, "everyday", "off the shelf"), hellinger]
+    rest += [_rectified(each) for each in (forward, hellinger, tilted, entropy)]
     return tuple(first + scaled + published + new + rest)
 
 
-def mini_plan() -> Plan:
-    """mini-adm on scenes."""
-    return Plan(MINI, mini_rows(), num_samples=2000, batch_size=50)
+_OFF_THE_SHELF: Mapping[str, Any] = {**_ECD, "classifier_scale": MINI_SCALE}
+_PUBLISHED_DIVERGENCES = {
+    "forward_kl": "cal_imagenet128_50k:forward KL",
+    "reverse_kl": "cal_imagenet128_50k:reverse KL",
+    "jensen_shannon": "cal_imagenet128_50k:Jensen-Shannon",
+}
+
+
+def _row(
+    method: str, score: ClassifierScore, call: Mapping[str, Any] = _OFF_THE_SHELF, published: str | None = None
+) -> Row:
+    """Standard guidance by the classifier of clean pictures."""
+    return Row(method, EMBEDDED_RESNET, "none", MINI_STEPS, dict(call), score, published=published)
+
+
+def _divergent(name: Any) -> Row:
+    score = replace(_TEMPERED, divergence=name, strength=MINI_STRENGTH, smoothing=MINI_SMOOTHING)
+    return _row(_NAMES[name], score, published=_PUBLISHED_DIVERGENCES.get(name))
+
+
+def _noisy() -> Row:
+    call = {"gradient_at": "noisy", "classifier_scale": MINI_NOISY_SCALE}
+    row = _row("noise-aware at x_t", PLAIN, call, "cal_smooth_ece:standard fine-tuned classifier")
+    return replace(row, guide=EMBEDDED_NOISY)
+
+
+def _free() -> Row:
+    call = {"guidance_scale": MINI_FREE_SCALE}
+    return Row("classifier-free", None, "none", MINI_STEPS, call, published="cal_imagenet128_50k:classifier-free")
+
+
+def _with_budget(row: Row, budget: Budget, name: str) -> Row:
+    return replace(row, method=f"{row.method}, the arithmetic of {name}", budget=budget, published=None)
+
+
+def _calibrated(row: Row) -> Row:
+    """By the same classifier, fine-tuned for calibration."""
+    return replace(row, method=f"{row.method}, calibrated", guide=f"{row.guide}-calibrated", published=None)
+
+
+def _rectified(row: Row) -> Row:
+    return replace(row, product=RECTIFIED, published=None)
+
+
+def _at_scale(row: Row, scale: float) -> Row:
+    name = "guidance_scale" if row.guide is None else "classifier_scale"
+    return replace(row, method=f"{row.method}, scale {scale:g}", call={**row.call, name: scale}, published=None)
 
 
 _PUBLISHED_LINES = {
@@ -240,8 +172,8 @@ _PUBLISHED_LINES = {
 }
 
 
-def paper_plan(**known: float) -> Plan:
-    """ADM of ImageNet 128x128 with the published rows' settings, everyday and rectified.
+def paper_rows(**known: float) -> tuple[Row, ...]:
+    """Rows of ADM of ImageNet 128x128 with the published settings, standard and rectified.
 
     Args:
         **known: values of what the sources do not give, by the score's field: `strength`, `smoothing`, `entropy`.
@@ -254,8 +186,8 @@ def paper_plan(**known: float) -> Plan:
         call = dict(given.call)
         steps = call.pop("num_inference_steps")
         missing = tuple(each for each in given.missing if each not in known)
-        told: dict[str, Any] = {each: known[each] for each in given.missing if each in known}
-        score = replace(given.score, **told)
+        found: dict[str, Any] = {each: known[each] for each in given.missing if each in known}
+        score = replace(given.score, **found)
         row = Row(name, given.classifier, "none", steps, call, score, None, _PUBLISHED_LINES[name], missing)
         rows += [row, replace(row, product=RECTIFIED, published=None)]
-    return Plan(PAPER, tuple(rows), num_samples=50_000, batch_size=16)
+    return tuple(rows)

@@ -1,12 +1,11 @@
 """Variants of guidance on mini-sd, alone and rectified: what is drawn for the captions of held-out scenes, measured.
 
-`python -m companion.evaluation.studies.guidance_variants --out FILE` draws and measures every row and continues a
-file that it has begun. It takes about a quarter of an hour on one processor core.
+    python -m companion table variants --collect FILE --resume
+
+It takes about a quarter of an hour on one processor core.
 """
 
-import argparse
 import csv
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -23,20 +22,23 @@ from torch import Tensor
 from companion.evaluation.metrics.clip_score import SceneClip
 from companion.evaluation.metrics.evaluators import REFERENCE_SEED
 from companion.evaluation.metrics.features import SceneFeatures, extract
+from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.metrics.metrics import share
 from companion.evaluation.sampling.evaluations import evaluations, scheduler_levels
 from companion.evaluation.studies.guided_drawing import draw_with_guider
-from companion.evaluation.tables.results import Cell, Figure, read_cells, same_settings, write_cells
+from companion.evaluation.tables.engine import Measured
+from companion.evaluation.tables.options import TableOptions
+from companion.evaluation.tables.results import Cell
 from companion.guidance.variants import renoising_scale
 from companion.guidance.weights import GuidanceWeight, IntervalWeight
+from companion.markdown import table
 from companion.minis.drawing import draw, object_colours
 from companion.minis.scenes import COLOURS, Scene, labels, scene
 from companion.pipelines.guider.guider import RectifiedGradientGuidance
 from companion.pipelines.hook import RectifiedGuidanceConfig, SamplingProduct, rectified_guidance
 from companion.pipelines.registry import load
-from companion.provenance import provenance
+from companion.pixels import to_uint8
 
-COMMAND = ("python", "-m", "companion.evaluation.studies.guidance_variants")
 SCALE, STEPS, SAMPLES = 5.0, 20, 100
 INTERVAL = (200, 800)
 """Timesteps at which interval guidance guides."""
@@ -91,17 +93,18 @@ ROWS = (
     *(Row("CFG", p) for p in ("ones", "covariance")),
     *(Row("rescaled", p) for p in PRODUCTS),
 )
-"""Everyday guidance with half as many steps again evaluates the network as often as rectified guidance."""
+"""CFG with half as many steps again evaluates the network as often as rectified guidance."""
 
 
 def renoising_weight(scheduler: SchedulerMixin, steps: int, strength: float = STRENGTH) -> GuidanceWeight:
     """The weight over time at which the scheduler's DDIM steps are those of CFG++ with the given strength."""
-    kept = scheduler.alphas_cumprod.double()
+    alpha_bar = scheduler.alphas_cumprod.double()
     scheduler.set_timesteps(steps)
     timesteps = [int(t) for t in scheduler.timesteps]
     following = [t - scheduler.config.num_train_timesteps // steps for t in timesteps]
-    ratios = [float((1 / kept[t] - 1).sqrt()) for t in timesteps]
-    after = [float((1 / (kept[t] if t >= 0 else scheduler.final_alpha_cumprod.double()) - 1).sqrt()) for t in following]
+    ratios = [float((1 / alpha_bar[t] - 1).sqrt()) for t in timesteps]
+    levels = [alpha_bar[t] if t >= 0 else scheduler.final_alpha_cumprod.double() for t in following]
+    after = [float((1 / level - 1).sqrt()) for level in levels]
     weights = {t: renoising_scale(strength, r, n) - 1 for t, r, n in zip(timesteps, ratios, after, strict=True)}
     return lambda progress, level: weights[int(level.value("timestep"))]
 
@@ -142,7 +145,7 @@ class CaptionScores:
 
     def __call__(self, drawn: Float[Tensor, "samples 3 64 64"]) -> dict[str, Float[Tensor, " samples"]]:
         """Of every picture its CLIP score, and whether (1 or 0) shape and colour are those asked for."""
-        pixels = ((drawn + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        pixels = to_uint8(drawn)
         found = extract(self._network, iter([pixels.permute(0, 2, 3, 1).numpy()]))
         words = self._clip.embed_captions([s.caption for s in self.scenes])
         colours = torch.tensor([tuple(COLOURS).index(s.objects[0].colour) for s in self.scenes])
@@ -177,7 +180,7 @@ def difference(values: Float[Tensor, " samples"], others: Float[Tensor, " sample
 
 
 def read_scores(file: Path) -> dict[str, dict[str, Float[Tensor, " samples"]]]:
-    """Of every row, by its name, the scores of its pictures, as `measured` keeps them beside its file."""
+    """Of every row, by its name, the scores of its pictures, as `VariantsPlan` keeps them beside its file."""
     with file.with_suffix(".csv").open(newline="") as stored:
         lines = list(csv.DictReader(stored))
     return {
@@ -187,60 +190,89 @@ def read_scores(file: Path) -> dict[str, dict[str, Float[Tensor, " samples"]]]:
 
 
 def _keep_scores(file: Path, name: str, scores: Mapping[str, Float[Tensor, " samples"]]) -> None:
-    kept = read_scores(file) if file.with_suffix(".csv").exists() else {}
-    kept[name] = {key: values.double() for key, values in scores.items()}
+    found = read_scores(file) if file.with_suffix(".csv").exists() else {}
+    found[name] = {key: values.double() for key, values in scores.items()}
     part = file.with_suffix(".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
     with part.open("w", newline="") as stored:
         writer = csv.writer(stored, lineterminator="\n")
         writer.writerow(("row", "picture", *_SCORES))
-        for row, found in kept.items():
-            columns = zip(*(found[key].tolist() for key in _SCORES), strict=True)
+        for row, own in found.items():
+            columns = zip(*(own[key].tolist() for key in _SCORES), strict=True)
             writer.writerows((row, i, *(round(value, 3) for value in values)) for i, values in enumerate(columns))
     part.replace(file.with_suffix(".csv"))
 
 
-def measured(
-    rows: Sequence[Row], file: Path | None = None, *, samples: int = SAMPLES, report: Callable[[str], None] = print
-) -> list[Cell]:
-    """Draw and measure rows on mini-sd.
+@dataclass(frozen=True)
+class VariantsPlan:
+    """The table: its rows on mini-sd, all with the same captions and the same noise.
 
     Args:
-        file: keeps each row as it is finished (and beside it, as CSV, the scores of each picture); those that are in
-            it already are not drawn again. None keeps none.
+        rows: in the order in which they are made.
         samples: captions, the first ones of the held-out scenes.
+        scores: the scores of each picture are kept beside this file, as CSV; None keeps none.
     """
-    kept = read_cells(file) if file is not None and file.exists() else []
-    measure = CaptionScores(samples)
-    captions = [s.caption for s in measure.scenes]
-    pipe = load("mini-sd")
-    pipe.set_progress_bar_config(disable=True)
-    cells = []
-    for row in rows:
-        settings = {"model": "mini-sd", **asdict(row), "samples": samples, "seed": 0}
-        cell = next((one for one in kept if same_settings(one.settings, settings)), None)
-        if cell is None:
-            started = provenance(command=[*COMMAND, "--out", str(file)])
-            begun = time.monotonic()
-            drawn, evaluations = pictures(pipe, row, captions)
-            seconds = round(time.monotonic() - begun, 1)
-            scores = measure(drawn)
-            cell = Cell(row.name, settings, figures_of(scores), evaluations, seconds, started)
-            kept.append(cell)
-            if file is not None:
-                _keep_scores(file, row.name, scores)
-                write_cells(file, kept)
-        cells.append(cell)
-        report(f"{row.name}: " + ", ".join(f"{name} {figure.text()}" for name, figure in cell.figures.items()))
-    return cells
+
+    rows: tuple[Row, ...] = ROWS
+    samples: int = SAMPLES
+    scores: Path | None = None
+
+    def names(self) -> list[str]:
+        return [row.name for row in self.rows]
+
+    def left_out(self) -> list[str]:
+        return []
+
+    def open(self, names: Sequence[str]) -> "VariantCells":
+        return VariantCells(self, names)
+
+    def as_markdown(self, cells: Sequence[Cell]) -> str:
+        """One line a row."""
+        headings = ["variant", "product", "scale", "steps", "NFE", "CLIP score", "shape, %", "colour, %", "seconds"]
+        rows = []
+        for cell in cells:
+            row, figures = cell.settings, cell.figures
+            shares = [figures[name].scaled(100).text(1) for name in ("shape", "colour")]
+            first = [row["variant"], row["product"], f"{row['guidance_scale']:g}", row["steps"], f"{cell.nfe:g}"]
+            rows.append([*first, figures["clip_score"].text(), *shares, "?" if cell.seconds is None else cell.seconds])
+        return table(headings, rows)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=" ".join(COMMAND), description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON; continued where it exists")
-    options = parser.parse_args(arguments)
-    measured(ROWS, options.out)
-    return 0
+class VariantCells:
+    """Makes the cells of a `VariantsPlan`."""
+
+    def __init__(self, plan: VariantsPlan, names: Sequence[str]) -> None:
+        self._rows = {row.name: row for row in plan.rows if row.name in names}
+        self._file = plan.scores
+        self.settings = {
+            name: {"model": "mini-sd", **asdict(row), "samples": plan.samples, "seed": 0}
+            for name, row in self._rows.items()
+        }
+        self._scores = CaptionScores(plan.samples)
+        self._pipe = load("mini-sd")
+        self._pipe.set_progress_bar_config(disable=True)
+
+    def check(self, names: Sequence[str]) -> None:
+        """Nothing to look through: scenes are rendered."""
+
+    def draw(self, name: str, folder: Path, progress: bool) -> None:
+        """Nothing is left on disk: `measure` draws."""
+
+    def measure(self, name: str, folder: Path) -> Measured:
+        began = time.monotonic()
+        drawn, evaluations = pictures(self._pipe, self._rows[name], [s.caption for s in self._scores.scenes])
+        seconds = round(time.monotonic() - began, 1)
+        scores = self._scores(drawn)
+        if self._file is not None:
+            _keep_scores(self._file, name, scores)
+        return Measured(figures_of(scores), evaluations, seconds)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def variants(options: TableOptions) -> VariantsPlan:
+    """The command line's plan.
+
+    Raises:
+        ValueError: an option that the table does not take.
+    """
+    options.check_scenes_only("variants")
+    return VariantsPlan(samples=options.num_samples or SAMPLES, scores=options.collect)

@@ -1,7 +1,7 @@
 """Pictures by Stable Diffusion under a guider of Modular Diffusers, which has blocks for larger models only.
 
 The loop is that of a modular pipeline's denoise block: the guider prepares the branches and the denoiser, and combines
-what it says of them. So a guider can be compared, alone and rectified, on a model of this package.
+their predictions. So a guider can be compared, alone and rectified, on a model of this package.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.guiders.guider_utils import BaseGuidance
+from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor
 
@@ -53,16 +54,16 @@ def _draw(
     generators: list[torch.Generator],
 ) -> Float[Tensor, "batch 3 height width"]:
     device, dtype = pipe.unet.device, pipe.unet.dtype
-    said, unsaid = pipe.encode_prompt(captions, device, 1, True)
+    prompt_embeds, negative_prompt_embeds = pipe.encode_prompt(captions, device, 1, True)
     pipe.scheduler.set_timesteps(steps, device=device)
     size = pipe.unet.config.sample_size
-    shape = (1, pipe.unet.config.in_channels, size, size)
-    noise = torch.cat([torch.randn(shape, generator=generator, dtype=dtype) for generator in generators])
-    latents = noise.to(device) * pipe.scheduler.init_noise_sigma
+    shape = (len(captions), pipe.unet.config.in_channels, size, size)
+    noise = randn_tensor(shape, generator=generators, device=device, dtype=dtype)
+    latents = noise * pipe.scheduler.init_noise_sigma
     for index, timestep in enumerate(pipe.scheduler.timesteps):
         fed = pipe.scheduler.scale_model_input(latents, timestep)
         guider.set_state(step=index, num_inference_steps=steps, timestep=timestep)
-        branches = guider.prepare_inputs({"encoder_hidden_states": (said, unsaid)})
+        branches = guider.prepare_inputs({"encoder_hidden_states": (prompt_embeds, negative_prompt_embeds)})
         for branch in branches:
             guider.prepare_models(pipe.unet)
             branch.noise_pred = pipe.unet(

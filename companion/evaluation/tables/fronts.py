@@ -8,9 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from companion import plotting
-from companion.evaluation.tables.plans import UNGUIDED
 from companion.evaluation.tables.results import Cell
-from companion.evaluation.tables.text import METRICS, Line, lines_of
+from companion.evaluation.tables.text import METRICS, UNGUIDED, Line, lines_of
 
 _LOOKS = {  # method -> colour, marker, filled
     "no guidance": (plotting.COLOURS["unguided"], "X", True),

@@ -1,4 +1,4 @@
-"""Measured figures with their intervals and what produced them: the cells of tables, one JSON file each."""
+"""The cells of tables: measured figures and what produced them, one JSON file each or all in one."""
 
 import json
 import math
@@ -7,57 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import scipy.stats
-
+from companion.evaluation.metrics.figures import Figure
 from companion.files import read_json, write_json
 
 _VERSION = 1
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A measured number with its 95 % interval.
-
-    Args:
-        value: the figure.
-        low, high: the interval's ends; both equal to `value` where nothing was left to chance.
-        method: how the interval was made, e.g. "bootstrap, 200 resamples".
-        samples: number of samples (or of seeds) behind it.
-
-    Raises:
-        ValueError: a number is not finite, or the value lies outside its interval.
-    """
-
-    value: float
-    low: float
-    high: float
-    method: str
-    samples: int
-
-    def __post_init__(self) -> None:
-        if not all(map(math.isfinite, (self.value, self.low, self.high))):
-            raise ValueError(f"a figure's numbers must be finite, got {self.value}, {self.low}, {self.high}")
-        if not self.low <= self.value <= self.high:
-            raise ValueError(f"a figure must lie in its interval, got {self.value} and {self.low} to {self.high}")
-
-    def text(self, digits: int = 2) -> str:
-        """Value and half width, e.g. "12.31 ± 0.20"."""
-        return f"{self.value:.{digits}f} ± {max(self.high - self.value, self.value - self.low):.{digits}f}"
-
-
-def over_seeds(values: Sequence[float]) -> Figure:
-    """Mean over independent runs, with Student's t interval.
-
-    Raises:
-        ValueError: fewer than two runs: one run says nothing about how runs scatter.
-    """
-    if len(values) < 2:
-        raise ValueError(f"an interval over seeds needs at least 2 runs, got {len(values)}")
-    numbers = np.asarray(values, dtype=np.float64)
-    half = scipy.stats.t.ppf(0.975, len(numbers) - 1) * numbers.std(ddof=1) / math.sqrt(len(numbers))
-    mean = float(numbers.mean())
-    return Figure(mean, mean - float(half), mean + float(half), f"t, {len(numbers)} seeds", len(numbers))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from companion.evaluation.tables.results import Cell, Figure, over_seeds
+from companion.evaluation.metrics.figures import Figure, over_seeds
+from companion.evaluation.tables.results import Cell
+from companion.markdown import table
+
+UNGUIDED = "unguided"
+"""What a row without guidance calls its guidance."""
 
 Better = Literal["low", "high"]
 METRICS: Mapping[str, tuple[str, int, float, Better]] = {
@@ -88,8 +93,8 @@ def _text(name: str, figure: Figure | None, bold: bool = False) -> str:
     if figure is None:
         return ""
     _, digits, factor, _ = METRICS[name]
-    scaled = Figure(factor * figure.value, factor * figure.low, factor * figure.high, figure.method, figure.samples)
-    return f"**{scaled.text(digits)}**" if bold else scaled.text(digits)
+    shown = figure.scaled(factor).text(digits)
+    return f"**{shown}**" if bold else shown
 
 
 def _best(name: str, lines: Sequence[Line]) -> Line | None:
@@ -98,11 +103,6 @@ def _best(name: str, lines: Sequence[Line]) -> Line | None:
         return None
     sign = 1 if METRICS[name][3] == "low" else -1
     return min(there, key=lambda line: sign * line.figures[name].value)
-
-
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
 def as_markdown(cells: Iterable[Cell]) -> str:
@@ -122,7 +122,7 @@ def as_markdown(cells: Iterable[Cell]) -> str:
         number = str(sum(cell.figures["fid"].samples for cell in line.cells))
         first = [row["model"], row["guidance"], line.method, f"{row['guidance_scale']:g}", str(row["steps"])]
         rows.append([*first, f"{line.cells[0].nfe:g}", *texts, number, seconds])
-    return _table([*headings, "samples", "seconds"], rows)
+    return table([*headings, "samples", "seconds"], rows)
 
 
 def best_of_fronts(cells: Iterable[Cell], second: str, methods: Sequence[str] = _METHODS) -> str:
@@ -155,7 +155,7 @@ def best_of_fronts(cells: Iterable[Cell], second: str, methods: Sequence[str] = 
                 scale = f" (s = {line.row['guidance_scale']:g})"
                 texts.append(_text(name, line.figures[name], line is winner) + scale)
         rows.append([*group, *texts])
-    return _table(headings, rows)
+    return table(headings, rows)
 
 
 def differences(cells: Iterable[Cell], second: str, method: str = "REG") -> list[dict[str, Any]]:
@@ -205,7 +205,7 @@ def differences_markdown(found: Sequence[Mapping[str, Any]], second: str) -> str
     for entry in found:
         texts = [text for name in ("fid", second) for text in (_text(name, entry[name]), verdict(name, entry[name]))]
         rows.append([entry["model"], entry["guidance"], f"{entry['scale']:g}", entry["against"], *texts])
-    return _table(headings, rows)
+    return table(headings, rows)
 
 
 def counted(found: Sequence[Mapping[str, Any]], name: str) -> dict[str, dict[str, int]]:
@@ -242,4 +242,4 @@ def provenance_markdown(cells: Sequence[Cell], planned: int) -> str:
         "commits": listed(p["commit"] for p in made),
         "versions": listed(versions),
     }
-    return _table(["what", "how"], entries.items())
+    return table(["what", "how"], entries.items())

@@ -1,4 +1,4 @@
-"""Judges of scenes: real pictures in the place of samples get the figures of real pictures, in whatever order."""
+"""Evaluators of scenes: real pictures in the place of samples get the figures of real pictures, in whatever order."""
 
 from pathlib import Path
 
@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from companion.evaluation.metrics.clip_score import SceneClip
-from companion.evaluation.metrics.evaluators import REFERENCE_SEED, scene_batches, scene_caption_judge, scene_judge
+from companion.evaluation.metrics.evaluators import (
+    REFERENCE_SEED,
+    scene_batches,
+    scene_caption_evaluator,
+    scene_evaluator,
+)
 from companion.evaluation.metrics.features import SceneFeatures
 from companion.evaluation.sampling.folder import begin, finish, write_batch
 from companion.evaluation.sampling.settings import SamplingSettings
@@ -34,23 +39,23 @@ def run_of(folder: Path, scenes: list, conditions: list) -> Path:
 
 
 def test_classes(tmp_path, scenes):
-    judge = scene_judge(SceneFeatures(), NUMBER)
-    judge.check()
-    figures = judge.measure(run_of(tmp_path / "right", scenes, [s.label for s in scenes]))
+    evaluator = scene_evaluator(SceneFeatures(), NUMBER)
+    evaluator.check()
+    figures = evaluator.measure(run_of(tmp_path / "right", scenes, [s.label for s in scenes]))
     assert figures["fid"].value < 1e-6 and figures["agreement"].value > 0.97
     assert figures["precision"].value == figures["recall"].value == 1
-    wrong = judge.measure(run_of(tmp_path / "wrong", scenes, [(s.label + 1) % 10 for s in scenes]))
+    wrong = evaluator.measure(run_of(tmp_path / "wrong", scenes, [(s.label + 1) % 10 for s in scenes]))
     assert wrong["agreement"].value < 0.03 and wrong["fid"] == figures["fid"]
-    assert judge.reference() == {"scenes": NUMBER, "seed": REFERENCE_SEED}
+    assert evaluator.reference() == {"scenes": NUMBER, "seed": REFERENCE_SEED}
 
 
 def test_captions(tmp_path, scenes):
-    judge = scene_caption_judge(SceneFeatures(), SceneClip(), NUMBER, NUMBER)
-    captions = list(judge.conditions(None))
+    evaluator = scene_caption_evaluator(SceneFeatures(), SceneClip(), NUMBER, NUMBER)
+    captions = list(evaluator.conditions(None))
     assert captions == [s.caption for s in scenes]
-    right = judge.measure(run_of(tmp_path / "right", scenes, captions))
-    turned = judge.measure(run_of(tmp_path / "turned", scenes, captions[1:] + captions[:1]))
+    right = evaluator.measure(run_of(tmp_path / "right", scenes, captions))
+    turned = evaluator.measure(run_of(tmp_path / "turned", scenes, captions[1:] + captions[:1]))
     assert right["fid"].value < 1e-6 and right["clip_score"].low > turned["clip_score"].high + 10
     assert np.isclose(right["fid"].value, turned["fid"].value)
     with pytest.raises(ValueError, match="at most as many as reference scenes, 10, got 11"):
-        scene_caption_judge(SceneFeatures(), SceneClip(), 10, 11)
+        scene_caption_evaluator(SceneFeatures(), SceneClip(), 10, 11)

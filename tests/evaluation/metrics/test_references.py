@@ -8,17 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 from companion.evaluation.metrics import references
+from companion.evaluation.metrics.evaluators import Evaluator
 from companion.evaluation.metrics.features import Features, extract
 from companion.evaluation.metrics.metrics import clip_score, precision_recall
 from companion.evaluation.metrics.reference_statistics import statistics_of
-from companion.evaluation.metrics.references import central_square, coco_judge, imagenet_judge
+from companion.evaluation.metrics.references import central_square, coco_evaluator, imagenet_evaluator
 from companion.evaluation.sampling.folder import read_batches
-from companion.evaluation.tables.engine import run_table
-from companion.evaluation.tables.plans import Plan, Row
+from companion.evaluation.studies.guidance_rows import Row
+from companion.evaluation.studies.guidance_table import GuidancePlan
+from companion.evaluation.tables.engine import RunOptions, run_table
+from companion.evaluation.tables.results import Cell
 from tests.evaluation.scene_pipelines import captioned_sd, scene_dit
 
 
@@ -65,15 +69,21 @@ def coco(tmp_path: Path) -> Path:
     return folder
 
 
+def measured(evaluator: Evaluator, pipe: DiffusionPipeline, out: Path, **sizes: int) -> Cell:
+    """A table of one cell, drawn by the pipeline."""
+    row = Row("model", "vanilla", "constant", "none", 2.0, 2)
+    plan = GuidancePlan(rows=(row,), evaluators=lambda plan: lambda model: evaluator, load=lambda name: pipe, **sizes)
+    [cell] = run_table(plan, RunOptions(out, progress=False, keep_samples=True))
+    return cell
+
+
 def test_coco(coco, tmp_path):
-    judge = coco_judge(Colours(), Clip(), coco, 5)
-    judge.check()
+    evaluator = coco_evaluator(Colours(), Clip(), coco, 5)
+    evaluator.check()
     pipe = captioned_sd(tmp_path / "sd")
-    captions = judge.conditions(pipe)
+    captions = evaluator.conditions(pipe)
     assert captions == ("r thing", "g thing", "b thing", "r thing", "g thing")  # each picture's first, by number
-    plan = Plan((Row("sd", "vanilla", "constant", "none", 3.0, 2),), num_samples=5, batch_size=2)
-    run = {"judge": lambda model: judge, "load_model": lambda name: pipe, "progress": False, "keep_samples": True}
-    [cell] = run_table(plan, tmp_path / "out", **run)
+    cell = measured(evaluator, pipe, tmp_path / "out", num_samples=5, batch_size=2)
     assert set(cell.figures) == {"fid", "clip_score"} and cell.settings["clip"] == "letters"
     assert cell.provenance["reference"] == {"coco": "captions_val2017.json", "pictures": 5}
     shards = sorted((tmp_path / "out" / "samples").glob("*/shards/*.npz"))
@@ -123,16 +133,16 @@ def broken_json(coco: Path) -> None:
 def test_what_is_wrong_with_coco(coco, damage, message):
     damage(coco)
     with pytest.raises(ValueError, match=message):
-        coco_judge(Colours(), Clip(), coco, 5)
+        coco_evaluator(Colours(), Clip(), coco, 5)
 
 
 def test_too_few(coco):
     with pytest.raises(ValueError, match="has captions of 5 pictures, and 6 are to be drawn"):
-        coco_judge(Colours(), Clip(), coco, 6)
+        coco_evaluator(Colours(), Clip(), coco, 6)
     network = Colours()
     network.dimensions = 5
     with pytest.raises(ValueError, match=r"val2017 holds 5 pictures, and the metrics need at least 6"):
-        coco_judge(network, Clip(), coco, 5)
+        coco_evaluator(network, Clip(), coco, 5)
 
 
 def pictures(folder: Path, count: int, side: int = 64) -> Path:
@@ -149,10 +159,8 @@ def test_precision_and_recall_against_the_pictures_beside_adms_statistics(tmp_pa
     statistics = statistics_of(expected)
     file = tmp_path / "VIRTUAL_imagenet128_labeled.npz"
     np.savez(file, arr_0=taken, mu=statistics.mean.numpy(), sigma=statistics.covariance.numpy())
-    pipe, plan = scene_dit(), Plan((Row("dit", "vanilla", "constant", "none", 2.0, 2),), num_samples=6, batch_size=3)
-    judge = imagenet_judge(Colours(), tmp_path, 128)
-    run = {"judge": lambda model: judge, "load_model": lambda name: pipe, "progress": False, "keep_samples": True}
-    [cell] = run_table(plan, tmp_path / "out", **run)
+    evaluator = imagenet_evaluator(Colours(), tmp_path, 128)
+    cell = measured(evaluator, scene_dit(), tmp_path / "out", num_samples=6, batch_size=3)
     assert set(cell.figures) == {"fid", "inception_score", "precision", "recall"}
     folder = tmp_path / "out" / "samples" / cell.name
     drawn = extract(Colours(), [images for images, _ in read_batches(folder)]).features
@@ -162,22 +170,20 @@ def test_precision_and_recall_against_the_pictures_beside_adms_statistics(tmp_pa
 
 def test_imagenet_in_pictures_and_in_statistics(tmp_path):
     folder = pictures(tmp_path / "imagenet64", 6)
-    judge = imagenet_judge(Colours(), tmp_path, 64)
-    judge.check()
-    assert judge.described["reference"] == {"folder": "imagenet64", "pictures": 6}
+    evaluator = imagenet_evaluator(Colours(), tmp_path, 64)
+    evaluator.check()
+    assert evaluator.described["reference"] == {"folder": "imagenet64", "pictures": 6}
     taken = np.stack([np.asarray(Image.open(file)) for file in sorted(folder.iterdir())])
     expected = statistics_of(extract(Colours(), [taken]).features)
-    assert judge.reference() == {"folder": "imagenet64", "pictures": 6}
+    assert evaluator.reference() == {"folder": "imagenet64", "pictures": 6}
     np.savez(tmp_path / "img64.npz", mu=expected.mean.numpy(), sigma=expected.covariance.numpy())
-    other = imagenet_judge(Colours(), tmp_path, 64)
+    other = imagenet_evaluator(Colours(), tmp_path, 64)
     other.check()
     assert other.described["reference"] == "img64.npz"  # a file comes before the pictures
-    plan = Plan((Row("dit", "vanilla", "constant", "none", 2.0, 2),), num_samples=6, batch_size=3)
     figures = []
     pipe = scene_dit()
-    for number, measured_by in enumerate((judge, other)):
-        run = {"judge": lambda model, by=measured_by: by, "load_model": lambda name: pipe, "progress": False}
-        [cell] = run_table(plan, tmp_path / str(number), **run)
+    for number, measured_by in enumerate((evaluator, other)):
+        cell = measured(measured_by, pipe, tmp_path / str(number), num_samples=6, batch_size=3)
         assert set(cell.figures) == {"fid", "inception_score"}
         figures.append(cell.figures["fid"].value)
     assert figures[0] == pytest.approx(figures[1], rel=1e-9)
@@ -186,31 +192,29 @@ def test_imagenet_in_pictures_and_in_statistics(tmp_path):
 def test_what_is_wrong_with_imagenet(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no reference of 256x256 pictures: put VIRTUAL_imagenet256_labeled"):
-        imagenet_judge(Colours(), tmp_path / "empty", 256)
+        imagenet_evaluator(Colours(), tmp_path / "empty", 256)
     folder = pictures(tmp_path / "few" / "imagenet64", 3)
     with pytest.raises(ValueError, match="imagenet64 holds 3 pictures, and the metrics need at least 4"):
-        imagenet_judge(Colours(), tmp_path / "few", 64)
+        imagenet_evaluator(Colours(), tmp_path / "few", 64)
     for i in range(3, 6):
         Image.new("RGB", (64, 64)).save(folder / f"{i}.png")
     Image.new("RGB", (64, 60)).save(folder / "6.png")
     with pytest.raises(ValueError, match=r"must have one size: .*6.png has 64x60"):
-        imagenet_judge(Colours(), tmp_path / "few", 64)
+        imagenet_evaluator(Colours(), tmp_path / "few", 64)
     pictures(tmp_path / "small" / "imagenet64", 5, 32)
     with pytest.raises(ValueError, match=re.escape("imagenet64 must be 64x64, got (32, 32)")):
-        imagenet_judge(Colours(), tmp_path / "small", 64)
+        imagenet_evaluator(Colours(), tmp_path / "small", 64)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "img64.pkl").write_bytes(b"no pickle")
     with pytest.raises(ValueError, match=r"img64\.pkl cannot be read"):
-        imagenet_judge(Colours(), tmp_path / "damaged", 64)
+        imagenet_evaluator(Colours(), tmp_path / "damaged", 64)
 
 
 def test_a_reference_of_another_network_is_refused_before_sampling(tmp_path, monkeypatch):
     np.savez(tmp_path / "img64.npz", mu=np.zeros(2), sigma=np.eye(2))
-    judge = imagenet_judge(Colours(), tmp_path, 64)
-    plan = Plan((Row("dit", "vanilla", "constant", "none", 2.0, 2),), num_samples=6)
-    pipe = scene_dit()
+    evaluator = imagenet_evaluator(Colours(), tmp_path, 64)
     with pytest.raises(ValueError, match=r"2 features, and colours has 3: .*img64.npz"):
-        run_table(plan, tmp_path / "out", judge=lambda model: judge, load_model=lambda name: pipe)
+        measured(evaluator, scene_dit(), tmp_path / "out", num_samples=6)
     assert not (tmp_path / "out").exists()
 
 

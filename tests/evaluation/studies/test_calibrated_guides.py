@@ -1,13 +1,14 @@
 """Figures of fine-tuned classifiers: what is measured, from where the weights come."""
 
-import json
-
 import pytest
 import torch
 
 from companion.calibration.scene_classifiers import form_folder
 from companion.evaluation.studies import calibrated_guides as guides
+from companion.evaluation.tables.engine import RunOptions, run_table
+from companion.evaluation.tables.results import read_cells
 from companion.pipelines.adm.classifier import EMBEDDED_RESNET, off_the_shelf_classifier
+from tests.evaluation.sampling.separate_processes import ROOT
 
 
 def test_forms_are_read_from_their_runs(tmp_path):
@@ -29,16 +30,27 @@ def test_pictures_are_shown_enlarged_in_whole_numbers():
     assert guides.shown(pictures)[:, 0, 5, 5].tolist() == [0, 128, 255] and guides.shown(pictures).shape[2:] == (64, 64)
 
 
-def test_one_row_is_written_with_its_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(guides, "FORMS", {})
+def test_a_row_is_a_tables_cell(tmp_path, monkeypatch):
     monkeypatch.setattr(guides, "STEPS", 2)
-    whole = guides.measure
-    monkeypatch.setattr(guides, "measure", lambda runs, names, samples: whole(runs, names, samples, scenes=200))
-    out = tmp_path / "figures.json"
-    guides.main(["--out", str(out), "--samples", "140", "--classifiers", EMBEDDED_RESNET])
-    found = json.loads(out.read_text())
-    assert found["provenance"]["command"][-1] == "figures.json" and found["settings"]["samples"] == 140
-    [row] = found["rows"]
-    assert row["form"] == "as trained" and 0.8 < row["calibration"]["accuracy"] <= 1
-    assert set(row["generated"]) == {"fid", "precision", "recall", "agreement"}
-    assert row["generated"]["agreement"]["samples"] == 140
+    plan = guides.CalibratedPlan(tmp_path, (EMBEDDED_RESNET,), samples=140, scenes=200, forms=(guides.AS_TRAINED,))
+    [cell] = run_table(plan, RunOptions(tmp_path / "out", collected=tmp_path / "cells.json"))
+    assert read_cells(tmp_path / "cells.json") == [cell] and cell.name == "mini-adm-resnet,as-trained"
+    assert cell.settings["form"] == "as trained" and cell.settings["samples"] == 140 and cell.nfe == 2
+    assert set(cell.figures) >= {"fid", "precision", "recall", "agreement", "accuracy", "smooth_error"}
+    assert 0.8 < cell.figures["accuracy"].value <= 1 and cell.figures["agreement"].samples == 140
+    table = plan.as_markdown([cell]).splitlines()
+    assert len(table) == 3 and len({line.count("|") for line in table}) == 1
+
+
+def test_a_fine_tuning_that_was_not_run_is_missed_before_anything_is_drawn(tmp_path):
+    with pytest.raises(ValueError, match="train mini-adm-resnet-calibrated first"):
+        run_table(guides.CalibratedPlan(tmp_path / "runs"), RunOptions(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="classifiers must be out of mini-adm-resnet, mini-adm-noisy, got 'x'"):
+        guides.CalibratedPlan(classifiers=("x",))
+
+
+def test_the_committed_cells_are_the_plans():
+    file = ROOT / "notebooks" / "results" / "calibrated_guides.json"
+    plan = guides.CalibratedPlan(classifiers=(EMBEDDED_RESNET,), samples=300)
+    assert [cell.name for cell in read_cells(file)] == plan.names()

@@ -1,6 +1,7 @@
 """The table of classifier guidance: its rows, its count of arithmetic, its cells, on random networks."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -8,17 +9,18 @@ import pytest
 from companion.cli.main import main as command_line
 from companion.evaluation.metrics.features import extract
 from companion.evaluation.sampling.runs import Diverged, draw
-from companion.evaluation.studies.classifier_rows import MINI, NO_GUIDE, Plan, Row, mini_plan, paper_plan
+from companion.evaluation.studies.arithmetic import cost_of
+from companion.evaluation.studies.classifier_rows import MINI, NO_GUIDE, Row
 from companion.evaluation.studies.classifier_table import (
+    ClassifierPlan,
     SmallSceneFeatures,
     as_markdown,
-    cost_of,
-    left_out,
-    planned,
+    imagenet128,
     published_figures,
-    small_scene_judge,
+    small_scene_evaluator,
 )
-from companion.evaluation.tables.engine import run_table
+from companion.evaluation.tables.engine import RunOptions, run_table
+from companion.evaluation.tables.options import TableOptions
 from companion.evaluation.tables.published import published
 from companion.evaluation.tables.results import read_cells
 from companion.guidance.classifier.scores import ClassifierScore
@@ -37,7 +39,6 @@ ROWS = (
     Row("free", None, "none", 2, {"guidance_scale": 2.0}, budget="rectified"),
     Row("unknown", "resnet", "none", 2, missing=("strength",)),
 )
-PLAN = Plan(MINI, ROWS, num_samples=140, batch_size=50, reference_samples=200)
 
 
 def load(model):
@@ -48,9 +49,26 @@ def load(model):
     return pipe
 
 
-@pytest.fixture(scope="module")
+@cache
 def network():
     return SmallSceneFeatures()
+
+
+def evaluators(plan):
+    evaluator = small_scene_evaluator(network(), plan.reference_samples)
+    return lambda model: evaluator
+
+
+PLAN = ClassifierPlan(
+    model=MINI,
+    rows=ROWS,
+    evaluators=evaluators,
+    load=load,
+    cost=cost_of,
+    num_samples=140,
+    batch_size=50,
+    reference_samples=200,
+)
 
 
 def cost(row):
@@ -74,7 +92,7 @@ def test_arithmetic_is_counted_in_forward_passes():
 
 
 def test_classifier_free_guidance_gets_the_arithmetic_of_the_rectified_row():
-    rows = planned(PLAN, load).rows
+    rows = PLAN.with_budgets().rows
     wanted, got = cost(rows[2]).evaluations, cost(rows[3]).evaluations
     assert wanted <= got < wanted + 2 and rows[3].steps > 2 and rows[:3] == ROWS[:3]
 
@@ -102,22 +120,21 @@ def test_settings_are_the_pipelines_arguments():
     assert np.array_equal(drawn, (images * 255).round().astype(np.uint8))
 
 
-def test_features_of_small_scenes_tell_the_shapes_apart(network):
+def test_features_of_small_scenes_tell_the_shapes_apart():
     chosen = [scene(56, i, 1) for i in range(100)]
     pixels = ((render_small(chosen) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    found = extract(network, [pixels])
-    assert found.features.shape == (100, network.dimensions)
+    found = extract(network(), [pixels])
+    assert found.features.shape == (100, network().dimensions)
     assert (found.logits.argmax(dim=1) == labels(chosen)).float().mean() > 0.9
 
 
-def test_its_cells_are_a_tables_cells(tmp_path, network):
+def test_its_cells_are_a_tables_cells(tmp_path):
     """Drawn, kept and continued as in test_tables.py."""
-    judge, collected = small_scene_judge(network, PLAN.reference_samples), tmp_path / "all.json"
-    plan = planned(PLAN, load)
+    collected = tmp_path / "all.json"
 
-    def run(out="out", plan=plan, **options):
-        given = {"judge": lambda model: judge, "load_model": load, "cost": cost_of, "progress": False}
-        return run_table(plan, tmp_path / out, resume=True, collected=collected, **given, **options)
+    def run(plan=PLAN, **options):
+        given = RunOptions(tmp_path / "out", resume=True, collected=collected, progress=False)
+        return run_table(plan, replace(given, **options))
 
     only = ROWS[1].cell(0)
     [first] = run(only=only, command=lambda name: ["make", name])
@@ -136,11 +153,11 @@ def test_its_cells_are_a_tables_cells(tmp_path, network):
     with pytest.raises(ValueError, match="no cell is called 'x'; names are like 'unguided,no-classifier,none,seed=0'"):
         run(only="x")
     with pytest.raises(ValueError, match="made with other settings"):
-        run(plan=replace(plan, num_samples=150))
+        run(plan=replace(PLAN, num_samples=150))
 
 
 def test_rows_of_both_profiles():
-    mini, paper = mini_plan(), paper_plan()
+    mini, paper = imagenet128(), imagenet128(TableOptions("paper"))
     for plan in (mini, paper):
         names = [row.cell(0) for row in plan.rows]
         assert len(set(names)) == len(names)
@@ -149,20 +166,20 @@ def test_rows_of_both_profiles():
     rectified = {row.cell(0).replace("finite_difference", "none") for row in mini.rows if row.product != "none"}
     assert rectified <= everyday and len(everyday - rectified) <= 1
     known = {"strength": 0.5, "smoothing": 0.9, "entropy": 0.1}
-    told = paper_plan(**known)
-    for row in told.rows:
+    whole = imagenet128(TableOptions("paper", **known))
+    for row in whole.rows:
         assert not row.missing
         if row.guide is None:
             continue
         given = published_guidance(row.method)
-        settings = told.settings(row, 0, (0,))
+        settings = whole.settings(row, 0, (0,))
         expected = given.arguments(**{name: known[name] for name in given.missing})
         assert {**settings.arguments, "num_inference_steps": settings.steps} == expected
         assert row.guide == given.classifier and settings.product == row.product and settings.guidance_scale == 1
     missing = {row.method: row.missing for row in paper.rows if row.missing}
     assert missing == {name: each.missing for name, each in PUBLISHED_GUIDANCE.items() if each.missing}
-    assert any(line.startswith("entropy,microsoft-resnet-50,none,seed=0  (left out") for line in left_out(paper))
-    assert len(left_out(paper)) + len(paper.cells()) == len(paper.rows)
+    assert any(line.startswith("entropy,microsoft-resnet-50,none,seed=0  (left out") for line in paper.left_out())
+    assert len(paper.left_out()) + len(paper.cells()) == len(paper.rows)
 
 
 def test_published_figures_stand_in_their_tables():
@@ -177,15 +194,18 @@ def test_the_command_line(tmp_path, capsys):
         assert command_line(["table", "imagenet128", "--device", "cpu", "--out", str(tmp_path), *given]) == status
         return capsys.readouterr()
 
-    assert "profile mini takes no --strength" in said("--strength", "0").err
+    assert "imagenet128, profile mini, takes no --strength: leave it out" in said("--strength", "0").err
     assert "seeds must be at least 1, got 0" in said("--seeds", "0").err
     assert "num_samples must be at least 1, got -3" in said("--num-samples", "-3").err
-    assert "imagenet128 has one model only" in said("--models", "mini-adm").err
+    assert "imagenet128, profile mini, takes no --models: leave it out" in said("--models", "mini-adm").err
     assert "profile paper needs a folder of references, give one with --data" in said("--profile", "paper").err
-    assert len(said("--list", status=0).out.splitlines()) == len(mini_plan().rows)
+    assert len(said("--list", status=0).out.splitlines()) == len(imagenet128().rows)
     listed = said("--profile", "paper", "--list", "--seeds", "2", status=0).out.splitlines()
-    assert len(listed) == 2 * len(paper_plan().rows) and sum("--strength" in line for line in listed) > 0
-    told = said("--profile", "paper", "--list", "--strength", "0", "--smoothing", "0.9", "--entropy", "0", status=0).out
-    assert "left out" not in told
+    assert (
+        len(listed) == 2 * len(imagenet128(TableOptions("paper")).rows)
+        and sum("--strength" in line for line in listed) > 0
+    )
+    known = ("--strength", "0", "--smoothing", "0.9", "--entropy", "0")
+    assert "left out" not in said("--profile", "paper", "--list", *known, status=0).out
     assert command_line(["table", "coco", "--strength", "1"]) == 2
-    assert "--strength is an option of imagenet128 alone" in capsys.readouterr().err
+    assert "coco, profile mini, takes no --strength: leave it out" in capsys.readouterr().err

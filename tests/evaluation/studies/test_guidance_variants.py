@@ -1,5 +1,7 @@
 """Variants on mini-sd: each row is the guidance that its name says, and a begun file is continued."""
 
+from dataclasses import asdict, replace
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -11,15 +13,19 @@ from companion.evaluation.studies.guidance_variants import (
     ROWS,
     VARIANTS,
     Row,
+    VariantsPlan,
     difference,
-    measured,
     pictures,
     read_scores,
     renoising_weight,
+    variants,
 )
-from companion.evaluation.tables.results import read_cells
+from companion.evaluation.tables.engine import RunOptions, run_table
+from companion.evaluation.tables.options import TableOptions
+from companion.evaluation.tables.results import read_cells, same_settings
 from companion.guidance.noise_level import NoiseLevel
 from companion.minis.drawing import draw
+from tests.evaluation.sampling.separate_processes import ROOT
 
 CAPTIONS = ["a large red star", "a small blue striped ring"]
 
@@ -39,15 +45,18 @@ def test_cfg_plus_plus_by_its_own_algorithm(pipe):
     """Algorithm 1 of Chung et al.: the clean estimate of the guided prediction, renoised with the unconditional one."""
     steps, strength = 3, guidance_variants.STRENGTH
     found, evaluations = drawn(pipe, Row("CFG++", steps=steps))
-    said, unsaid = pipe.encode_prompt(CAPTIONS, "cpu", 1, True)
+    prompt_embeds, negative_prompt_embeds = pipe.encode_prompt(CAPTIONS, "cpu", 1, True)
     pipe.scheduler.set_timesteps(steps)
     x = torch.cat([torch.randn(1, 4, 16, 16, generator=g) for g in companion.sample_generators(0, range(2))])
-    kept = pipe.scheduler.alphas_cumprod
+    alphas_cumprod, embeddings = pipe.scheduler.alphas_cumprod, (prompt_embeds, negative_prompt_embeds)
     with torch.no_grad():
         for t in pipe.scheduler.timesteps:
-            c, u = (pipe.unet(x, t, encoder_hidden_states=embedded).sample for embedded in (said, unsaid))
+            c, u = (pipe.unet(x, t, encoder_hidden_states=embedded).sample for embedded in embeddings)
             previous = int(t) - 1000 // steps
-            now, after = kept[t], kept[previous] if previous >= 0 else pipe.scheduler.final_alpha_cumprod
+            now, after = (
+                alphas_cumprod[t],
+                alphas_cumprod[previous] if previous >= 0 else pipe.scheduler.final_alpha_cumprod,
+            )
             clean = (x - (1 - now).sqrt() * (u + strength * (c - u))) / now.sqrt()
             x = after.sqrt() * clean + (1 - after).sqrt() * u
         expected = pipe.vae.decode(x).sample.clamp(-1, 1)
@@ -75,29 +84,42 @@ def test_rows_differ_and_count_their_evaluations(pipe):
 def test_weights_of_cfg_plus_plus_come_from_the_schedulers_levels():
     scheduler = DDIMScheduler(set_alpha_to_one=False, steps_offset=1)
     weight = renoising_weight(scheduler, 10, 0.5)
-    kept = scheduler.alphas_cumprod.double()
+    alphas_cumprod = scheduler.alphas_cumprod.double()
     scheduler.set_timesteps(10)
     t = int(scheduler.timesteps[0])
-    ratio, following = ((1 / kept[i] - 1).sqrt() for i in (t, t - 100))
+    ratio, following = ((1 / alphas_cumprod[i] - 1).sqrt() for i in (t, t - 100))
     assert weight(0.0, NoiseLevel(0.6, 0.8, timestep=t)) == pytest.approx(float(0.5 * ratio / (ratio - following) - 1))
 
 
-def test_a_begun_file_is_continued(tmp_path, monkeypatch):
-    file, rows = tmp_path / "rows.json", [Row("CFG", steps=1), Row("rescaled", steps=1)]
-    [first] = measured(rows[:1], file, samples=2, report=lambda line: None)
+def test_a_begun_table_is_continued(tmp_path, monkeypatch):
+    file, rows = tmp_path / "rows.json", (Row("CFG", steps=1), Row("rescaled", steps=1))
+    plan = VariantsPlan(rows, samples=2, scores=file)
+    options = RunOptions(tmp_path / "out", resume=True, collected=file)
+    [first] = run_table(plan, replace(options, only=rows[0].name))
     draws = []
     real = guidance_variants.pictures
     monkeypatch.setattr(guidance_variants, "pictures", lambda *a: draws.append(a[1]) or real(*a))
-    cells = measured(rows, file, samples=2, report=lambda line: None)
-    assert draws == rows[1:] and cells[0].figures == first.figures
+    cells = run_table(plan, options)
+    assert draws == [rows[1]] and cells[0] == first
     assert [cell.name for cell in read_cells(file)] == [row.name for row in rows]
-    kept = read_scores(file)
-    assert list(kept) == [row.name for row in rows]
+    scores = read_scores(file)
+    assert list(scores) == [row.name for row in rows]
     for cell in cells:
         assert set(cell.figures) == {"clip_score", "shape", "colour"}
         for name, figure in cell.figures.items():
-            assert figure.value == pytest.approx(float(kept[cell.name][name].mean()), abs=1e-3)
-    assert cells[0].provenance["command"][:3] == ["python", "-m", "companion.evaluation.studies.guidance_variants"]
+            assert figure.value == pytest.approx(float(scores[cell.name][name].mean()), abs=1e-3)
+    table = plan.as_markdown(cells).splitlines()
+    assert len(table) == 4 and len({line.count("|") for line in table}) == 1
+
+
+def test_the_committed_cells_are_the_plans():
+    """A run that resumes them draws none of them again."""
+    plan = variants(TableOptions())
+    stored = {cell.name: cell for cell in read_cells(ROOT / "notebooks" / "results" / "what_else_helps.json")}
+    assert sorted(stored) == sorted(plan.names())
+    for row in plan.rows:
+        expected = {"model": "mini-sd", **asdict(row), "samples": plan.samples, "seed": 0}
+        assert same_settings(stored[row.name].settings, expected)
 
 
 def test_rows_have_names_of_their_own():

@@ -5,10 +5,9 @@ import statistics
 
 import pytest
 
+from companion.evaluation.metrics.figures import Figure, over_seeds
 from companion.evaluation.tables.results import (
     Cell,
-    Figure,
-    over_seeds,
     read_cell,
     same_settings,
     write_cell,

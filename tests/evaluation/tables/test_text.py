@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from companion.evaluation.tables.plans import Row
-from companion.evaluation.tables.results import Cell, Figure
+from companion.evaluation.metrics.figures import Figure
+from companion.evaluation.studies.guidance_rows import Row
+from companion.evaluation.tables.results import Cell
 from companion.evaluation.tables.text import (
     as_markdown,
     best_of_fronts,

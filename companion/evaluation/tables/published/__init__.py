@@ -4,6 +4,8 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
+from companion.markdown import table
+
 TABLES = (
     "reg_models",
     "reg_sd21",
@@ -32,8 +34,7 @@ class Published:
         return tuple(row[self.columns.index(name)] for row in self.rows)
 
     def as_markdown(self) -> str:
-        lines = [self.columns, ("---",) * len(self.columns), *self.rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return table(self.columns, self.rows)
 
 
 def published(name: str) -> Published:

@@ -1,4 +1,4 @@
-"""What tables hold: their rows in the order in which they are made, how much is drawn for each, and why these.
+"""The rows of the tables of classifier-free guidance (Tables 2 and 3), in the order in which they are made.
 
 Each table has two profiles. `mini`: the embedded models on scenes. `paper`: the papers' models and sizes, for machines
 that have their weights and references.
@@ -8,21 +8,20 @@ CFG, CFG at REG's number of evaluations and REG, before any has another scale or
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 import diffusers
 
 from companion.evaluation.sampling.evaluations import heun_levels, scheduler_levels, steps_at_equal_evaluations
-from companion.evaluation.sampling.settings import SamplingSettings
+from companion.evaluation.tables.text import UNGUIDED
 from companion.guidance.noise_level import NoiseLevel
 from companion.guidance.weights import from_text
 from companion.pipelines.edm2.pipeline import Reference
 from companion.pipelines.hook import SAMPLING_PRODUCTS, RectifiedGuidanceConfig, SamplingProduct
 from companion.pipelines.paper_models import PAPER_MODELS, PaperModel
 
-UNGUIDED = "unguided"
 REG: SamplingProduct = "finite_difference"
 """The product of the rows that every guidance has; CFG at an equal number of evaluations is counted against it."""
 
@@ -58,51 +57,6 @@ class Row:
     def described(self) -> dict[str, Any]:
         """Plain JSON; for a cell's settings."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A table: its rows, seeds, and how much is drawn for a cell.
-
-    Args:
-        rows: in the order in which they are made.
-        seeds: of every row.
-        num_samples: of a cell.
-        batch_size: of a cell.
-        reference_samples: scenes that the samples are measured against; a reference that is read from files has its
-            own number.
-        call: arguments of the pipeline's call, by model.
-        sizes: side of the pictures, in pixels, by model; only for those whose reference depends on it.
-    """
-
-    rows: tuple[Row, ...]
-    seeds: tuple[int, ...] = (0,)
-    num_samples: int = 2000
-    batch_size: int = 50
-    reference_samples: int = 5000
-    call: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    sizes: Mapping[str, int] = field(default_factory=dict)
-
-    def cells(self) -> list[tuple[Row, int, str]]:
-        """(row, seed, name) of every cell, in the order in which they are made: all rows of a seed first."""
-        return [(row, seed, row.cell(seed)) for seed in self.seeds for row in self.rows]
-
-    def settings(self, row: Row, seed: int, conditions: tuple[int, ...] | tuple[str, ...]) -> SamplingSettings:
-        """What is drawn for a cell."""
-        reference = {} if row.reference is None else {"guidance_reference": row.reference}
-        return SamplingSettings(
-            model=row.model,
-            num_samples=self.num_samples,
-            conditions=conditions,
-            batch_size=self.batch_size,
-            steps=row.steps,
-            seed=seed,
-            guidance_scale=row.guidance_scale,
-            weight=row.weight,
-            product=row.product,
-            call={**self.call.get(row.model, {}), **reference},
-            image_format="npz",
-        )
 
 
 @dataclass(frozen=True)
@@ -165,7 +119,7 @@ def _ddim(steps: int, offset: int = 0) -> list[NoiseLevel]:
 _cached_heun = cache(heun_levels)
 
 
-def mini_imagenet() -> Plan:
+def mini_imagenet_rows() -> tuple[Row, ...]:
     """Table 2 for mini-edm2 (12 steps of Heun's method, 23 evaluations) and mini-dit (20 steps of DDIM).
 
     The intervals are the paper's own: EDM2's σ from 0.28 to 2.90, since mini-edm2's latents have the standard deviation
@@ -183,14 +137,14 @@ def mini_imagenet() -> Plan:
         _Swept("mini-edm2", 12, _cached_heun, edm2, (2.0, 1.5, 3.0)),
         _Swept("mini-dit", 20, _ddim, dit, (2.5, 1.5, 4.0)),
     )
-    return Plan(_ordered(models, ("vanilla",)))
+    return _ordered(models, ("vanilla",))
 
 
-def mini_coco() -> Plan:
+def mini_coco_rows() -> tuple[Row, ...]:
     """Table 3 for mini-sd and mini-sd-v, the paper's SD 1.4 and its v-prediction SD 2.1 in small: 20 steps of DDIM."""
     levels = partial(_ddim, offset=1)
     models = tuple(_Swept(name, 20, levels, _OVER_TIME, (3.0, 1.5, 6.0)) for name in ("mini-sd", "mini-sd-v"))
-    return Plan(_ordered(models, ("vanilla",)))
+    return _ordered(models, ("vanilla",))
 
 
 def _levels(model: PaperModel) -> Callable[[int], Sequence[NoiseLevel]]:
@@ -217,8 +171,8 @@ def _paper_swept(
     return _Swept(name, int(model.call["num_inference_steps"]), _levels(model), guidances, scales)
 
 
-def paper_imagenet() -> Plan:
-    """Table 2 at the paper's size: DiT-XL/2-256, EDM2-S-64, EDM2-S-512 and EDM2-XXL-512, 50,000 samples a cell.
+def paper_imagenet_rows() -> tuple[Row, ...]:
+    """Table 2 at the paper's size: DiT-XL/2-256, EDM2-S-64, EDM2-S-512 and EDM2-XXL-512.
 
     Samplers, steps and intervals are the paper's, the first scale of each is the one its networks were published with,
     the others are this table's choice. Autoguidance is sampled from the pairs of networks that EDM2 publishes for it.
@@ -234,22 +188,10 @@ def paper_imagenet() -> Plan:
         _paper_swept("edm2-xxl-512", edm2, (1.2, 1.1, 1.4, 1.7)),
         _paper_swept("edm2-img512-xxl-autog", auto, (2.05, 1.5, 2.5), "edm2-xxl-512"),
     )
-    sizes = {swept.model: 64 if swept.model.endswith("-64") else 512 for swept in models} | {"dit-xl-2-256": 256}
-    return Plan(_ordered(models, ("vanilla", "autoguidance")), num_samples=50_000, batch_size=8, sizes=sizes)
+    return _ordered(models, ("vanilla", "autoguidance"))
 
 
-def paper_coco() -> Plan:
-    """Table 3 at the paper's size: SD 1.4, SD 2.1 and SD-XL, a sample for each of COCO-2017's 5,000 captions."""
-    names = ("sd-v1-4", "sd-v2-1", "sd-xl")
-    models = tuple(_paper_swept(name, _OVER_TIME, (3.0, 1.5, 5.0, 7.5)) for name in names)
-    sizes = {name: {key: PAPER_MODELS[name].call[key] for key in ("height", "width")} for name in names}
-    return Plan(_ordered(models, ("vanilla",)), num_samples=5000, batch_size=4, call=sizes)
-
-
-PLANS: Mapping[tuple[str, str], Callable[[], Plan]] = {
-    ("imagenet", "mini"): mini_imagenet,
-    ("imagenet", "paper"): paper_imagenet,
-    ("coco", "mini"): mini_coco,
-    ("coco", "paper"): paper_coco,
-}
-"""(table, profile) -> its plan."""
+def paper_coco_rows() -> tuple[Row, ...]:
+    """Table 3 at the paper's size: SD 1.4, SD 2.1 and SD-XL."""
+    models = tuple(_paper_swept(name, _OVER_TIME, (3.0, 1.5, 5.0, 7.5)) for name in ("sd-v1-4", "sd-v2-1", "sd-xl"))
+    return _ordered(models, ("vanilla",))
