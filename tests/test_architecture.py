@@ -1,0 +1,152 @@
+"""The layers of the package, read from its imports: no circle, no arrow upwards; functions and files that can be read.
+
+Imports inside functions count. A module may import from its own room and from rooms below it.
+"""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = (  # from the top; docs/architecture.md says what is in them
+    "companion.cli",
+    "companion.page",
+    "companion.ranking",
+    "companion.evaluation.studies",
+    "companion.evaluation.comparison",
+    "companion.evaluation.tables",
+    "companion.evaluation.metrics",
+    "companion.evaluation.sampling",
+    "companion.pipelines",
+    "companion.calibration",
+    "companion.minis",
+    "companion.exact",
+    "companion.networks",
+    "companion.guidance",
+)
+OUTSIDE = {"companion", "companion.__main__"}  # the public names, and the command's entrance, import from everywhere
+LONGEST_FUNCTION, LONGEST_FILE = 80, 450
+
+# To be cut. No line may be added; one that is cut must go.
+LONG_FUNCTIONS = {
+    ("companion/networks/edm2.py", "__init__"),
+    ("companion/pipelines/adm/pipeline.py", "__call__"),
+    ("companion/pipelines/edm2/pipeline.py", "__call__"),
+}
+LONG_FILES = {
+    "companion/pipelines/adm/pipeline.py",
+    "companion/pipelines/layout.py",
+}
+
+
+@cache
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted((ROOT / "companion").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported(name: str, path: Path) -> Iterator[str]:
+    """Modules of the package that a module imports, anywhere in its source."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.partition(".")[0] == "companion")
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            if base.partition(".")[0] == "companion":
+                for alias in node.names:
+                    yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules() else base
+
+
+@cache
+def arrows() -> dict[str, frozenset[str]]:
+    return {name: frozenset(imported(name, path)) for name, path in modules().items()}
+
+
+def height(module: str) -> int:
+    """Of a module's room: 0 is the bottom, where the files beside the rooms are."""
+    for place, room in enumerate(ROOMS):
+        if module == room or module.startswith(f"{room}."):
+            return len(ROOMS) - place
+    return 0
+
+
+def circles(graph: dict[str, frozenset[str]]) -> list[list[str]]:
+    """A walk from a module back to itself for every circle that a depth-first search meets."""
+    done, found = set(), []
+
+    def visit(module: str, path: list[str]) -> None:
+        if module in path:
+            found.append([*path[path.index(module) :], module])
+        elif module not in done:
+            for following in sorted(graph.get(module, ())):
+                visit(following, [*path, module])
+            done.add(module)
+
+    for module in graph:
+        visit(module, [])
+    return found
+
+
+def test_no_arrow_points_upwards():
+    upwards = [
+        f"{module} imports {other}"
+        for module, others in arrows().items()
+        if module not in OUTSIDE
+        for other in sorted(others)
+        if other == "companion" or height(other) > height(module)
+    ]
+    assert not upwards, upwards
+
+
+def test_there_are_no_circles():
+    assert not circles(arrows())
+
+
+def test_circles_and_arrows_are_seen():
+    assert circles({"a": frozenset("b"), "b": frozenset("c"), "c": frozenset("a")}) == [["a", "b", "c", "a"]]
+    assert not circles({"a": frozenset("bc"), "b": frozenset("c"), "c": frozenset()})
+    assert height("companion.cli.main") > height("companion.page.queue") > height("companion.evaluation.tables.text")
+    assert height("companion.guidance.weights") > height("companion.seeding") == 0
+    tables = "companion.evaluation.tables"
+    assert (
+        f"{tables}.engine" in arrows()[f"{tables}.sampled"] and "companion.cli.main" in arrows()["companion.__main__"]
+    )
+
+
+def test_every_folder_is_a_room():
+    folders = {path.parent for path in modules().values()} - {ROOT / "companion", ROOT / "companion" / "evaluation"}
+    assert all(height(".".join(folder.relative_to(ROOT).parts)) for folder in folders)
+
+
+def long_functions() -> set[tuple[str, str]]:
+    return {
+        (str(path.relative_to(ROOT)), node.name)
+        for path in modules().values()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and node.end_lineno - node.lineno + 1 > LONGEST_FUNCTION
+        and "80 lines" not in (ast.get_docstring(node) or "")  # it says why it is longer
+    }
+
+
+def long_files() -> set[str]:
+    return {
+        str(path.relative_to(ROOT))
+        for path in modules().values()
+        if len((text := path.read_text(encoding="utf-8")).splitlines()) > LONGEST_FILE
+        and "450 lines" not in (ast.get_docstring(ast.parse(text)) or "")
+    }
+
+
+@pytest.mark.parametrize(("found", "known"), [(long_functions, LONG_FUNCTIONS), (long_files, LONG_FILES)])
+def test_functions_and_files_can_be_read(found, known):
+    """What is longer says why in its docstring, by naming the limit."""
+    assert found() <= known, f"too long: {sorted(found() - known)}"
