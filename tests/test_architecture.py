@@ -25,6 +25,7 @@ ROOMS = (  # from the top; docs/architecture.md says what is in them
     "companion.minis",
     "companion.exact",
     "companion.networks",
+    "companion.plotting",
     "companion.guidance",
 )
 OUTSIDE = {"companion", "companion.__main__"}  # the public names, and the command's entrance, import from everywhere

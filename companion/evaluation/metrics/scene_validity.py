@@ -18,9 +18,9 @@ from diffusers import AutoencoderKL
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from companion.evaluation.metrics.figures import Figure, over_seeds
 from companion.evaluation.metrics.inversion import Inversion
 from companion.evaluation.sampling.folder import read_json
-from companion.evaluation.tables.results import Figure, over_seeds
 from companion.minis.scene_regressor import reconstructed
 from companion.minis.scenes import COLOURS, ROTATION, SHAPES, SINGLE_RADIUS, TEXTURES, Scene, render, scene
 from companion.minis.shipping import WEIGHTS

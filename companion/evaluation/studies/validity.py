@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from companion.evaluation.metrics.evaluators import REFERENCE_SEED
+from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.metrics.inversion import attributes_met, invert, joined
 from companion.evaluation.metrics.metrics import share
 from companion.evaluation.metrics.paired_statistics import Comparison, holm, mcnemar, paired_means
@@ -36,7 +37,6 @@ from companion.evaluation.metrics.scene_validity import (
     weights_digest,
 )
 from companion.evaluation.sampling.folder import write_json
-from companion.evaluation.tables.results import Figure
 from companion.minis.drawing import draw
 from companion.minis.scene_regressor import reconstructed
 from companion.minis.scenes import Scene, labels, render, scene
