@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -120,8 +120,9 @@ def invert(
     if wanted is not None and (len(wanted) != len(images) or not 0 <= int(wanted.min()) <= int(wanted.max()) < 10):
         raise ValueError(f"asked must be one class from 0 to {len(SHAPES) - 1} for each picture, got {asked!r}")
     images = images.detach().float().cpu()
+    proposing = regressor or _shipped_regressor()
     with torch.no_grad():
-        found = [(regressor or load_regressor())(part) for part in images.split(100)]
+        found = [proposing(part) for part in images.split(100)]
     guess = SceneGuess(*(torch.cat(parts) for parts in zip(*(vars(each).values() for each in found), strict=True)))
 
     picture, kind = _proposed(guess, candidates, wanted)
@@ -135,6 +136,11 @@ def invert(
             each[keep] for each in (picture, kind, sign, coordinates, residual, right)
         )
     return _gathered(picture, kind, sign, coordinates, residual, None if wanted is None else right, len(images))
+
+
+@cache
+def _shipped_regressor() -> SceneRegressor:
+    return load_regressor()
 
 
 def _split(kind: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,7 +171,7 @@ def _coordinates(guess: SceneGuess) -> tuple[Float[Tensor, "batch 11"], Float[Te
     tones = [(end.amax(dim=1) + end.amin(dim=1)) / 2 for end in (guess.dark, guess.bright)]
     from_dark = (tones[1] - TONE[1]).clamp(min=0) >= (TONE[0] - tones[0]).clamp(min=0)
     near = torch.where(from_dark[:, None], guess.dark, guess.bright)
-    tone = torch.where(from_dark, *tones).clamp(*TONE)
+    tone = torch.where(from_dark, tones[0], tones[1]).clamp(*TONE)
     angle = guess.ground_angle + torch.where(from_dark, 0.0, math.pi)
     shift = (guess.bright - guess.dark).mean(dim=1)
     radius = guess.radius.clamp(*SINGLE_RADIUS)
@@ -348,8 +354,9 @@ def _scenes(kind: Tensor, coordinates: Tensor, sign: Tensor) -> tuple[Scene, ...
 def joined(parts: Sequence[Inversion]) -> Inversion:
     """Several batches as one."""
     in_class = [part.class_residual for part in parts if part.class_residual is not None]
+    tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS}
     return Inversion(
-        *(torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS),
+        **tensors,
         class_residual=torch.cat(in_class) if len(in_class) == len(parts) else None,
         scenes=tuple(one for part in parts for one in part.scenes),
     )
