@@ -9,6 +9,7 @@ import gradio as gr
 from companion.evaluation.comparison.classifier_side_by_side import COMPARED, ClassifierSettings
 from companion.evaluation.comparison.script import classifier_as_python
 from companion.guidance.classifier.scores import ClassifierScore
+from companion.guidance.products import PRODUCT_TABLE
 from companion.page.models import OWN, Models
 from companion.page.queue import Queue
 from companion.page.reading import (
@@ -38,14 +39,8 @@ DIVERGENCE_NAMES = {
     "jensen_shannon": "Jensen-Shannon",
     "squared_hellinger": "squared Hellinger",
 }
-PRODUCT_NAMES = {
-    "finite_difference": "finite difference",
-    "auto": "auto: every third step",
-    "vjp": "vjp: the chain rule",
-    "jvp": "jvp",
-    "ones": "ones",
-    "diagonal": "diagonal",
-    "none": "none",
+PRODUCT_NAMES = {"auto": "auto: saves evaluations"} | {
+    name: "none" if name == "none" else row.label for name, row in PRODUCT_TABLE.items()
 }
 _PLACES = ((AS_TRAINED, AS_TRAINED), ("x_t, the noisy picture", "noisy"), ("x̂₀, the estimate", "clean"))
 _COMPARISONS = (
@@ -217,29 +212,23 @@ def _controls(models: Models, pipe: ADMPipeline | None) -> tuple[dict[str, Any],
     )
     pressed = buttons("classifier-")
     made["compared"] = gr.Radio(list(_COMPARISONS), value="rectification", label="Compare")
-    with gr.Row():
-        made["divergence"] = gr.Dropdown(
-            [(name, key) for key, name in DIVERGENCE_NAMES.items()],
-            value=NO_DIVERGENCE,
-            label="Divergence",
-            min_width=140,
-        )
-        made["product"] = gr.Dropdown(
-            [(name, key) for key, name in PRODUCT_NAMES.items()],
-            value="finite_difference",
-            label="Product with K",
-            min_width=140,
-        )
+    made["product"] = gr.Dropdown(
+        [(name, key) for key, name in PRODUCT_NAMES.items()],
+        value="finite_difference",
+        label="Compute K times the gradient by",
+    )
+    made["divergence"] = gr.Dropdown(
+        [(name, key) for key, name in DIVERGENCE_NAMES.items()], value=NO_DIVERGENCE, label="Divergence of the score"
+    )
     with gr.Row(visible=False) as divergence_only:
         made["strength"] = gr.Number(1, label="Strength a", min_width=140)
         made["smoothing"] = gr.Number(0.9, label="Smoothing ε (0–1)", min_width=140)
     with gr.Row():
-        made["joint_temperature"] = gr.Number(1, label="τ1: label", min_width=80)
-        made["marginal_temperature"] = gr.Number(1, label="τ2: all", min_width=80)
-        made["tilt"] = gr.Number(0, label="Tilt t", min_width=80)
-    with gr.Row():
+        made["joint_temperature"] = gr.Number(1, label="Joint temperature τ1", min_width=140)
+        made["marginal_temperature"] = gr.Number(1, label="Marginal temperature τ2", min_width=140)
+        made["tilt"] = gr.Number(0, label="Tilt t (0: none)", min_width=140)
         made["classifier_scale"] = gr.Number(2, label="Classifier scale", min_width=140)
-        made["gradient_at"] = gr.Dropdown(list(_PLACES), value=AS_TRAINED, label="Gradient at", min_width=140)
+    made["gradient_at"] = gr.Dropdown(list(_PLACES), value=AS_TRAINED, label="Classifier's gradient at")
     with gr.Row():
         made["sampler"] = gr.Dropdown(
             [("DDPM", "ddpm"), ("DDIM", "ddim")], value="ddpm", label="Sampler", min_width=140

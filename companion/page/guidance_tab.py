@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 
 from companion.evaluation.comparison.script import as_python
 from companion.evaluation.comparison.side_by_side import Settings
+from companion.guidance.products import PRODUCT_TABLE
 from companion.guidance.weights import GuidanceWeight, IntervalWeight, LinearWeight, PowerCosineWeight
 from companion.page.models import Models
 from companion.page.queue import Queue
@@ -40,14 +41,11 @@ EXAMPLES = {
 
 SCHEDULES = ("constant", "linear", "power-cosine", "interval")
 PRODUCT_CHOICES = (
-    ("finite difference", "finite_difference"),
-    ("auto: every third step", "auto"),
-    ("ones (eq. 21)", "ones"),
-    ("vjp: backward differentiation", "vjp"),
-    ("jvp: forward differentiation", "jvp"),
-    ("diagonal of K only", "diagonal"),
+    ("auto: at the cost of CFG", "auto"),
+    *((row.label, name) for name, row in PRODUCT_TABLE.items() if name != "none"),
     ("covariance (not the paper's)", "covariance"),
 )
+PRODUCT_LABEL = "Compute KΔ by"
 SIDES = (
     SideText("CFG", "standard guidance", "with CFG"),
     SideText("REG", "rectified guidance", "with REG"),
@@ -231,11 +229,8 @@ def _more_controls(made: dict[str, Any], pipe: DiffusionPipeline) -> dict[str, A
         made["pictures"] = gr.Number(8, label=f"Pictures (1–{MAX_PICTURES})", min_width=140)
         made["scheduler"] = gr.Dropdown(label="Scheduler", min_width=140, **scheduler_options(pipe))
         made["seed"] = gr.Number(0, label="Seed", min_width=140)
-    with gr.Row():
-        made["product"] = gr.Dropdown(
-            list(PRODUCT_CHOICES), value="finite_difference", label="REG: K times Δ by", min_width=140
-        )
-        made["schedule"] = gr.Dropdown(list(SCHEDULES), value="constant", label="Guidance over time", min_width=140)
+    made["product"] = gr.Dropdown(list(PRODUCT_CHOICES), value="finite_difference", label=PRODUCT_LABEL)
+    made["schedule"] = gr.Dropdown(list(SCHEDULES), value="constant", label="Guidance over time")
     with gr.Row(visible=False) as linear:
         made["linear_first"] = gr.Number(0, label="First weight ×", min_width=140)
         made["linear_last"] = gr.Number(2, label="Last weight ×", min_width=140)

@@ -15,6 +15,7 @@ from companion.evaluation.comparison.streaming import Cancelled, stream_states
 from companion.page.guidance_tab import (
     MAX_SCALE,
     PRODUCT_CHOICES,
+    PRODUCT_LABEL,
     asked_of,
     connect_model,
     scheduler_options,
@@ -30,8 +31,8 @@ from companion.pipelines.capabilities import MAX_STEPS
 
 MOST_PICTURES = 8
 _INTRODUCTION = """
-<p>Each row is a guidance scale, each column the same noise. With <b>CFG</b> a low scale draws unclear things and a high
-one breaks shapes and colours; <b>REG</b> multiplies the guidance by K and so makes the choice of a scale matter less.
+<p>Each row is a guidance scale; every row starts from the same noise. With <b>CFG</b> a low scale draws unclear things
+and a high one breaks shapes and colours; <b>REG</b> multiplies Δ by K, so that the choice of a scale matters less.
 </p>
 """
 
@@ -170,11 +171,11 @@ def sweep_tab(page: gr.Blocks, models: Models, queue: Queue) -> None:
             controls["scales"] = gr.Textbox(
                 ", ".join(f"{scale:g}" for scale in SCALES), label=f"Guidance scales (1–{MAX_SCALE:g}; 1: off)"
             )
-            pressed = buttons("sweep-", "Sweep the scale")
+            pressed = buttons("sweep-", "Sweep")
             _more_controls(controls, pipe)
         with gr.Column(scale=13, min_width=320):
             line = gr.HTML(
-                status("done", "Choose what to draw, then press Sweep the scale."),
+                status("done", "Choose what to draw, then press Sweep."),
                 elem_id="sweep-status",
                 padding=False,
             )
@@ -201,9 +202,9 @@ def sweep_tab(page: gr.Blocks, models: Models, queue: Queue) -> None:
 
 def _more_controls(made: dict[str, Any], pipe: DiffusionPipeline) -> None:
     """Add the controls that a first run can do without."""
-    made["product"] = gr.Dropdown(list(PRODUCT_CHOICES), value="finite_difference", label="REG: K times Δ by")
+    made["product"] = gr.Dropdown(list(PRODUCT_CHOICES), value="finite_difference", label=PRODUCT_LABEL)
     with gr.Row():
         made["steps"] = gr.Number(25, label=f"Steps (1–{MAX_STEPS})", min_width=140)
-        made["pictures"] = gr.Number(4, label=f"Pictures a row (1–{MOST_PICTURES})", min_width=140)
+        made["pictures"] = gr.Number(4, label=f"Pictures (1–{MOST_PICTURES})", min_width=140)
         made["scheduler"] = gr.Dropdown(label="Scheduler", min_width=140, **scheduler_options(pipe))
         made["seed"] = gr.Number(0, label="Seed", min_width=140)

@@ -301,7 +301,7 @@ def test_classifier_guidance(page):
 
     expect(page.get_by_label("Strength a")).to_be_hidden()
     page.get_by_label("the plain score and this score").check()
-    page.get_by_label("Divergence", exact=True).click()
+    page.get_by_label("Divergence of the score").click()
     page.get_by_role("option", name="Jensen-Shannon").click()
     expect(page.get_by_label("Strength a")).to_be_visible()
     set_number(page, "Smoothing ε (0–1)", "2")

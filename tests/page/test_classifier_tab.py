@@ -119,7 +119,7 @@ def test_another_classifier_can_be_named(client, tmp_path):
         ({"compared": "both"}, "compared must be one of rectification, score"),
         ({"compared": "score"}, "both sides are the same; choose a divergence"),
         ({"product": "none"}, "both sides are the same; choose a product"),
-        ({"product": "covariance"}, "product must be one of finite_difference"),
+        ({"product": "covariance"}, "product must be one of auto, none, ones"),
         ({"sampler": "euler"}, "sampler must be one of ddpm, ddim, got 'euler'"),
         ({"classes": ["dragon"]}, "unknown class 'dragon': the model draws circle, square"),
         ({"classes": []}, "say what to draw"),

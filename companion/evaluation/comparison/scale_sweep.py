@@ -119,8 +119,8 @@ def check_scales(scales: Sequence[float]) -> tuple[float, ...]:
 def draw_sweep(sweep: ScaleSweep, *, size: float = 1.15) -> Figure:
     """The sweep as one figure: a row for each scale, CFG at the left, REG at the right.
 
-    A picture in which the evaluator sees something else than asked for says what, and each row says how many it
-    recognises. Rows that are not sampled yet stay empty.
+    Below each picture stands what the evaluator sees in it, in red where that was not asked for; without an evaluator,
+    what was asked for. Rows that are not sampled yet stay empty.
 
     Args:
         sweep: finished or not.
@@ -146,7 +146,7 @@ def draw_sweep(sweep: ScaleSweep, *, size: float = 1.15) -> Figure:
             if index == 0:
                 middle = start + ((1 - left) / 2 - 0.02) / 2
                 top = 1 - 0.18 / figure.get_figheight()
-                colour = COLOURS["CFG"] if title == "CFG" else COLOURS["ones"]
+                colour = COLOURS[title]
                 figure.text(middle, top, title, ha="center", va="center", fontsize=14, weight="bold", color=colour)
     figure.text(0.006, 1 - 0.18 / figure.get_figheight(), "guidance\nscale", ha="left", va="center", fontsize=9)
     return figure
