@@ -18,7 +18,7 @@ from companion.exact.chain import NoiseSchedule, linear_schedule, standard_norma
 from companion.exact.densities import spread
 from companion.exact.grids import Grid, interpolate
 from companion.ranking.problems import Problem
-from companion.ranking.step import NeedsHistoryError, NoiseLevel, NotAvailableError, Step
+from companion.ranking.step import NeedsHistoryError, Level, NotAvailableError, Step
 
 RuleFunction = Callable[[Step], Float[Tensor, "batch dim"]]
 
@@ -32,10 +32,10 @@ def schedule(steps: int) -> NoiseSchedule:
     return linear_schedule(steps, 0.05 / steps, 10 / steps)
 
 
-def noise_levels(steps: int) -> tuple[NoiseLevel, ...]:
+def noise_levels(steps: int) -> tuple[Level, ...]:
     """A run's levels, noisiest first, clean last."""
     betas = schedule(steps)
-    return tuple(NoiseLevel(*betas.level(t)) for t in range(steps, -1, -1))
+    return tuple(Level(*betas.level(t)) for t in range(steps, -1, -1))
 
 
 def call_rule(name: str, rule: RuleFunction, step: Step) -> Float[Tensor, "batch dim"]:
@@ -67,7 +67,7 @@ def draw(
     name: str,
     rule: RuleFunction,
     problem: Problem,
-    levels: Sequence[NoiseLevel],
+    levels: Sequence[Level],
     start: Float[Tensor, "count dim"],
     noise: Callable[[int, Float[Tensor, "count dim"]], Float[Tensor, "count dim"]],
     *,
@@ -190,7 +190,7 @@ MOST_LOST = 0.01
 """Mass that a chain may lose beyond the grid."""
 
 
-def push_forward(problem: Problem, chains: Sequence[Chain], grid: Grid, levels: Sequence[NoiseLevel]) -> None:
+def push_forward(problem: Problem, chains: Sequence[Chain], grid: Grid, levels: Sequence[Level]) -> None:
     """The densities that chains generate on a line, written into them; predictions and K are shared between chains.
 
     All chains are pushed at once, laid side by side on one long line.

@@ -27,7 +27,7 @@ class NotAvailableError(ValueError):
     """A rule asked for what this problem does not have."""
 
 
-class NoiseLevel(NamedTuple):
+class Level(NamedTuple):
     """Signal and noise of a level, α² + σ² = 1; `ratio` is σ/α, the σ of variance-exploding coordinates."""
 
     alpha: float
@@ -59,7 +59,7 @@ class Step:
     weight: float
     strength: float
     index: int
-    levels: tuple[NoiseLevel, ...]
+    levels: tuple[Level, ...]
     problem: Problem
     churn: float = 1.0
     history: dict | None = None
@@ -71,11 +71,11 @@ class Step:
         return len(self.levels) - 1
 
     @property
-    def level(self) -> NoiseLevel:
+    def level(self) -> Level:
         return self.levels[self.index]
 
     @property
-    def following(self) -> NoiseLevel:
+    def following(self) -> Level:
         return self.levels[self.index + 1]
 
     @property
@@ -132,7 +132,7 @@ class Step:
         return data
 
     def predict(
-        self, name: Branch, x: Float[Tensor, "batch dim"], level: NoiseLevel | None = None
+        self, name: Branch, x: Float[Tensor, "batch dim"], level: Level | None = None
     ) -> Float[Tensor, "batch dim"]:
         """A branch's noise prediction anywhere, at this or at another level; one evaluation, less for fewer points."""
         self.evaluations += len(x) / len(self.x)

@@ -156,13 +156,13 @@ def _measure_samples(problem: Problem, rules: Sequence[Rule], settings: Settings
 
 
 def noise_floor(problem: Problem, settings: Settings, pairs: int = 10) -> float:
-    """The largest energy distance between draws of the truth and the truth that rules are measured by, of ten."""
+    """The mean size of the energy distance, of ten draws of the truth to the truth that rules are measured by."""
     if problem.dimension == 1:
         return LINE_FLOOR
     truth = problem.truth(4 * settings.samples, torch.Generator().manual_seed(sample_seed(settings.seed, 1)))
     ruler = SampleRuler(truth, settings.samples, seed=2, resamples=2)
     generator = torch.Generator().manual_seed(sample_seed(settings.seed, 2))
-    return max(abs(ruler.energy(problem.truth(settings.samples, generator))) for _ in range(pairs))
+    return sum(abs(ruler.energy(problem.truth(settings.samples, generator))) for _ in range(pairs)) / pairs
 
 
 def _samples(

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from companion.ranking.step import NoiseLevel, Step
+from companion.ranking.step import Level, Step
 
 
 def feedback(
@@ -52,7 +52,7 @@ def _tuned(step: Step, pi: float, t0: float, t1: float) -> tuple[float, float]:
     return abs(2 * middle / 10 * offset), offset
 
 
-def _transition_variance(before: NoiseLevel, after: NoiseLevel) -> float:
+def _transition_variance(before: Level, after: Level) -> float:
     """Of the ancestral step, in variance-exploding coordinates; 0 for the step to clean data."""
     return (before.ratio**2 - after.ratio**2) * after.ratio**2 / before.ratio**2
 
@@ -137,7 +137,7 @@ def foresight(step: Step) -> Float[Tensor, "batch dim"]:
     return step.from_point(x, reference)
 
 
-def _there_and_back(step: Step, x: Tensor, ahead: NoiseLevel) -> Float[Tensor, "batch dim"]:
+def _there_and_back(step: Step, x: Tensor, ahead: Level) -> Float[Tensor, "batch dim"]:
     """To a less noisy level with CFG, and back with the reference alone, by DDIM's step each."""
     here = step.level
     reference = step.predict("reference", x)

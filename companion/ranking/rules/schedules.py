@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from companion.exact.methods import INTERVAL
+from companion.guidance.noise_level import NoiseLevel
 from companion.guidance.variants import renoising_scale, rescaled
 from companion.guidance.weights import LinearWeight, PowerCosineWeight
 from companion.ranking.step import Step
@@ -36,12 +37,12 @@ def autoguidance(step: Step) -> Float[Tensor, "batch dim"]:
 
 def linear(step: Step) -> Float[Tensor, "batch dim"]:
     """CFG with a weight that rises from 0 to 2w (Wang et al. 2024)."""
-    return _scheduled(step, LinearWeight()(step.progress, step.level.ratio))
+    return _scheduled(step, LinearWeight()(step.progress, NoiseLevel(*step.level)))
 
 
 def cosine(step: Step) -> Float[Tensor, "batch dim"]:
     """CFG with the weight `w (1 - cos πρ)`, ρ the progress (Wang et al. 2024)."""
-    return _scheduled(step, PowerCosineWeight(peak=2.0)(step.progress, step.level.ratio))
+    return _scheduled(step, PowerCosineWeight(peak=2.0)(step.progress, NoiseLevel(*step.level)))
 
 
 def interval(step: Step, low: float = INTERVAL[0], high: float = INTERVAL[1]) -> Float[Tensor, "batch dim"]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from companion.ranking.problems import Problem, rejection
 from companion.ranking.rules.schedules import cfg, unguided
-from companion.ranking.step import NoiseLevel, Step
+from companion.ranking.step import Level, Step
 
 Run = Callable[..., tuple[Float[Tensor, "count dim"], float]]
 """`run(rule, levels, start, weight)`: a sampler's samples, and the evaluations that each has cost."""
@@ -42,7 +42,7 @@ class WholeRun:
     """
 
     problem: Problem
-    levels: tuple[NoiseLevel, ...]
+    levels: tuple[Level, ...]
     weight: float
     strength: float
     start: Float[Tensor, "count dim"]
@@ -68,7 +68,7 @@ def gibbs_like(run: WholeRun, sigma: float = 2.0, repetitions: int = 2) -> tuple
     return x, cost
 
 
-def _levels_from(levels: tuple[NoiseLevel, ...], ratio: float, steps: int) -> tuple[NoiseLevel, ...]:
+def _levels_from(levels: tuple[Level, ...], ratio: float, steps: int) -> tuple[Level, ...]:
     """So many steps through a run's own levels, from the one nearest to a ratio down to clean."""
     first = min(range(len(levels) - 1), key=lambda i: abs(levels[i].ratio - ratio))
     indices = torch.linspace(first, len(levels) - 1, steps + 1).round().long().unique().tolist()

@@ -1,0 +1,62 @@
+"""The one figure: a panel for every situation, filled dots for those that are tied with the best."""
+
+import math
+
+import matplotlib.pyplot as plt
+import pytest
+
+from companion.exact.sampling import Interval
+from companion.ranking.drawings import draw_ranking, tied_with_best
+from companion.ranking.ranking import Ranking
+from companion.ranking.standings import Standing, standings
+from companion.ranking.suites import LINE, PLANE
+
+
+def problem(number, situation, dimension, **distances):
+    cells = {
+        name: {
+            "distance": d,
+            "evaluations": 20.0,
+            "oracle_distance": d,
+            "oracle_evaluations": 20.0,
+            "oracle_strength": 1.0,
+        }
+        for name, d in distances.items()
+    }
+    described = {"name": f"{situation} {number}", "situation": situation, "league": "perfect", "weight": 1.0}
+    return {**described, "dimension": dimension, "floor": 0.001, "cells": cells}
+
+
+@pytest.fixture
+def ranking():
+    line = [
+        problem(i, LINE, 1, none=0.5, CFG=0.1 + 0.01 * (i % 2), REG=0.11 - 0.01 * (i % 2), APG=0.9) for i in range(6)
+    ]
+    plane = [problem(i, PLANE, 2, none=0.5, CFG=0.3, REG=0.1, APG=0.9) for i in range(6)]
+    return Ranking(line + plane, {})
+
+
+def test_rules_that_take_turns_are_tied_with_the_best(ranking):
+    found = {place: {s.rule: s for s in standings(ranking.problems, place)} for place in (LINE, PLANE)}
+    assert tied_with_best(found[LINE]) == {"CFG", "REG"}
+    assert tied_with_best(found[PLANE]) == {"REG"}
+
+
+def test_rules_without_a_rank_are_not_tied():
+    common = ("test", 3, 3, Interval(1, 1, 1), 1.0, "p", None, 2.0, 1.0)
+    without = Standing("few", *common)
+    best = Standing("best", *common[:6], Interval(1, 1, 1), 2.0, 1.0)
+    assert tied_with_best({"few": without, "best": best}) == {"best"}
+
+
+def test_the_figure(ranking):
+    figure = draw_ranking(ranking)
+    price, *panels = figure.axes
+    assert [panel.get_title() for panel in panels] == ["perfect,\n1D", "perfect,\n2D"]
+    names = [label.get_text() for label in price.get_yticklabels()]
+    assert set(names) == {"none", "CFG", "REG", "APG"} and names[0] == "REG" and names[-1] == "APG"
+    dots = {line.get_ydata()[0]: line for line in panels[1].lines if line.get_marker() == "o"}
+    assert dots[names.index("REG")].get_markerfacecolor() != "white"
+    assert dots[names.index("CFG")].get_markerfacecolor() == "white"
+    assert dots[names.index("REG")].get_xdata()[0] == pytest.approx(math.sqrt(0.2))
+    plt.close(figure)
