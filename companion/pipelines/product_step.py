@@ -16,7 +16,7 @@ from companion.guidance.skipping import GuidanceSkipping
 from companion.pipelines.configuration import RectifiedGuidanceConfig
 from companion.seeding import sample_generators
 
-_RESOLUTION = 0.01  # of a trained network's Rayleigh quotients, which scatter by 0.01 to 0.02 in the noise (notebook 16)
+_RESOLUTION = 0.01  # of trained Rayleigh quotients, which scatter by 0.01 to 0.02 in the noise (notebook 16)
 
 
 class RectifiedRun:

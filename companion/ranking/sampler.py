@@ -18,7 +18,7 @@ from companion.exact.chain import NoiseSchedule, linear_schedule, standard_norma
 from companion.exact.densities import spread
 from companion.exact.grids import Grid, interpolate
 from companion.ranking.problems import Problem
-from companion.ranking.step import NeedsHistoryError, Level, NotAvailableError, Step
+from companion.ranking.step import Level, NeedsHistoryError, NotAvailableError, Step
 
 RuleFunction = Callable[[Step], Float[Tensor, "batch dim"]]
 
