@@ -32,11 +32,11 @@ def reg_reused(step: Step, every: int = 3) -> Float[Tensor, "batch dim"]:
     """`c + w KΔ` with K evaluated at every third step and reused in between (`companion.guidance.reuse`)."""
     reuse = step.memory.setdefault("reuse", RectificationReuse(every))
     log_snr = -2 * torch.tensor(step.level.ratio).log().item()
-    if reuse.due(step.index, step.delta):
+    if reuse.due(step.index):
         product = step.k_delta(step.delta)
         reuse.update(step.index, step.delta, product, log_snr)
     else:
-        product = reuse.carried(step.delta, log_snr)
+        product = reuse.reused(step.delta, log_snr)
     return step.conditional + step.weight * product
 
 
