@@ -277,6 +277,7 @@ def test_reg_is_the_packages_products(product, step_of):
         step.reference,
         rectification_coefficients("epsilon", *step.level),
         product=product,
+        probes=None,
     )
     close(found, result.prediction + 2 * result.direction, 1e-6 if product == "finite_difference" else 1e-10)
 
