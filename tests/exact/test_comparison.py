@@ -150,6 +150,7 @@ def test_text_table_lines_up_and_has_no_minus_zero():
         text_table(["a"], {"b": [1.0, 2.0]})
 
 
+@pytest.mark.slow
 def test_cliffs_narrower_than_the_spacing_do_not_ring():
     """A checkerboard's R_0 is at most 2^w, so no expectation of it is larger: coarse grids agree with finer ones."""
     schedule = linear_schedule(30, 1e-3, 0.3)
