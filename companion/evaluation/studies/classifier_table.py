@@ -86,7 +86,7 @@ class ClassifierPlan(SampledPlan[Row]):
                 for row in self.rows
                 if row.guide is not None and (row.product != "none") == rectified and not row.budget
             )
-            return cost_of(self.load(like.model), self.settings(like, 0, (0,))).evaluations  # type: ignore[arg-type]
+            return cost_of(self.load(like.model), self.settings(like, 0, (0,))).evaluations
 
         rows = tuple(
             row if row.budget is None else replace(row, steps=max(1, math.ceil(arithmetic(row.budget) / 2)))
