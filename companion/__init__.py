@@ -73,7 +73,7 @@ _MOVED = {
     "RECTIFIABLE_GUIDERS": "companion.pipelines.guider.settings",
     "Rectified": "companion.guidance.rectification",
     "SAMPLING_PRODUCTS": "companion.pipelines.configuration",
-    "SUPPORTED_SCHEDULERS": "companion.pipelines.levels",
+    "UNDERSTOOD_SCHEDULERS": "companion.pipelines.levels",
     "classifier_gradient": "companion.guidance.classifier.scores",
     "clean_from_output": "companion.guidance.parametrization",
     "convert_output": "companion.guidance.parametrization",

@@ -63,6 +63,7 @@ _PRECONDITIONED = _names("CosineDPMSolverMultistepScheduler", "EDMDPMSolverMulti
 _FLOW = _names("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 
 SUPPORTED_SCHEDULERS = tuple(sorted(_TABLE | _PRESERVING | _EXPLODING | _PRECONDITIONED | _FLOW))
+UNDERSTOOD_SCHEDULERS = SUPPORTED_SCHEDULERS  # its name in the first version
 
 
 def check_scheduler(scheduler: SchedulerMixin) -> None:

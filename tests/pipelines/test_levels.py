@@ -171,8 +171,4 @@ def test_what_is_not_understood_is_refused():
         noise_level(diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"), 500)
     with pytest.raises(ValueError, match="timestep must be an integer from 0 to 999, got 1000"):
         noise_level(DDIMScheduler(), 1000)
-<<<<<<< HEAD
     assert EulerDiscreteScheduler.__name__ in SUPPORTED_SCHEDULERS
-=======
-    assert EulerDiscreteScheduler.__name__ in companion.SUPPORTED_SCHEDULERS
->>>>>>> b74ef30 (A stacked batch is cut only where the cut is verified; pipelines are built small and checked by a command; ADM's levels come from float64 betas)
