@@ -130,4 +130,4 @@ def estimates(
     class_labels = None if null is None else torch.full((len(noisy),), null)
     output = pipe.unet(noisy, timestep, class_labels=class_labels, return_dict=False)[0][:, : noisy.shape[1]]
     kind = pipe.scheduler.config.prediction_type
-    return clean_from_output(kind, output, noisy, kept**0.5, (1 - kept) ** 0.5).clamp(-1, 1)
+    return clean_from_output(kind, output, noisy, alpha_bar**0.5, (1 - alpha_bar) ** 0.5).clamp(-1, 1)
