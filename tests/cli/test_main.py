@@ -88,13 +88,14 @@ def test_unknown_models_are_listed(capsys):
 @pytest.mark.parametrize(
     ("name", "needed"),
     [
+        ("scene-regressor", "autoencoder"),
         ("mini-adm", "scene-classifier"),
         ("mini-adm-noisy", "mini-adm"),
         ("mini-adm-resnet-calibrated", "mini-adm-resnet"),
         ("mini-adm-noisy-calibrated", "mini-adm-noisy"),
     ],
 )
-def test_mini_adm_and_its_classifiers_need_one_another(tmp_path, capsys, name, needed):
+def test_models_need_others(tmp_path, capsys, name, needed):
     assert main(["train", name, "--runs", str(tmp_path)]) == 2
     assert f"run python -m companion train {needed} first" in capsys.readouterr().err
 

@@ -117,7 +117,9 @@ def invert(
     if candidates < 1:
         raise ValueError(f"candidates must be at least 1, got {candidates}")
     wanted = None if asked is None else torch.as_tensor(asked)
-    if wanted is not None and (len(wanted) != len(images) or not 0 <= int(wanted.min()) <= int(wanted.max()) < 10):
+    if wanted is not None and (
+        len(wanted) != len(images) or not 0 <= int(wanted.min()) <= int(wanted.max()) < len(SHAPES)
+    ):
         raise ValueError(f"asked must be one class from 0 to {len(SHAPES) - 1} for each picture, got {asked!r}")
     images = images.detach().float().cpu()
     proposing = regressor or _shipped_regressor()
@@ -285,7 +287,7 @@ def _linearised(draw: Callable[[Tensor], Tensor], target: Tensor, coordinates: T
     """
     fields = coordinates[:, :, None, None].expand(-1, -1, *target.shape[2:]).clone().requires_grad_()
     error = draw(fields) - target
-    gradient, hessian = torch.zeros_like(coordinates), torch.zeros(len(coordinates), 11, 11)
+    gradient, hessian = torch.zeros_like(coordinates), torch.zeros(*coordinates.shape, coordinates.shape[1])
     for channel in range(3):
         part = error[:, channel]
         [rows] = torch.autograd.grad(part.sum(), fields, retain_graph=channel < 2)
