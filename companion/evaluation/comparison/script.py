@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from companion.evaluation.comparison.classifier_side_by_side import ClassifierSettings
 from companion.evaluation.comparison.side_by_side import Settings
 from companion.guidance.classifier.scores import PLAIN, ClassifierScore
-from companion.pipelines.capabilities import class_names, scheduler_options
+from companion.pipelines.capabilities import class_names, guidance_argument, scheduler_options
 
 
 def as_python(
@@ -54,7 +54,7 @@ def as_python(
         f"    config = RectifiedGuidanceConfig.preset(product{weight})",
         f"    noise = sample_generators({settings.seed}, range(len(conditions)))",
         "    with rectified_guidance(pipe, config):",
-        f"        images = pipe(conditions, guidance_scale={settings.guidance_scale!r}, "
+        f"        images = pipe(conditions, {guidance_argument(pipe)}={settings.guidance_scale!r}, "
         f"num_inference_steps={settings.steps}, generator=noise).images",
         *_SAVED,
     ]

@@ -33,6 +33,7 @@ from companion.pipelines.capabilities import (
     check_guidance_scale,
     check_steps,
     class_names,
+    guidance_argument,
     scheduler_for,
     takes_prompts,
 )
@@ -56,7 +57,8 @@ class Method:
 
     Args:
         config: of the rectification.
-        call: arguments of the pipeline's call, but for conditions, steps and noise.
+        call: arguments of the pipeline's call, but for conditions, steps and noise; `guidance_scale` is the scale of
+            CFG, whatever the pipeline calls it (`guidance_argument`).
         clean_scale: what `GuidanceStep.clean` needs for the guided estimate.
         kind: what decides the peak memory of a step beside the product and the number of pictures.
     """
@@ -337,9 +339,12 @@ def _sample(
 
 
 def _call(pipe: DiffusionPipeline, settings: Comparison, method: Method, steps: int) -> list[Image.Image]:
+    scaled = {
+        guidance_argument(pipe) if name == "guidance_scale" else name: value for name, value in method.call.items()
+    }
     return pipe(
         list(settings.conditions),
-        **method.call,
+        **scaled,
         num_inference_steps=steps,
         generator=sample_generators(settings.seed, range(len(settings.conditions))),
     ).images
@@ -372,14 +377,18 @@ def _verdicts(
     asked = asked_shapes(pipe, settings.conditions)
     if evaluator is None or asked is None or images[0].size not in ((SIZE, SIZE), (SIZE // 2, SIZE // 2)):
         return None
-    pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
-    scaled = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
-        chances = evaluator(F.interpolate(scaled, (SIZE, SIZE), mode="bilinear")).softmax(dim=1)
+        chances = evaluator(F.interpolate(as_tensor(images), (SIZE, SIZE), mode="bilinear")).softmax(dim=1)
     confidence, seen = chances.max(dim=1)
     return tuple(
         Verdict(SHAPES[i], float(p), i == wanted) for i, p, wanted in zip(seen.tolist(), confidence, asked, strict=True)
     )
+
+
+def as_tensor(images: Sequence[Image.Image]) -> Float[Tensor, "batch 3 height width"]:
+    """Pictures of one size as a tensor in [-1, 1]."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def asked_shapes(pipe: DiffusionPipeline, conditions: Sequence[int] | Sequence[str]) -> tuple[int, ...] | None:

@@ -3,6 +3,8 @@
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -158,6 +160,21 @@ def test_previews_are_rare_and_cheap_and_are_not_counted(pipe, monkeypatch, step
     assert side.preview_seconds == pytest.approx(len(shown) * 0.09)
     assert len(shown) >= 3 and side.preview_seconds <= 0.05 * side.seconds
     assert min(np.diff([0.0, *shown])) >= 1
+
+
+def test_the_scale_goes_to_the_argument_that_scales_guidance(pipe):
+    """Some pipelines have two, and `guidance_scale` is then an input of the network."""
+
+    class TwoScales:
+        labels: ClassVar[dict[str, int]] = {}
+
+        def __call__(self, class_labels, true_cfg_scale=1.0, guidance_scale=None, **options):
+            return SimpleNamespace(images=(class_labels, true_cfg_scale, guidance_scale))
+
+    settings = replace(SETTINGS, guidance_scale=3.0)
+    called = side_by_side._call(TwoScales(), settings, settings.methods()["without"], 4)
+    assert called == ([3, 4, 8], 3.0, None)
+    assert side_by_side._call(pipe, settings, settings.methods()["without"], 1)  # and the usual one
 
 
 @pytest.mark.parametrize("stop", ["finish", "exception"])
