@@ -129,7 +129,7 @@ def guidance_tab(page: gr.Blocks, models: Models, queue: Queue) -> None:
         pair = values.pop("chosen")
         yield from runs.generate(
             lambda: read(models, values),
-            lambda run, place: show(run, models.evaluator, place, pair),
+            lambda run, place: show(run, models.evaluator, place, pair, models.distances),
             request,
             progress,
         )

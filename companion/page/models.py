@@ -1,13 +1,17 @@
 """The pipelines that the page can use, loaded when first asked for."""
 
+import inspect
 import json
 import threading
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from companion.evaluation.comparison.classifier_side_by_side import classifier_guided, with_classifier
-from companion.evaluation.comparison.side_by_side import Evaluator
+from companion.evaluation.comparison.side_by_side import Evaluator, as_tensor
+from companion.evaluation.metrics.inversion import invert
 from companion.minis import classifier
 from companion.pipelines.adm.classifier import EMBEDDED_CLASSIFIERS, off_the_shelf_classifier
 from companion.pipelines.adm.pipeline import ADMPipeline
@@ -31,6 +35,15 @@ def embedded_names(*, classifier_guided: bool) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: name != DEFAULT_MODEL))
 
 
+Distances = Callable[[Sequence[Image.Image]], list[float]]
+"""Pictures of scenes -> the distance of each from the nearest valid scene."""
+
+
+def scene_distances(images: Sequence[Image.Image]) -> list[float]:
+    """How far each picture is from the nearest scene that the renderer can draw: RMS over pixels, colours 0 to 1."""
+    return invert(as_tensor(images)).residual.tolist()
+
+
 class Models:
     """The pipelines the page can use, loaded when first asked for.
 
@@ -43,6 +56,7 @@ class Models:
     Attributes:
         names, first: of the models under classifier-free guidance, and which of them comes first.
         guided_names, guided_first: of those that a classifier guides; there may be none.
+        evaluator, distances: what looks at pictures of scenes when they are finished; None leaves it out.
 
     Raises:
         ValueError: guidance cannot be rectified in pipelines of this class.
@@ -68,6 +82,7 @@ class Models:
         self._loaded: dict[str, DiffusionPipeline] = {first: pipe}
         self._guided: dict[tuple[str, str], ADMPipeline] = {}
         self._loading = threading.Lock()
+        self.distances: Distances | None = scene_distances
         self.evaluator: Evaluator | None = classifier.load_classifier() if classifier.WEIGHTS.is_dir() else None
 
     def pipe(self, name: str) -> DiffusionPipeline:
@@ -116,9 +131,28 @@ class Models:
             raise ValueError("choose a model")
         if self.local_only and name not in offered:
             raise ValueError(f"model {name!r} is not offered on this page; it has {', '.join(offered) or 'none'}")
+        if name in self._loaded:  # without waiting for another model that is being loaded
+            return self._loaded[name]
         with self._loading:
             if name not in self._loaded:
                 pipe = load(name, device=self.device, dtype=self.dtype)
                 check_pipeline(pipe)
+                _check_arguments(pipe)
                 self._loaded[name] = pipe
             return self._loaded[name]
+
+
+def _check_arguments(pipe: DiffusionPipeline) -> None:
+    """Raises `ValueError` for a pipeline that cannot draw from prompts or classes alone."""
+    _, *parameters = inspect.signature(type(pipe).__call__).parameters.values()
+    known = ("prompt", "class_labels", parameters[0].name)
+    needed = [
+        each.name
+        for each in parameters
+        if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD and each.name not in known
+    ]
+    if needed or "image" in [each.name for each in parameters[:2]]:
+        raise ValueError(
+            f"{type(pipe).__name__} needs {' and '.join(needed) or 'image'}, which this page cannot give: "
+            "choose a model that draws from prompts or classes alone"
+        )

@@ -17,6 +17,8 @@ from PIL import Image
 from companion.evaluation.comparison.colour_difference import difference_picture
 from companion.evaluation.comparison.side_by_side import Comparison, Evaluator, Side, SideBySide, View, stream
 from companion.evaluation.comparison.streaming import Cancelled
+from companion.minis.scenes import SIZE
+from companion.page.models import Distances
 from companion.page.queue import Place
 from companion.page.updates import HIDDEN, Update, status
 
@@ -127,7 +129,7 @@ def _verdicts(side: Side, captions: Sequence[str]) -> list[str]:
     ]
 
 
-def _table(state: SideBySide, sides: tuple[SideText, SideText]) -> str:
+def _table(state: SideBySide, sides: tuple[SideText, SideText], distances: Sequence[float] = ()) -> str:
     finished = [state.without.side, state.with_reg.side]
     first, second = finished
 
@@ -157,14 +159,23 @@ def _table(state: SideBySide, sides: tuple[SideText, SideText]) -> str:
             cells(lambda side: f"{side.peak_bytes / 2**20:.0f} MiB", lambda side: side.peak_bytes),
         )
         + row("recognised by the classifier", cells(recognised))
+        + (
+            row(
+                "distance from the nearest valid scene (RMS)",
+                [f"{distances[0]:.4f}", f"{distances[1]:.4f}{ratio(distances[1], distances[0])}"],
+            )
+            if distances
+            else ""
+        )
         + "</tbody></table>"
     )
 
 
-def _report(state: SideBySide) -> dict[str, Any]:
+def _report(state: SideBySide, distances: Sequence[float] = ()) -> dict[str, Any]:
     """The measurements, for programs."""
+    measured = dict(zip(SIDES, distances, strict=False))
 
-    def side(finished: Side | None) -> dict[str, Any] | None:
+    def side(name: str, finished: Side | None) -> dict[str, Any] | None:
         if finished is None:
             return None
         return {
@@ -172,10 +183,11 @@ def _report(state: SideBySide) -> dict[str, Any]:
             "preview_seconds": round(finished.preview_seconds, 4),
             "peak_mebibytes": round(finished.peak_bytes / 2**20, 2),
             "recognised": finished.recognised,
+            "scene_distance": measured.get(name),
             "verdicts": None if finished.verdicts is None else [asdict(verdict) for verdict in finished.verdicts],
         }
 
-    return {"without": side(state.without.side), "with_reg": side(state.with_reg.side)}
+    return {name: side(name, getattr(state, name).side) for name in SIDES}
 
 
 def pair(pairs: Any, index: int) -> dict[str, Any]:
@@ -192,7 +204,9 @@ def existing(chosen: int, pairs: Sequence[Any]) -> int:
     return chosen if chosen < len(pairs) else 0
 
 
-def _ending(run: Run, state: SideBySide, galleries: Sequence[Gallery], chosen: int, said: str) -> dict[str, Any]:
+def _ending(
+    run: Run, state: SideBySide, galleries: Sequence[Gallery], chosen: int, said: str, distances: Sequence[float] = ()
+) -> dict[str, Any]:
     """Everything the page shows when a run has ended, finished or not; of the pairs, the chosen one if there is one."""
     pairs = list(zip(state.without.images, state.with_reg.images, strict=False))
     shown = pair(pairs, existing(chosen, pairs)) if pairs else {"slider": None, "difference": None}
@@ -200,12 +214,12 @@ def _ending(run: Run, state: SideBySide, galleries: Sequence[Gallery], chosen: i
     return {
         "without": galleries[0].value,
         "with_reg": galleries[1].value,
-        "report": _report(state),
+        "report": _report(state, distances),
         "script": run.script,
         "status": said,
         "bar_without": bar(run.sides[0], state.without, "not begun"),
         "bar_with_reg": bar(run.sides[1], state.with_reg, "not begun"),
-        "table": _table(state, run.sides),
+        "table": _table(state, run.sides, distances),
         "pairs": pairs,
         "details": gr.update(visible=True),
         **shown,
@@ -213,7 +227,9 @@ def _ending(run: Run, state: SideBySide, galleries: Sequence[Gallery], chosen: i
     }
 
 
-def show(run: Run, evaluator: Evaluator | None, place: Place, chosen: int = 0) -> Iterator[Update]:
+def show(
+    run: Run, evaluator: Evaluator | None, place: Place, chosen: int = 0, distances: Distances | None = None
+) -> Iterator[Update]:
     """What to change on the page while a run is sampled and when it ends.
 
     Nothing that is shown already is taken away before there is something to show in its place.
@@ -244,9 +260,15 @@ def show(run: Run, evaluator: Evaluator | None, place: Place, chosen: int = 0) -
         said = status("done", place.ended or f"{cancelled}; unfinished pictures are previews.")
         yield Update({"status": said} if not galleries[0].value else _ending(run, state, galleries, chosen, said))
         return
-    seconds = sum(view.side.seconds for view in (state.without, state.with_reg) if view.side is not None)
-    said = status("done", f"Done: both sides in {_seconds(seconds)}.{_recognised(run, state)}")
-    yield Update(_ending(run, state, galleries, chosen, said), _progress(state))
+    finished = [view.side for view in (state.without, state.with_reg) if view.side is not None]
+    took = f"both sides in {_seconds(sum(side.seconds for side in finished))}"
+    measured: list[float] = []
+    if distances is not None and all(side.verdicts and side.images[0].size == (SIZE, SIZE) for side in finished):
+        said = status("busy", f"Sampled {took}. Measuring the distance from valid scenes …")
+        yield Update(_ending(run, state, galleries, chosen, said), _progress(state))
+        measured = [sum(found) / len(found) for side in finished if (found := distances(side.images))]
+    said = status("done", f"Done: {took}.{_recognised(run, state)}")
+    yield Update(_ending(run, state, galleries, chosen, said, measured), _progress(state))
 
 
 def _recognised(run: Run, state: SideBySide) -> str:

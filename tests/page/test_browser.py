@@ -34,6 +34,7 @@ SECONDS = 30_000  # of patience, in milliseconds
 def address(tmp_path_factory) -> Iterator[str]:
     folder = save_scene_dit(tmp_path_factory.mktemp("pipelines") / "scenes")
     models = Models(str(folder), load(folder))
+    models.distances = None
     models.evaluator = lambda images: (
         5 * torch.nn.functional.one_hot(torch.full((len(images),), 4), len(SHAPES)).float()
     )
@@ -123,6 +124,7 @@ def test_generate_compare_and_copy(page, tmp_path):
         expect(page.locator(f"#gallery-{side} .grid-container button").nth(2)).to_have_class(re.compile("selected"))
 
     # Dragging the handle uncovers one picture and covers the other.
+    page.locator("#slider").scroll_into_view_if_needed()
     box = page.locator("#slider img").first.bounding_box()
     middle = box["y"] + box["height"] / 2
     before = page.locator("#slider").screenshot()

@@ -15,18 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DiTPipeline, FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-import demo
 from companion.evaluation.comparison.side_by_side import Settings, compare
 from companion.evaluation.comparison.streaming import THREAD
 from companion.guidance.weights import IntervalWeight
-from companion.minis.scenes import SHAPES
+from companion.minis.scenes import SHAPES, render, scene
 from companion.page import Models, build_page, serve
 from companion.page.guidance_tab import read
+from companion.page.models import _check_arguments, scene_distances
 from companion.pipelines.registry import load
+from companion.pixels import to_uint8
 from tests.evaluation.scene_pipelines import captioned_sd, save_scene_dit
 
 ROOT = Path(__file__).parents[2]
@@ -42,8 +44,10 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def server(folder) -> Iterator[Any]:
     models = Models(str(folder), load(folder))
+    models.distances = None
     models.evaluator = lambda images: torch.nn.functional.one_hot(torch.full((len(images),), 4), len(SHAPES)).float()
     page = serve(models, host="127.0.0.1", port=free_port())
+    page.models = models
     yield page
     page.close(verbose=False)
 
@@ -93,7 +97,49 @@ def test_both_sides_are_what_the_library_makes(client, folder):
         assert [shown["caption"][0] for shown in made[name]] == ["✗", "✓", "✗"]
 
 
-@pytest.mark.slow
+def test_the_distance_from_valid_scenes_is_measured_on_both_sides(server, client, monkeypatch):
+    """By the renderer, of the very pictures that are shown; a drawn scene has none."""
+    drawn = to_uint8(render([scene(0, i, 1) for i in range(2)]))
+    real = [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in drawn]
+    assert max(scene_distances(real)) < 0.01  # rounding to bytes
+    asked: list[np.ndarray] = []
+
+    def distances(images):
+        asked.append(np.stack([np.asarray(image) for image in images]))
+        return [0.2, 0.4] if len(asked) == 1 else [0.1, 0.2]
+
+    monkeypatch.setattr(server.models, "distances", distances)
+    job = client.submit(classes=["star", "heart"], steps=3, pictures=2, api_name="/generate")
+    made = dict(zip(OUTPUTS, job.result(timeout=PATIENCE), strict=False))
+    assert [made["report"][side]["scene_distance"] for side in ("without", "with_reg")] == pytest.approx([0.3, 0.15])
+    for pictures, side in zip(asked, ("without", "with_reg"), strict=True):
+        np.testing.assert_array_equal(pictures, pixels(made[side]))
+    assert any("Measuring the distance from valid scenes" in said for said in statuses(job))
+
+
+def test_pictures_do_not_stay_on_the_disk_for_ever(server, client):
+    assert server.delete_cache == (3600, 3600)
+    generate(client, seed=77)
+    kept = set().union(*server.temp_file_sets)  # what Gradio deletes when it is old
+    assert len([file for file in kept if file.endswith(".png") and Path(file).is_file()]) >= 4
+
+
+def test_a_pipeline_that_needs_more_than_prompts_is_refused():
+    class Inpainting:
+        def __call__(self, prompt=None, image=None, mask_image=None, guidance_scale=7.5):
+            raise AssertionError("never called")
+
+    class Control:
+        def __call__(self, prompt, control_scale, guidance_scale=7.5):
+            raise AssertionError("never called")
+
+    for kind, needs in ((Inpainting, "Inpainting needs image"), (Control, "Control needs control_scale")):
+        with pytest.raises(ValueError, match=f"{needs}, which this page cannot give"):
+            _check_arguments(kind())
+    for kind in (StableDiffusionPipeline, DiTPipeline, StableDiffusion3Pipeline, FluxPipeline):
+        _check_arguments(kind.__new__(kind))
+
+
 def test_the_script_makes_the_same_pictures_in_a_process_of_its_own(client, tmp_path):
     made = generate(client, schedule="power-cosine", power=2, peak=1.5, scheduler="UniPCMultistepScheduler", seed=3)
     (tmp_path / "run.py").write_text(made["script"])
@@ -223,7 +269,6 @@ def wait_for(happened: Any, seconds: float = PATIENCE) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.slow
 def test_progress_counts_the_steps_of_both_sides(client):
     job = client.submit(classes=["star"], steps=300, pictures=4, api_name="/generate")
     seen = []
@@ -304,31 +349,17 @@ def test_the_terminal_says_what_is_wrong_in_one_sentence(tmp_path):
     ("arguments", "sentence"),
     [
         (("--model", "mini-dot"), "model 'mini-dot' is not known"),
+        (("--model", "owner/model"), "no connection"),
         (("--device", "warp"), "device 'warp' is not available"),
     ],
 )
-def test_the_terminal_refuses_what_only_the_library_can_know(arguments, sentence, folder, capsys):
-    """In this process: another one would import torch and diffusers first."""
+def test_the_terminal_refuses_what_only_the_library_can_know(arguments, sentence, folder):
     given = arguments if "--model" in arguments else ("--model", str(folder), *arguments)
-    handlers = {ending: signal.getsignal(ending) for ending in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            demo.main(["--port", str(free_port()), *given])
-    finally:
-        for ending, handler in handlers.items():
-            signal.signal(ending, handler)
-    shown = capsys.readouterr().err
-    assert stopped.value.code == 2 and sentence in shown and shown.strip().count("\n") == 0
-
-
-@pytest.mark.slow
-def test_the_terminal_says_that_there_is_no_connection():
-    ended, _ = terminal("--port", str(free_port()), "--model", "owner/model", HF_ENDPOINT="http://127.0.0.1:9")
-    assert ended.returncode == 2 and "no connection" in ended.stderr and "Traceback" not in ended.stderr
+    ended, _ = terminal("--port", str(free_port()), *given, HF_ENDPOINT="http://127.0.0.1:9")
+    assert ended.returncode == 2 and sentence in ended.stderr and "Traceback" not in ended.stderr
     assert ended.stderr.strip().count("\n") == 0
 
 
-@pytest.mark.slow
 def test_the_command_serves_until_interrupted(folder, tmp_path):
     port = free_port()
     said, complaints = tmp_path / "stdout", tmp_path / "stderr"
