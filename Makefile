@@ -2,6 +2,7 @@
 #   PYTHON=...             the interpreter that .venv is made with
 #   ARGS="--port 7861"     passed on to demo.py (make demo), pytest (make test) or benchmarks (make bench)
 #   JOBS=2                 processes that run the tests (make test)
+#   ARGS="-m 'not slow'"   the tests that take seconds (make test)
 #   COMPANION_PROFILE=paper notebooks at the papers' size instead of the quick one
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

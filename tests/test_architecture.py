@@ -1,9 +1,10 @@
 """The layers of the package, read from its imports: no circle, no arrow upwards; functions and files that can be read.
 
-Imports inside functions count. A module may import from its own room and from rooms below it.
+Imports inside functions count. A module may import from its own layer and from layers below it.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = (  # from the top; docs/architecture.md says what is in them
+LAYERS = (  # from the top; docs/architecture.md says what is in them
     "companion.cli",
     "companion.page",
     "companion.ranking",
@@ -72,10 +73,10 @@ def arrows() -> dict[str, frozenset[str]]:
 
 
 def height(module: str) -> int:
-    """Of a module's room: 0 is the bottom, where the files beside the rooms are."""
-    for place, room in enumerate(ROOMS):
-        if module == room or module.startswith(f"{room}."):
-            return len(ROOMS) - place
+    """Of a module's layer: 0 is the bottom, where the files beside the packages are."""
+    for place, layer in enumerate(LAYERS):
+        if module == layer or module.startswith(f"{layer}."):
+            return len(LAYERS) - place
     return 0
 
 
@@ -122,7 +123,7 @@ def test_circles_and_arrows_are_seen():
     )
 
 
-def test_every_folder_is_a_room():
+def test_every_folder_is_in_a_layer():
     folders = {path.parent for path in modules().values()} - {ROOT / "companion", ROOT / "companion" / "evaluation"}
     assert all(height(".".join(folder.relative_to(ROOT).parts)) for folder in folders)
 
@@ -151,3 +152,19 @@ def long_files() -> set[str]:
 def test_functions_and_files_can_be_read(found, known):
     """What is longer says why in its docstring, by naming the limit."""
     assert found() <= known, f"too long: {sorted(found() - known)}"
+
+
+def test_the_document_names_files_that_are_there():
+    """Paths are given from the package, from `evaluation/`, `pipelines/`, or a folder named before on the same line."""
+    missing = []
+    for line in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").splitlines():
+        folders = [ROOT, *(ROOT / "companion" / name for name in ("", "evaluation", "pipelines"))]
+        for path in re.findall(r"[\w*/.]+\.py\b|[\w/]+/(?=[\s`;,.:]|$)", line):
+            if "*" in path:
+                continue
+            found = next((folder / path for folder in folders if (folder / path).exists()), None)
+            if found is None:
+                missing.append(path)
+            else:
+                folders = [found.parent, found, *folders]
+    assert not missing

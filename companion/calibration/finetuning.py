@@ -87,9 +87,9 @@ def noised(
     """`√ᾱ_t x_0 + √(1-ᾱ_t) ε` at timesteps drawn uniformly (or given): what a noise-aware classifier is trained on."""
     if timesteps is None:
         timesteps = torch.randint(0, len(alphas_cumprod), (len(images),), generator=generator)
-    kept = alphas_cumprod.to(images)[timesteps].view(-1, *(1,) * (images.ndim - 1))
+    alpha_bar = alphas_cumprod.to(images)[timesteps].view(-1, *(1,) * (images.ndim - 1))
     noise = torch.randn(images.shape, generator=generator).to(images)
-    return kept.sqrt() * images + (1 - kept).sqrt() * noise, timesteps.to(images.device)
+    return alpha_bar.sqrt() * images + (1 - alpha_bar).sqrt() * noise, timesteps.to(images.device)
 
 
 @torch.no_grad()

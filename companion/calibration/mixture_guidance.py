@@ -20,8 +20,8 @@ from companion.guidance.classifier.rectified import rectified_classifier_gradien
 from companion.guidance.classifier.scores import PLAIN, Classifier, ClassifierScore, classifier_gradient, tilted_weights
 from companion.seeding import sample_generators, sample_seed
 
-Judge = Literal["noisy", "clean", "rectified"]
-JUDGES: tuple[Judge, ...] = get_args(Judge)
+ClassifierKind = Literal["noisy", "clean", "rectified"]
+CLASSIFIERS: tuple[ClassifierKind, ...] = get_args(ClassifierKind)
 
 
 @dataclass(frozen=True)
@@ -30,27 +30,27 @@ class ClassifierGuidance:
 
     Args:
         score: what is climbed.
-        scale: multiplies ∇S; 1 with the plain score and a `noisy` judge samples the class itself.
-        judge: `noisy`: a noise-aware classifier at x_t; `clean`: a classifier of clean points, whose gradient at x̂_0 is
-            taken for the one at x_t (Ma et al. 2024, K = I); `rectified`: the same with the chain rule, Kᵀg/α.
+        scale: multiplies ∇S; 1 with the plain score and a `noisy` classifier samples the class itself.
+        classifier: `noisy`: a noise-aware one at x_t; `clean`: one of clean points, whose gradient at x̂_0 is taken for
+            the one at x_t (Ma et al. 2024, K = I); `rectified`: the same with the chain rule, Kᵀg/α.
         sharpness: multiplies the classifier's logits; above 1 it is overconfident.
         tilt: t of the weights `N softmax_i(t S_i)` within a batch of N.
         batch: N of tilted guidance; consecutive samples share a batch, the last one may be smaller.
 
     Raises:
-        ValueError: an unknown judge, a sharpness that is not positive, or an empty batch.
+        ValueError: an unknown classifier, a sharpness that is not positive, or an empty batch.
     """
 
     score: ClassifierScore = field(default=PLAIN)
     scale: float = 1.0
-    judge: Judge = "clean"
+    classifier: ClassifierKind = "clean"
     sharpness: float = 1.0
     tilt: float = 0.0
     batch: int = 16
 
     def __post_init__(self) -> None:
-        if self.judge not in JUDGES:
-            raise ValueError(f"judge must be one of {', '.join(JUDGES)}, got {self.judge!r}")
+        if self.classifier not in CLASSIFIERS:
+            raise ValueError(f"classifier must be one of {', '.join(CLASSIFIERS)}, got {self.classifier!r}")
         if not self.sharpness > 0:
             raise ValueError(f"sharpness must be positive, got {self.sharpness}")
         if self.batch < 1:
@@ -115,13 +115,13 @@ def classifier_guided(data: Toy, label: int, guidance: ClassifierGuidance, sched
 
     def prediction(x: Float[Tensor, "batch dim"], t: int) -> Float[Tensor, "batch dim"]:
         alpha, sigma = schedule.level(t)
-        if guidance.judge == "noisy":
+        if guidance.classifier == "noisy":
             classifier = bayes_logits(classes, alpha, sigma, sharpness=guidance.sharpness)
             noise = unconditional.noise(x, alpha, sigma)
             score, gradient = classifier_gradient(classifier, x, label, guidance.score)
         else:
             classifier = bayes_logits(classes, sharpness=guidance.sharpness)
-            rectified = guidance.judge == "rectified"
+            rectified = guidance.classifier == "rectified"
             found = rectified_classifier_gradient(
                 lambda z: unconditional.noise(z, alpha, sigma), classifier, x, label, alpha=alpha, sigma=sigma,
                 config=guidance.score, product="vjp" if rectified else "none",

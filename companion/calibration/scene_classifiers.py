@@ -16,7 +16,7 @@ from companion.minis.adm import build_scheduler
 from companion.minis.guides import scene_batches
 from companion.minis.training import TrainingConfig
 
-TUNING_SEED, VALIDATION_SEED = 4, 5  # scenes that neither the classifiers, mini-adm nor its judge learned from
+TUNING_SEED, VALIDATION_SEED = 4, 5  # scenes that neither the classifiers, mini-adm nor its evaluator learned from
 
 _TRAINING = TrainingConfig(steps=300, batch_size=128, learning_rate=5e-4, warmup=20, ema_decay=0.0)
 FORMS: Mapping[str, FineTuning] = MappingProxyType(
@@ -49,7 +49,7 @@ def fine_tune_form(
         model: from clean pictures, or from noisy ones and their timesteps, to logits.
         form: one of `FORMS`.
         folder: of the run, which a killed one continues in.
-        noise_aware: whether the model is told the noise level; it is then tuned at all of mini-adm's.
+        noise_aware: whether the model is conditioned on the noise level; it is then tuned at all of mini-adm's.
         config: in the place of the form's own.
         validation: scenes that decide when to stop, a multiple of 50.
 
@@ -59,19 +59,19 @@ def fine_tune_form(
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     chosen = config or FORMS[form]
-    kept = build_scheduler().alphas_cumprod if noise_aware else None
+    alphas_cumprod = build_scheduler().alphas_cumprod if noise_aware else None
     held_out = [scene_batches(VALIDATION_SEED, 50)(step) for step in range(validation // 50)]
     data = scene_batches(TUNING_SEED, chosen.training.batch_size)
-    return fine_tune(model, data, held_out, chosen, folder, alphas_cumprod=kept)
+    return fine_tune(model, data, held_out, chosen, folder, alphas_cumprod=alphas_cumprod)
 
 
 def scene_calibration(model: nn.Module, *, noise_aware: bool, seed: int, count: int = 5000) -> Calibration:
     """Calibration on the first `count` scenes of a data set (a multiple of 50), noisy at uniform timesteps for a
     noise-aware model.
     """
-    kept = build_scheduler().alphas_cumprod if noise_aware else None
+    alphas_cumprod = build_scheduler().alphas_cumprod if noise_aware else None
     batch = scene_batches(seed, 50)
-    return calibration(*held_out_logits(model, [batch(step) for step in range(count // 50)], kept))
+    return calibration(*held_out_logits(model, [batch(step) for step in range(count // 50)], alphas_cumprod))
 
 
 def described(found: Calibration) -> dict[str, Any]:

@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "train an embedded model (resuming a killed run), measure it, write its folder and card",
     "sample": "draw many samples into a folder (resuming a killed run), on any number of processes",
     "table": "draw and measure a grid of runs (resuming a killed one), print the table",
+    "pipelines": "run and check every pipeline of diffusers that can be built small, write docs/pipelines.md",
     "rank": "rank guidance rules, yours too, against the exact optimum",
 }
 """Command -> its line of help. `companion/cli/COMMAND.py` has `add_arguments(parser)` and `run(options) -> status`."""

@@ -1,16 +1,13 @@
 """`python -m companion sample`: draw many samples of any model into a folder, on any number of processes."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import get_args
 
-import torch
-from accelerate import PartialState  # type: ignore[import-untyped]
-from accelerate.utils import parse_flag_from_env  # type: ignore[import-untyped]
 from diffusers import DiffusionPipeline
 
-from companion.evaluation.sampling.runs import Diverged, sample
+from companion.cli.processes import device_of, exit_status, processes
+from companion.evaluation.sampling.runs import sample
 from companion.evaluation.sampling.settings import (
     Format,
     SamplingSettings,
@@ -18,7 +15,6 @@ from companion.evaluation.sampling.settings import (
     model_defaults,
     with_scheduler,
 )
-from companion.files import Unwritable
 from companion.guidance.weights import WEIGHT_SYNTAX
 from companion.pipelines.configuration import SAMPLING_PRODUCTS
 from companion.pipelines.edm2.pipeline import Reference
@@ -49,30 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """`python -m companion sample`; the exit status. Errors are one line on the standard error."""
-    on_cpu = options.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
-    state = PartialState(cpu=on_cpu or not torch.accelerator.is_available())
-    try:
-        device = options.device if options.device and state.num_processes == 1 else state.device
-        pipe = load(options.model, device=device, dtype=DTYPES[options.dtype])
+    state = processes(options.device)
+
+    def work() -> str:
+        pipe = load(options.model, device=device_of(state, options.device), dtype=DTYPES[options.dtype])
         settings = settings_from(options, pipe)
-        out = sample(with_scheduler(pipe, settings.scheduler), settings, options.out)
-    except (Unwritable, Diverged) as error:  # may happen to one process alone
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ValueError as error:  # the same in every process
-        if state.is_main_process:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        if state.is_main_process:
-            print("stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
-    finally:
-        if state.use_distributed and sys.exc_info()[0] is None:
-            state.destroy_process_group()
-    if state.is_main_process:
-        print(f"written: {out}")
-    return 0
+        return f"written: {sample(with_scheduler(pipe, settings.scheduler), settings, options.out)}"
+
+    return exit_status(state, work, "stopped; the same command goes on where it was")
 
 
 def settings_from(options: argparse.Namespace, pipe: DiffusionPipeline) -> SamplingSettings:

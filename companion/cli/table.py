@@ -6,10 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-import torch
-from accelerate import PartialState  # type: ignore[import-untyped]
-from accelerate.utils import parse_flag_from_env  # type: ignore[import-untyped]
-
+from companion.cli.processes import device_of, exit_status, processes
 from companion.evaluation.metrics import references
 from companion.evaluation.studies.calibrated_guides import calibrated
 from companion.evaluation.studies.classifier_table import imagenet128
@@ -17,7 +14,6 @@ from companion.evaluation.studies.guidance_table import coco, imagenet
 from companion.evaluation.studies.guidance_variants import variants
 from companion.evaluation.tables.engine import RunOptions, TablePlan, run_table
 from companion.evaluation.tables.options import TableOptions
-from companion.files import Unwritable
 from companion.pipelines.saved import DTYPES
 
 TABLES: dict[str, Callable[[TableOptions], TablePlan]] = {
@@ -59,30 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Make and print a table; the exit status. Errors are one line on the standard error."""
-    on_cpu = options.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
-    state = PartialState(cpu=on_cpu or not torch.accelerator.is_available())
-    try:
-        if options.device is None or state.num_processes > 1:
-            options.device = state.device
+    state = processes(options.device)
+
+    def work() -> str:
+        options.device = device_of(state, options.device)
         chosen = TableOptions(**{field.name: getattr(options, field.name) for field in fields(TableOptions)})
         plan = TABLES[options.name](chosen)
         if options.list:
-            print("\n".join([*plan.names(), *plan.left_out()]))
-            return 0
+            return "\n".join([*plan.names(), *plan.left_out()])
         if state.is_main_process and (left_out := plan.left_out()):
             print("\n".join(left_out), file=sys.stderr)
-        cells = run_table(plan, _run_options(options, chosen))
-    except (Unwritable, ValueError) as error:
-        if state.is_main_process or isinstance(error, Unwritable):
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        if state.is_main_process:
-            print("stopped; the same command with --resume goes on where it was", file=sys.stderr)
-        return 130
-    if state.is_main_process:
-        print(plan.as_markdown(cells))
-    return 0
+        return plan.as_markdown(run_table(plan, _run_options(options, chosen)))
+
+    return exit_status(state, work, "stopped; the same command with --resume goes on where it was")
 
 
 def _run_options(options: argparse.Namespace, chosen: TableOptions) -> RunOptions:

@@ -1,7 +1,7 @@
 """A pipeline's call of its denoiser: one branch of it, another sample in it, the latents within input and output."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -37,11 +37,31 @@ class DenoiserCall:
         name = next(name for name in SAMPLE_NAMES if name in self.kwargs)
         return replace(self, kwargs={**self.kwargs, name: value})
 
-    def on(self, branch: slice) -> "DenoiserCall":
-        """The call on some rows of its batch."""
+    def on(self, branch: slice, second: frozenset[str] = frozenset()) -> "DenoiserCall":
+        """The call on some rows of its batch; arguments named in `second` have their batch in dimension 1."""
         rows, lists = len(self.sample), self.listed
-        args = tuple(_take(value, branch, rows, lists) for value in self.args)
-        return replace(self, args=args, kwargs=_take(self.kwargs, branch, rows, lists))
+        args = tuple(_take(value, branch, rows, second, str(i), lists) for i, value in enumerate(self.args))
+        return replace(self, args=args, kwargs=_take(self.kwargs, branch, rows, second, "", lists))
+
+    def within(self, branch: slice) -> "DenoiserCall":
+        """As `on`, without cutting arguments: the whole batch is evaluated, and the branch's rows of it returned."""
+
+        def forward(sample: Any) -> Any:
+            rows = torch.stack(list(sample)) if self.listed else sample
+            whole = torch.cat([self.sample[: branch.start], rows, self.sample[branch.stop :]])
+            return map_output(self.with_sample(whole)(), lambda output: output[branch])
+
+        own = self.sample[branch]
+        return DenoiserCall(forward, (list(own.unbind(0)) if self.listed else own,), {})
+
+    @property
+    def structure(self) -> tuple:
+        """What network is called with arguments of what names, types and shapes."""
+        return (
+            self.forward.__module__,
+            getattr(self.forward, "__qualname__", ""),
+            _structure((self.args, self.kwargs)),
+        )
 
     def check_one_level(self) -> None:
         """Refuse a call whose samples or tokens are at different noise levels: there K has no one coefficient."""
@@ -51,7 +71,8 @@ class DenoiserCall:
                 raise ValueError("the network is called at several noise levels at once, which cannot be rectified")
 
     def __call__(self) -> Any:
-        return self.forward(*self.args, **self.kwargs)
+        # Some networks pop what they are given from its list, and are called more than once.
+        return self.forward(*_with_own_lists(self.args), **_with_own_lists(self.kwargs))
 
 
 def region_of(sample: Tensor, output: Tensor, latents: Tensor) -> tuple[int, ...]:
@@ -100,44 +121,133 @@ _UNBATCHED = ("rotary", "rope", "img_ids", "txt_ids")  # positions, shared by th
 _REPEATED = ("encoder_hidden_states", "residual")  # video U-Nets are given these once per frame of every sample
 
 
-def _take(value: Any, branch: slice, rows: int, lists: bool = False, repeated: bool = False) -> Any:
+def _take(value: Any, branch: slice, rows: int, second: frozenset[str], name: str, lists: bool = False) -> Any:
     """The branch's rows of every tensor of the stacked batch, however deeply nested; anything else as it is.
 
+    What it supposes about a tensor's batch is checked by `branches`.
+
     Args:
+        second: names of the tensors whose batch is dimension 1.
         lists: whether lists of `rows` items are batches too.
-        repeated: whether tensors may hold several successive rows for every one of the batch.
     """
     if torch.is_tensor(value):
+        if name in second:
+            return value[:, branch]
+        repeated = any(word in name for word in _REPEATED)
         if value.ndim == 0 or len(value) % rows or (len(value) != rows and not repeated):
             return value
         each = len(value) // rows
         return value[branch.start * each : branch.stop * each]
     if isinstance(value, dict):
         return {
-            name: item
-            if any(word in str(name) for word in _UNBATCHED)
-            else _take(item, branch, rows, lists, repeated or any(word in str(name) for word in _REPEATED))
-            for name, item in value.items()
+            key: item
+            if any(word in str(key) for word in _UNBATCHED)
+            else _take(item, branch, rows, second, f"{name}.{key}", lists)
+            for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
         if lists and len(value) == rows:
             return value[branch]
-        return type(value)(_take(item, branch, rows, lists, repeated) for item in value)
+        return type(value)(_take(item, branch, rows, second, f"{name}.{i}", lists) for i, item in enumerate(value))
     return value
+
+
+def _with_own_lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_own_lists(item) for key, item in value.items()}
+    return type(value)(map(_with_own_lists, value)) if type(value) in (list, tuple) else value
+
+
+def _structure(value: Any) -> Any:
+    if torch.is_tensor(value):
+        return (tuple(value.shape), value.dtype, value.device.type)
+    if isinstance(value, dict):
+        return tuple((key, _structure(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_structure, value))
+    return type(value).__name__
+
+
+def _second(value: Any, rows: int, name: str) -> list[str]:
+    """Names of the tensors whose dimension 1 is as long as the batch."""
+    if torch.is_tensor(value):
+        return [name] if value.ndim > 1 and value.shape[1] == rows else []
+    if isinstance(value, dict):
+        return [found for key, item in value.items() for found in _second(item, rows, f"{name}.{key}")]
+    if isinstance(value, (list, tuple)):
+        return [found for i, item in enumerate(value) for found in _second(item, rows, f"{name}.{i}")]
+    return []
+
+
+_CUTS: dict[tuple, frozenset[str] | None] = {}  # what was found for calls of one structure
+
+
+def branches(
+    call: DenoiserCall, conditional: slice, reference: slice, guide: Callable[..., Any] | None = None
+) -> tuple[DenoiserCall, DenoiserCall]:
+    """The conditional and the reference branch of a stacked call, each to be called on its own; a `guide` is called in
+    the place of the reference branch, on the conditional one's arguments.
+
+    Which dimension of an argument is its batch is not said anywhere. The first call of its kind is therefore compared:
+    the conditional branch alone must give what the whole batch gives for it. Where no cut does, every evaluation of a
+    branch evaluates the whole batch. The comparison costs an evaluation of both branches and one of the conditional,
+    once per pipeline and shape.
+    """
+    key = (call.structure, conditional.start)
+    if key not in _CUTS:
+        cut, told = _find_cut(call, conditional, reference)
+        if told:  # branches that agree tell nothing about later calls
+            _CUTS[key] = cut
+    else:
+        cut = _CUTS[key]
+    if guide is not None:
+        return _cut(call, conditional, cut), _cut(replace(call, forward=guide), conditional, cut)
+    return _cut(call, conditional, cut), _cut(call, reference, cut)
+
+
+def _cut(call: DenoiserCall, branch: slice, second: frozenset[str] | None) -> DenoiserCall:
+    return call.within(branch) if second is None else call.on(branch, second)
+
+
+@torch.no_grad()
+def _find_cut(call: DenoiserCall, conditional: slice, reference: slice) -> tuple[frozenset[str] | None, bool]:
+    """The dimensions to cut along, or None, and whether the branches differ."""
+    both = first_output(call())
+    wanted, other = both[conditional].double(), both[reference].double()
+    apart = float((wanted - other).norm())
+    coarse = torch.float16 if both.is_cuda and both.dtype == torch.float32 else both.dtype  # TF32 has float16's digits
+    rounding = max(8 * torch.finfo(coarse).eps, 1e-5) * float(wanted.norm())
+    rows = len(call.sample)
+    names = [found for i, value in enumerate(call.args) for found in _second(value, rows, str(i))]
+    names += _second(call.kwargs, rows, "")
+    for second in (frozenset(), frozenset(names), *(frozenset([name]) for name in names[:4])):
+        try:
+            alone = first_output(call.on(conditional, second)()).double()
+        except (RuntimeError, IndexError, ValueError, TypeError, AssertionError):
+            continue
+        error = float((alone - wanted).norm()) if alone.shape == wanted.shape else float("inf")
+        if error <= rounding and (error <= 0.25 * apart or apart == 0):
+            return second, apart > 0
+    return None, apart > 0
 
 
 def first_output(output: Any) -> Tensor:
     """The prediction in a denoiser's output, a tuple or a dataclass; samples in a list are stacked."""
-    prediction = output[0] if isinstance(output, tuple) else output.sample
+    prediction = output[0] if isinstance(output, tuple) else getattr(output, _field(output))
     return torch.stack(list(prediction)) if isinstance(prediction, (list, tuple)) else prediction
 
 
 def map_output(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The denoiser's output, tuple or dataclass, with its prediction changed."""
-    given = output[0] if isinstance(output, tuple) else output.sample
+    given = output[0] if isinstance(output, tuple) else getattr(output, _field(output))
     changed: Any = change(first_output(output))
     if isinstance(given, (list, tuple)):
         changed = list(changed.unbind(0))
     if isinstance(output, tuple):
         return (changed, *output[1:])
-    return replace(output, sample=changed)
+    return replace(output, **{_field(output): changed})
+
+
+def _field(output: Any) -> str:
+    """Where an output keeps its prediction: `sample`, or the only name a prior's output has."""
+    return "sample" if hasattr(output, "sample") else fields(output)[0].name

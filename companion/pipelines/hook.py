@@ -29,6 +29,7 @@ from companion.pipelines.configuration import (
 )
 from companion.pipelines.denoiser_call import (
     DenoiserCall,
+    branches,
     first_output,
     inside,
     map_output,
@@ -36,7 +37,7 @@ from companion.pipelines.denoiser_call import (
     replaced,
     with_inside,
 )
-from companion.pipelines.layout import Anatomy, Refusal, anatomy_of, call_code, evaluate
+from companion.pipelines.layout import GuidanceLayout, UnsupportedPipeline, call_code, evaluate, guidance_layout
 from companion.pipelines.levels import NoiseLevel, check_scheduler, noise_level
 from companion.pipelines.product_step import GuidanceStep, OnStep, RectifiedRun
 
@@ -120,19 +121,19 @@ class _Rectifier:
     """
 
     def __init__(
-        self, pipe: DiffusionPipeline, anatomy: Anatomy, config: RectifiedGuidanceConfig, on_step: OnStep | None
+        self, pipe: DiffusionPipeline, layout: GuidanceLayout, config: RectifiedGuidanceConfig, on_step: OnStep | None
     ) -> None:
-        self.pipe, self.anatomy, self.config, self.on_step = pipe, anatomy, config, on_step
+        self.pipe, self.layout, self.config, self.on_step = pipe, layout, config, on_step
         self.code = call_code(type(pipe))
 
     def evaluate(self, call: DenoiserCall) -> Any:
         """The output that the pipeline is given for its call."""
         frame = _running(self.code)
-        role = self.anatomy.role(frame.f_lineno) if frame is not None else "other"
+        role = self.layout.role(frame.f_lineno) if frame is not None else "other"
         if frame is None or role == "other":
             return call()
         run = self._run_of(frame)
-        guided = all(bool(evaluate(test, frame)) is wanted for test, wanted in self.anatomy.guided)
+        guided = all(bool(evaluate(test, frame)) is wanted for test, wanted in self.layout.guided)
         if role == "reference":
             branch, run.pending = run.pending, None
             if branch is None or run.moment is None:
@@ -168,14 +169,20 @@ class _Rectifier:
         """The output for a stacked batch, its reference rows moved."""
         rows = len(call.sample)
         first, second = slice(0, rows // 2), slice(rows // 2, rows)
-        conditional, reference = (second, first) if self.anatomy.reference_first else (first, second)
-        only = call.on(conditional)
+        conditional, reference = (second, first) if self.layout.reference_first else (first, second)
+        if moment.guided and self._is_plain(moment) and self.config.guide is None:
+            both, only = call(), call.within(conditional)
+            known = map_output(both, lambda whole: whole[conditional])
+            region = region_of(only.sample, first_output(known), moment.latents)
+            direction = inside(first_output(known), region) - inside(first_output(both)[reference], region)
+            self._report(run, _Branch(only, known, region), direction)
+            return both
+        only, other = branches(call, conditional, reference, self.config.guide)
         if not moment.guided:
             output = only()
             branch = _Branch(only, output, region_of(only.sample, first_output(output), moment.latents))
             self._report(run, branch, torch.zeros_like(inside(first_output(output), branch.region)))
             return map_output(output, lambda whole: torch.cat([whole, whole]))
-        other = call.on(reference) if self.config.guide is None else replace(only, forward=self.config.guide)
         if self.config.guide is not None or run.rectified.differentiates:
             # Each branch on its own: only the conditional one needs a graph, and a guide is another network.
             reference_output = first_output(other())
@@ -184,11 +191,6 @@ class _Rectifier:
             both = call()
             known = map_output(both, lambda whole: whole[conditional])
             reference_output = first_output(both)[reference]
-            if self._is_plain(moment):
-                region = region_of(only.sample, reference_output, moment.latents)
-                direction = inside(first_output(known), region) - inside(reference_output, region)
-                self._report(run, _Branch(only, known, region), direction)
-                return both
         region = region_of(only.sample, reference_output, moment.latents)
         branch, direction = self._rectify(only, known, other, inside(reference_output, region), region, run)
         self._report(run, branch, direction)
@@ -196,7 +198,7 @@ class _Rectifier:
         moved = replaced(outside, inside(first_output(branch.output), region) - direction)
         parts = (
             [moved, first_output(branch.output)]
-            if self.anatomy.reference_first
+            if self.layout.reference_first
             else [first_output(branch.output), moved]
         )
         return map_output(branch.output, lambda _: torch.cat(parts))
@@ -270,25 +272,25 @@ class _Rectifier:
 
     def _moment(self, frame: FrameType, run: _Run, guided: bool) -> _Moment:
         """Where the pipeline is, and whether this step is guided."""
-        scheduler = getattr(self.pipe, self.anatomy.scheduler)
-        timestep, latents = (evaluate(code, frame) for code in (self.anatomy.timestep, self.anatomy.latents))
+        scheduler = getattr(self.pipe, self.layout.scheduler)
+        timestep, latents = (evaluate(code, frame) for code in (self.layout.timestep, self.layout.latents))
         steps = torch.as_tensor(
-            scheduler.timesteps if self.anatomy.timesteps is None else evaluate(self.anatomy.timesteps, frame)
+            scheduler.timesteps if self.layout.timesteps is None else evaluate(self.layout.timesteps, frame)
         )
         value = torch.as_tensor(timestep).flatten()[0]
         index = self._place(steps, value.to(steps), run.index + 1)
         level = noise_level(scheduler, value)
-        level = replace(level, output_sign=self.anatomy.sign * level.output_sign, timestep=float(value))
+        level = replace(level, output_sign=self.layout.sign * level.output_sign, timestep=float(value))
         weight = self.config.weight_at(level_progress(steps.tolist())[index], level)
         guided = run.rectified.begin(index, len(steps), level, weight if guided else 0.0)
         return _Moment(index, len(steps), float(value), level, latents, weight, self._scale(frame), guided)
 
     def _scale(self, frame: FrameType) -> float | None:
         """The paper's w of the pipeline's own guidance, where it is asked for and one number."""
-        if self.config.method != "covariance" or self.anatomy.scale is None:
+        if self.config.method != "covariance" or self.layout.scale is None:
             return None
-        scale = torch.as_tensor(evaluate(self.anatomy.scale, frame))
-        return float(scale) - self.anatomy.unguided if scale.numel() == 1 else None
+        scale = torch.as_tensor(evaluate(self.layout.scale, frame))
+        return float(scale) - self.layout.unguided if scale.numel() == 1 else None
 
     def _place(self, steps: Tensor, value: Tensor, following: int) -> int:
         """Number of this call among the steps, if not the expected one then where its timestep is."""
@@ -308,12 +310,12 @@ def _running(code: Any) -> FrameType | None:
     return frame
 
 
-def _denoisers(pipe: DiffusionPipeline, anatomy: Anatomy) -> dict[str, nn.Module]:
-    found = {name: getattr(pipe, name, None) for name in anatomy.components}
+def _denoisers(pipe: DiffusionPipeline, layout: GuidanceLayout) -> dict[str, nn.Module]:
+    found = {name: getattr(pipe, name, None) for name in layout.components}
     denoisers = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
     if not denoisers:
         raise ValueError(
-            f"{type(pipe).__name__} has no network in torch as its {' or '.join(anatomy.components)}, "
+            f"{type(pipe).__name__} has no network in torch as its {' or '.join(layout.components)}, "
             "which rectified guidance needs"
         )
     return denoisers
@@ -338,10 +340,10 @@ def check_pipeline(pipe: DiffusionPipeline) -> None:
         check_scheduler(getattr(pipe, _read(pipe).scheduler))
 
 
-def _read(pipe: DiffusionPipeline) -> Anatomy:
+def _read(pipe: DiffusionPipeline) -> GuidanceLayout:
     try:
-        return anatomy_of(type(pipe))  # type: ignore[arg-type]
-    except Refusal as refusal:
+        return guidance_layout(type(pipe))  # type: ignore[arg-type]
+    except UnsupportedPipeline as refusal:
         raise ValueError(f"{type(pipe).__name__} cannot be rectified: {refusal}") from refusal
 
 
@@ -369,8 +371,8 @@ def apply_rectified_guidance(
         pipe._set_rectification(config, on_step)
         return
     check_pipeline(pipe)
-    anatomy = _read(pipe)
-    denoisers = _denoisers(pipe, anatomy)
+    layout = _read(pipe)
+    denoisers = _denoisers(pipe, layout)
     for name, denoiser in denoisers.items():
         if denoiser.training:
             raise ValueError(
@@ -378,7 +380,7 @@ def apply_rectified_guidance(
             )
         if HookRegistry.check_if_exists_or_initialize(denoiser).get_hook(_HOOK) is not None:
             raise ValueError("rectified guidance is on already; call remove_rectified_guidance(pipe) first")
-    rectifier = _Rectifier(pipe, anatomy, config, on_step)
+    rectifier = _Rectifier(pipe, layout, config, on_step)
     for denoiser in denoisers.values():
         HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(RectifiedGuidanceHook(rectifier), _HOOK)
 

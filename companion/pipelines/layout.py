@@ -21,6 +21,7 @@ Role = Literal["stacked", "conditional", "reference", "other"]
 
 SAMPLE_NAMES = ("hidden_states", "sample", "x")
 _NOT_DENOISERS = ("controlnet", "vae", "image_encoder", "text_encoder", "adapter", "scheduler", "image_processor")
+_METHODS = ("_", "get_")  # beginnings of names that are no component's
 
 # What may be done to a prediction on its way without changing what it means.
 _RECAST = frozenset(("float", "to", "type", "contiguous", "clone"))
@@ -42,7 +43,7 @@ class CallSite:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class GuidanceLayout:
     """The guidance of one pipeline class.
 
     Args:
@@ -81,7 +82,7 @@ class Anatomy:
         return "other"
 
 
-class Refusal(ValueError):
+class UnsupportedPipeline(ValueError):
     """Why a pipeline cannot be rectified; `kind` is `unguided` where there is nothing to rectify."""
 
     def __init__(self, reason: str, kind: Literal["unguided", "unknown"] = "unknown") -> None:
@@ -90,18 +91,18 @@ class Refusal(ValueError):
 
 
 @cache
-def anatomy_of(pipeline: type) -> Anatomy:
-    """The anatomy of a pipeline class.
+def guidance_layout(pipeline: type) -> GuidanceLayout:
+    """How a pipeline class lays out its guidance.
 
     Raises:
-        Refusal: its `__call__` does no classifier-free guidance, or does it in a way that is not understood; the
-            message says which and why.
+        UnsupportedPipeline: its `__call__` does no classifier-free guidance, or does it in a way that is not
+            understood; the message says which and why.
     """
     try:
         call = inspect.unwrap(pipeline.__call__)
         lines, first = inspect.getsourcelines(call)
     except (OSError, TypeError) as error:
-        raise Refusal(f"the source of {pipeline.__name__}.__call__ cannot be read: {error}") from error
+        raise UnsupportedPipeline(f"the source of {pipeline.__name__}.__call__ cannot be read: {error}") from error
     [function] = ast.parse(textwrap.dedent("".join(lines))).body
     ast.increment_lineno(function, first - 1)
     assert isinstance(function, ast.FunctionDef)
@@ -162,44 +163,44 @@ class _Reading:
     unknown: str | None = None
 
 
-def read_call(function: ast.FunctionDef) -> Anatomy:
-    """The anatomy of a `__call__` given as a syntax tree with the line numbers of its file; see `anatomy_of`."""
-    loop = _sampling_loop(function)
-    reading = _Reading(aliases=_aliases(function))
-    _read_block(loop.body, {}, (), reading)
+def read_call(function: ast.FunctionDef) -> GuidanceLayout:
+    """The layout of a `__call__` given as a syntax tree with the line numbers of its file; see `guidance_layout`."""
+    loop, reading = _guided_loop(function)
     if not reading.combinations:
         _refuse_without_combination(function, loop, reading)
     first, *others = reading.combinations
     combination, guided, combined = first
     conditional, reference = combination.conditional, combination.reference
     if any((other.conditional, other.reference) != (conditional, reference) for other, _, _ in others):
-        raise Refusal("it combines branches in more than one way")
+        raise UnsupportedPipeline("it combines branches in more than one way")
     if reading.unknown:
-        raise Refusal(f"its prediction goes through `{reading.unknown}`, which is not understood")
+        raise UnsupportedPipeline(f"its prediction goes through `{reading.unknown}`, which is not understood")
     stacked = conditional.site == reference.site
     if stacked and {conditional.half, reference.half} != {0, 1}:
-        raise Refusal("the two branches are not the halves of one batch")
+        raise UnsupportedPipeline("the two branches are not the halves of one batch")
     if not stacked and (conditional.half, reference.half) != (None, None):
-        raise Refusal("it combines parts of different calls")
+        raise UnsupportedPipeline("it combines parts of different calls")
     steps = [(call, value) for call, value in reading.steps if _scheduler_of(call) is not None]
     if not steps:
-        raise Refusal("the guided prediction does not reach its scheduler's step")
+        raise UnsupportedPipeline("the guided prediction does not reach its scheduler's step")
     step, value = steps[0]
     sign = value.sign * (conditional.sign if isinstance(value, _Guided) else 1)
     timestep, latents = _argument(step, 1, "timestep"), _argument(step, 2, "sample")
     if timestep is None or latents is None:
-        raise Refusal(f"`{ast.unparse(step)}` does not give the scheduler (prediction, timestep, sample)")
+        raise UnsupportedPipeline(f"`{ast.unparse(step)}` does not give the scheduler (prediction, timestep, sample)")
     late = _assigned_between(loop, reading.sites[min(conditional.site, reference.site)], combined)
     shared = tuple((test, wanted) for test, wanted in guided if all(_contains(g, test, wanted) for _, g, _ in others))
     for test, _ in shared:
         if _free_names(test) & late:
-            raise Refusal(f"whether it guides, `{ast.unparse(test)}`, is decided only after the network was called")
+            raise UnsupportedPipeline(
+                f"whether it guides, `{ast.unparse(test)}`, is decided only after the network was called"
+            )
     scales = {(ast.dump(found.scale), found.unguided) for found, _, _ in reading.combinations}
     known = len(scales) == 1 and not _free_names(combination.scale) & late
     roles: dict[int, Role] = (
         {conditional.site: "stacked"} if stacked else {conditional.site: "conditional", reference.site: "reference"}
     )
-    return Anatomy(
+    return GuidanceLayout(
         mechanism="stacked" if stacked else "per_branch",
         components=tuple(dict.fromkeys(reading.components)),
         scheduler=str(_scheduler_of(step)),
@@ -220,20 +221,37 @@ def read_call(function: ast.FunctionDef) -> Anatomy:
 
 def _refuse_without_combination(function: ast.FunctionDef, loop: ast.For, reading: _Reading) -> NoReturn:
     if _mentions(loop, ("self.guider",)):
-        raise Refusal("its guidance is a guider component: give it a RectifiedGradientGuidance")
+        raise UnsupportedPipeline("its guidance is a guider component: give it a RectifiedGradientGuidance")
     if not _mentions(loop, ("guid", "cfg", "uncond", "neg")):
         if _mentions(function, ("guidance_scale",)):
-            raise Refusal("its guidance_scale is an input of a distilled network; there are no branches", "unguided")
-        raise Refusal("it does no classifier-free guidance", "unguided")
-    if reading.unknown:
-        raise Refusal(f"its prediction goes through `{reading.unknown}`, which is not understood")
+            raise UnsupportedPipeline(
+                "its guidance_scale is an input of a distilled network; there are no branches", "unguided"
+            )
+        raise UnsupportedPipeline("it does no classifier-free guidance", "unguided")
+    if any(map(_is_own_method_with_scale, ast.walk(loop))):
+        raise UnsupportedPipeline("it combines its branches in a method of its own, outside its __call__")
     if _mentions(loop, ("do_classifier_free_guidance", "do_true_cfg", "uncond", "neg")):
-        raise Refusal("its branches are not combined as u + s (c - u) in its sampling loop")
-    raise Refusal("its guidance_scale is an input of a distilled network; there are no branches", "unguided")
+        if reading.unknown:
+            raise UnsupportedPipeline(f"its prediction goes through `{reading.unknown}`, which is not understood")
+        raise UnsupportedPipeline("its branches are not combined as u + s (c - u) in its sampling loop")
+    raise UnsupportedPipeline(
+        "its guidance_scale is an input of a distilled network; there are no branches", "unguided"
+    )
 
 
-def _sampling_loop(function: ast.FunctionDef) -> ast.For:
-    """The innermost loop that contains a scheduler's step."""
+def _is_own_method_with_scale(node: ast.AST) -> bool:
+    """`self._get_noise_pred(..., guidance_scale, ...)`."""
+    if not isinstance(node, ast.Call):
+        return False
+    name = _component(node.func)
+    given = {keyword.value.id for keyword in node.keywords if isinstance(keyword.value, ast.Name)} | {
+        argument.id for argument in node.args if isinstance(argument, ast.Name)
+    }
+    return name is not None and name.startswith("_get_noise") and "guidance_scale" in given
+
+
+def _guided_loop(function: ast.FunctionDef) -> tuple[ast.For, _Reading]:
+    """The one loop with a scheduler's step in which branches are combined; the last such loop where none is guided."""
     loops = [
         node
         for node in ast.walk(function)
@@ -242,9 +260,16 @@ def _sampling_loop(function: ast.FunctionDef) -> ast.For:
     ]
     if not loops:
         if _mentions(function, ("guidance_scale", "guider")):
-            raise Refusal("its sampling loop is not in its __call__")
-        raise Refusal("it has no sampling loop with a scheduler", "unguided")
-    return loops[-1]
+            raise UnsupportedPipeline("its sampling loop is not in its __call__")
+        raise UnsupportedPipeline("it has no sampling loop with a scheduler", "unguided")
+    inner = [loop for loop in loops if not any(other is not loop and other in ast.walk(loop) for other in loops)]
+    read = [(loop, _Reading(aliases=_aliases(function))) for loop in inner]
+    for loop, reading in read:
+        _read_block(loop.body, {}, (), reading)
+    guided = [(loop, reading) for loop, reading in read if reading.combinations]
+    if len(guided) > 1:
+        raise UnsupportedPipeline(f"it guides in {len(guided)} sampling loops, and only one could be rectified")
+    return guided[0] if guided else read[-1]
 
 
 def _scheduler_of(call: ast.Call) -> str | None:
@@ -277,15 +302,21 @@ def _component(node: ast.expr) -> str | None:
 
 def _denoiser_call(node: ast.expr, reading: _Reading) -> tuple[ast.Call, list[str]] | None:
     """The call in `self.transformer(...)[0]`, `self.unet(...).sample` or the like, and the components it may be of."""
-    while isinstance(node, (ast.Subscript, ast.Attribute)):
-        node = node.value
+    while True:
+        match node:
+            case ast.Subscript(value=inner) | ast.Attribute(value=inner):
+                node = inner
+            case ast.Call(func=ast.Attribute(value=inner, attr=method)) if method in _RECAST:
+                node = inner
+            case _:
+                break
     if not isinstance(node, ast.Call):
         return None
     component = _component(node.func)
     names = [component] if component else []
     if isinstance(node.func, ast.Name):
         names = reading.aliases.get(node.func.id, [])
-    if not names or any(name.startswith("_") or part in name for name in names for part in _NOT_DENOISERS):
+    if not names or any(name.startswith(_METHODS) or part in name for name in names for part in _NOT_DENOISERS):
         return None
     given = {keyword.arg for keyword in node.keywords}
     timed = any(name and "timestep" in name for name in given) or len(node.args) >= 2

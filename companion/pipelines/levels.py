@@ -7,10 +7,12 @@ keeps them in none of these is refused: a guessed level would give plausible, wr
 """
 
 import math
+from typing import Any
 
 import diffusers
 import torch
 from diffusers import SchedulerMixin
+from jaxtyping import Float
 from torch import Tensor
 
 from companion.guidance.noise_level import NoiseLevel
@@ -55,12 +57,13 @@ _EXPLODING = _names(
     "LMSDiscreteScheduler",
 )
 # Variance exploding as well, but the scheduler preconditions the network (Karras et al. 2022, table 1).
-_PRECONDITIONED = _names("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+_PRECONDITIONED = _names("CosineDPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")
 
 # z = (1 - σ) x_0 + σ ε, and the network predicts the velocity ε - x_0.
 _FLOW = _names("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 
-UNDERSTOOD_SCHEDULERS = tuple(sorted(_TABLE | _PRESERVING | _EXPLODING | _PRECONDITIONED | _FLOW))
+SUPPORTED_SCHEDULERS = tuple(sorted(_TABLE | _PRESERVING | _EXPLODING | _PRECONDITIONED | _FLOW))
+UNDERSTOOD_SCHEDULERS = SUPPORTED_SCHEDULERS  # its name in the first version
 
 
 def check_scheduler(scheduler: SchedulerMixin) -> None:
@@ -70,10 +73,10 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
         ValueError: unknown scheduler class or prediction type, or a setting that changes the meaning of its levels.
     """
     name = type(scheduler).__name__
-    if name not in UNDERSTOOD_SCHEDULERS:
+    if name not in SUPPORTED_SCHEDULERS:
         raise ValueError(
             f"scheduler {name} does not say which noise level its network sees in a way this package knows; "
-            f"use one of {', '.join(UNDERSTOOD_SCHEDULERS)}"
+            f"use one of {', '.join(SUPPORTED_SCHEDULERS)}"
         )
     prediction_type = _prediction_type(scheduler)
     if (prediction_type == "flow_prediction") != _is_flow(scheduler):
@@ -115,8 +118,8 @@ def noise_level(scheduler: SchedulerMixin, timestep: float | Tensor) -> NoiseLev
     if name in _TABLE:
         if value != int(value) or not 0 <= value < len(scheduler.alphas_cumprod):
             raise ValueError(f"timestep must be an integer from 0 to {len(scheduler.alphas_cumprod) - 1}, got {value}")
-        kept = float(scheduler.alphas_cumprod[int(value)])
-        return NoiseLevel(math.sqrt(kept), math.sqrt(1 - kept), prediction_type)
+        alpha_bar = float(alpha_bar_table(scheduler)[int(value)])
+        return NoiseLevel(math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar), prediction_type)
     ratio = _current_ratio(scheduler, value)
     if name in _PRECONDITIONED:
         # With x_0 in units of σ_data this preconditioning is v-prediction; "epsilon" there means its negative.
@@ -126,6 +129,38 @@ def noise_level(scheduler: SchedulerMixin, timestep: float | Tensor) -> NoiseLev
         return NoiseLevel(scale / size, ratio / size, "v_prediction", output_sign=sign, data_scale=scale)
     size = math.hypot(1.0, ratio)
     return NoiseLevel(1 / size, ratio / size, prediction_type)
+
+
+def alpha_bar_table(scheduler: SchedulerMixin) -> Float[Tensor, " trained"]:
+    """ᾱ of every timestep in float64.
+
+    Diffusers multiplies float32 betas in float32, so that differences of its ᾱ are off by up to 8e-4 (the β of a
+    sampling step of ADM). Here the betas come from the scheduler's settings in float64, where they are within float32's
+    rounding of its own table; else (a rescaled or a changed table) that table is taken as it is.
+    """
+    table = scheduler.alphas_cumprod.detach().to("cpu", torch.float64)
+    betas = _betas(scheduler.config)
+    if betas is None or len(betas) != len(table):
+        return table
+    exact = torch.cumprod(1 - betas, 0)
+    return exact if torch.allclose(exact, table, rtol=1e-3, atol=1e-6) else table
+
+
+def _betas(config: Any) -> Float[Tensor, " trained"] | None:
+    """The betas that a scheduler's settings name, in float64; None for kinds that are not known here."""
+    if config.get("trained_betas") is not None:
+        return torch.as_tensor(config["trained_betas"], dtype=torch.float64)
+    ends = (config.get("beta_start"), config.get("beta_end"))
+    count = config["num_train_timesteps"]
+    match config.get("beta_schedule"):
+        case "linear" if None not in ends:
+            return torch.linspace(*ends, count, dtype=torch.float64)
+        case "scaled_linear" if None not in ends:
+            return torch.linspace(*(end**0.5 for end in ends), count, dtype=torch.float64) ** 2
+        case "squaredcos_cap_v2":
+            angles = (torch.arange(count + 1, dtype=torch.float64) / count + 0.008) / 1.008 * torch.pi / 2
+            return (1 - (angles[1:].cos() / angles[:-1].cos()) ** 2).clamp(max=0.999)
+    return None
 
 
 def _current_ratio(scheduler: SchedulerMixin, timestep: float) -> float:

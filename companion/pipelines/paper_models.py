@@ -1,8 +1,9 @@
 """The models of the REG paper, each with the settings of its runs.
 
 Sources: the paper (Gao et al., ICML 2025) for samplers and intervals, and for the rest the commands and defaults of its
-published code (github.com/zhengqigao/REG): 250 steps at scale 1.5 for DiT, 32 levels of Heun's method at scale 2 for
-EDM2, diffusers' 50 steps at scale 7.5 for text. The tables sweep the scale; these are where to begin.
+published code (github.com/zhengqigao/REG). Its numbers for REG (1.5 for DiT, 2.0 for EDM2, 7.5 for text)
+are the paper's w; a guidance scale here is 1 + w. Its runs of CFG give EDM2's 2.0 and the text models' 7.5 as scales.
+`docs/conventions.md` has the whole list. The tables sweep the scale; these are where to begin.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from companion.guidance.weights import IntervalWeight
+from companion.guidance.weights import Along, IntervalWeight
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,9 @@ class PaperModel:
         name: in this package.
         source: hub name, or `edm2:` and the name of a preset of `companion.pipelines.edm2.pipeline`.
         scheduler: diffusers' class of the paper's sampler; None where the pipeline has a sampler of its own.
-        call: arguments of the pipeline's call.
+        call: arguments of the pipeline's call in the paper's runs of REG.
+        cfg_scale: the guidance scale of its runs of CFG.
+        along: what its linear and cosine schedules run in (`along` of `companion.guidance.weights`).
         interval: the paper's guidance interval, a weight for `RectifiedGuidanceConfig`; None where it has none.
         load: further arguments of `from_pretrained`.
         note: what differs from the paper's own run.
@@ -31,59 +34,73 @@ class PaperModel:
     source: str
     scheduler: str | None
     call: Mapping[str, Any]
+    cfg_scale: float
+    along: Along = "step"
     interval: IntervalWeight | None = None
     load: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
 
 
-_SPOKEN = {"num_inference_steps": 50, "guidance_scale": 7.5}
+_TEXT = {"num_inference_steps": 50, "guidance_scale": 1 + 7.5}
+_EDM2 = {"num_inference_steps": 32, "guidance_scale": 1 + 2.0}
 _MODELS = (
     PaperModel(
         "dit-xl-2-256",
         "facebook/DiT-XL-2-256",
         "DDPMScheduler",
-        {"num_inference_steps": 250, "guidance_scale": 1.5},
+        {"num_inference_steps": 250, "guidance_scale": 1 + 1.5},
+        1 + 1.5,
+        "timestep",
         IntervalWeight(205, 502, unit="timestep"),
         note="DiTPipeline leaves the learned variance out and guides four latent channels; "
         "the published code samples with it and guides three",
     ),
-    PaperModel("edm2-s-64", "edm2:edm2-img64-s", None, {"num_inference_steps": 32, "guidance_scale": 2.0}),
+    PaperModel("edm2-s-64", "edm2:edm2-img64-s", None, _EDM2, 2.0, "sigma"),
     PaperModel(
         "edm2-s-512",
         "edm2:edm2-img512-s",
         None,
-        {"num_inference_steps": 32, "guidance_scale": 2.0},
+        _EDM2,
+        2.0,
+        "sigma",
         IntervalWeight(0.28, 2.90, unit="sigma"),
     ),
     PaperModel(
         "edm2-xxl-512",
         "edm2:edm2-img512-xxl",
         None,
-        {"num_inference_steps": 32, "guidance_scale": 2.0},
+        _EDM2,
+        2.0,
+        "sigma",
         IntervalWeight(0.28, 2.90, unit="sigma"),
     ),
-    PaperModel("sd-v1-4", "CompVis/stable-diffusion-v1-4", "PNDMScheduler", {**_SPOKEN, "height": 512, "width": 512}),
     PaperModel(
-        "sd-v2-1", "stabilityai/stable-diffusion-2-1", "PNDMScheduler", {**_SPOKEN, "height": 768, "width": 768}
+        "sd-v1-4", "CompVis/stable-diffusion-v1-4", "PNDMScheduler", {**_TEXT, "height": 512, "width": 512}, 7.5
+    ),
+    PaperModel(
+        "sd-v2-1", "stabilityai/stable-diffusion-2-1", "PNDMScheduler", {**_TEXT, "height": 768, "width": 768}, 7.5
     ),
     PaperModel(
         "sd-xl",
         "stabilityai/stable-diffusion-xl-base-1.0",
         "EulerDiscreteScheduler",
-        {**_SPOKEN, "height": 1024, "width": 1024},
+        {**_TEXT, "height": 1024, "width": 1024},
+        7.5,
     ),
     PaperModel(
         "sd-3",
         "stabilityai/stable-diffusion-3-medium-diffusers",
         "FlowMatchEulerDiscreteScheduler",
-        {**_SPOKEN, "height": 1024, "width": 1024},
+        {**_TEXT, "height": 1024, "width": 1024},
+        7.5,
         note="not in the paper; its published code offers it, and a reviewer asked for it",
     ),
     PaperModel(
         "sd-3.5-large",
         "stabilityai/stable-diffusion-3.5-large",
         "FlowMatchEulerDiscreteScheduler",
-        {**_SPOKEN, "height": 1024, "width": 1024},
+        {**_TEXT, "height": 1024, "width": 1024},
+        7.5,
         note="not in the paper; its published code offers it, and a reviewer asked for it",
     ),
 )

@@ -1,14 +1,16 @@
 """What rectified guidance makes of every pipeline class of the installed diffusers, without importing any of them."""
 
 import ast
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import diffusers
 
-from companion.pipelines.layout import Anatomy, Refusal, read_call
+from companion.pipelines.layout import GuidanceLayout, UnsupportedPipeline, read_call
+from companion.pipelines.levels import SUPPORTED_SCHEDULERS
 
 Status = Literal["supported", "refused", "unguided"]
 
@@ -29,11 +31,11 @@ class Support:
 def support_table() -> list[Support]:
     """Every pipeline class of the installed diffusers that has a `__call__` of its own, by name."""
     return sorted(
-        (_support(name, call, "deprecated" in file.parts) for file, name, call in _calls()), key=lambda row: row.name
+        (_support(node, call, "deprecated" in file.parts) for file, node, call in _calls()), key=lambda row: row.name
     )
 
 
-def _calls() -> Iterator[tuple[Path, str, ast.FunctionDef]]:
+def _calls() -> Iterator[tuple[Path, ast.ClassDef, ast.FunctionDef]]:
     """(file, class, `__call__`) of the pipelines in torch; flax and onnx ones have networks of another kind."""
     folder = Path(diffusers.__file__).parent / "pipelines"
     for file in sorted(folder.rglob("*.py")):
@@ -44,22 +46,123 @@ def _calls() -> Iterator[tuple[Path, str, ast.FunctionDef]]:
                 continue
             for item in node.body:
                 if isinstance(item, ast.FunctionDef) and item.name == "__call__":
-                    yield file.relative_to(folder), node.name, item
+                    yield file.relative_to(folder), node, item
 
 
-def _support(name: str, call: ast.FunctionDef, deprecated: bool) -> Support:
+def _support(node: ast.ClassDef, call: ast.FunctionDef, deprecated: bool) -> Support:
     try:
-        return Support(name, "supported", describe(read_call(call)), deprecated)
-    except Refusal as refusal:
-        return Support(name, "unguided" if refusal.kind == "unguided" else "refused", str(refusal), deprecated)
+        layout = read_call(call)
+        _check_annotated_scheduler(node, layout.scheduler)
+        return Support(node.name, "supported", describe(layout), deprecated)
+    except UnsupportedPipeline as reason:
+        return Support(node.name, "unguided" if reason.kind == "unguided" else "refused", str(reason), deprecated)
 
 
-def describe(anatomy: Anatomy) -> str:
+def _check_annotated_scheduler(node: ast.ClassDef, scheduler: str) -> None:
+    """Refuse a pipeline that is made for schedulers without readable levels, whatever its guidance."""
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+            for argument in (*item.args.args, *item.args.kwonlyargs):
+                if argument.arg == scheduler and argument.annotation is not None:
+                    named = re.findall(r"\w+Schedulers?\b", ast.unparse(argument.annotation))
+                    known = {*SUPPORTED_SCHEDULERS, "KarrasDiffusionSchedulers", "SchedulerMixin"}
+                    if named and not known & set(named):
+                        raise UnsupportedPipeline(f"the noise levels of its {named[0]} are not known here")
+
+
+def describe(layout: GuidanceLayout) -> str:
     """How a pipeline guides, in words."""
-    if anatomy.mechanism == "stacked":
-        order = "reference, conditional" if anatomy.reference_first else "conditional, reference"
+    if layout.mechanism == "stacked":
+        order = "reference, conditional" if layout.reference_first else "conditional, reference"
         how = f"one call on [{order}]"
     else:
         how = "one call per branch"
-    sign = ", output negated" if anatomy.sign < 0 else ""
-    return f"{' and '.join(f'`{name}`' for name in anatomy.components)}: {how}{sign}"
+    sign = ", output negated" if layout.sign < 0 else ""
+    return f"{' and '.join(f'`{name}`' for name in layout.components)}: {how}{sign}"
+
+
+_HEADINGS = {
+    "run": (
+        "Run",
+        "Each is run by the tests, described by hand, and compared step by step: branches, level, direction, and what\n"
+        "the scheduler is given (`tests/pipelines/test_zoo.py`).",
+    ),
+    "checked": (
+        "Built and checked",
+        "Built from diffusers' own component classes with random weights, in float32, and run. `none` gives the same\n"
+        "result bit for bit, and so does the pipeline after the hook is taken off. The last columns are relative\n"
+        "distances: of the rectified direction from central differences, and of the result at weight 0 from the\n"
+        "unguided one (of three images where the pipeline draws several).",
+    ),
+    "mechanism": (
+        "By mechanism only",
+        "Their source is understood; nothing was run, or the check did not pass for the reason given.",
+    ),
+    "refused": ("Refused", "`apply_rectified_guidance` raises this sentence."),
+    "unguided": ("Nothing to rectify", "There are no two branches."),
+}
+
+
+def page(table: list[Support], run: Mapping[str, str], checked: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page `docs/pipelines.md`.
+
+    Args:
+        run: notes on the pipelines that the tests describe, by class.
+        checked: results of `companion.pipelines.pipeline_check`, or why there are none, by recorded pipeline.
+    """
+    results = {row.name: [r for name, r in checked.items() if name.split("/")[0] == row.name] for row in table}
+    parts: dict[str, list[str]] = {heading: [] for heading in _HEADINGS}
+    for row in table:
+        old = ["deprecated"] if row.deprecated else []
+        cells = [row.name, row.note]
+        if row.status != "supported":
+            parts[row.status].append(_line(cells, old))
+            continue
+        passed = bool(results[row.name]) and all(result.get("passed") for result in results[row.name])
+        if row.name in run:
+            parts["run"].append(_line(cells, [run[row.name], *(["also built and checked"] if passed else [])]))
+        elif passed:
+            numbers = (_largest(results[row.name], key) for key in ("finite_difference", "unguided"))
+            parts["checked"].append(_line([*cells, *numbers], old))
+        else:
+            parts["mechanism"].append(_line(cells, [*map(_reason, results[row.name]), *old]))
+    counts = ", ".join(f"{len(lines)} {_HEADINGS[part][0].lower()}" for part, lines in parts.items())
+    text = (
+        f"# Pipelines of diffusers {diffusers.__version__}\n\n"
+        "What `companion.rectified_guidance` makes of every pipeline class in torch that has a `__call__`: "
+        f"{counts}.\n\n"
+        "The residuals of a control network are held fixed in K: its own derivative is left out, and K Δ is off by 5\n"
+        "to 29 % in the pipelines measured.\n\n"
+        "`python -m companion pipelines` builds and checks what it can of the installed diffusers, and writes this\n"
+        "page and `docs/pipelines.json`.\n"
+    )
+    for part, lines in parts.items():
+        heading, intro = _HEADINGS[part]
+        head = (
+            "| pipeline | how it guides | K Δ | weight 0 | |"
+            if part == "checked"
+            else "| pipeline | how it guides, or why not | |"
+        )
+        text += f"\n## {heading}\n\n{intro}\n\n{head}\n|{'---|' * (head.count('|') - 1)}\n" + "".join(lines)
+    return text
+
+
+def _line(cells: list[str], notes: list[str]) -> str:
+    return f"| {' | '.join([*cells, '; '.join(notes)])} |\n".replace("|  |", "| |")
+
+
+def _largest(results: list[Mapping[str, Any]], key: str) -> str:
+    found = [result[key] for result in results if result[key] is not None]
+    return f"{max(found):.0e}" if found else "-"
+
+
+def _reason(result: Mapping[str, Any]) -> str:
+    if result.get("passed"):
+        return "checked"
+    if "failed" in result:
+        return str(result["failed"]).replace("|", "/")
+    wrong = [name for name in ("none", "restored") if not result[name]]
+    wrong += [
+        f"{key} {result[key]}" for key in ("finite_difference", "unguided") if result[key] is None or result[key] > 0.05
+    ]
+    return "not passed: " + ", ".join(wrong)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from companion.calibration.mixture_guidance import (
-    JUDGES,
+    CLASSIFIERS,
     ClassifierGuidance,
     bayes_logits,
     classifier_guided,
@@ -65,31 +65,31 @@ def test_the_unit_gaussians_logits_are_bayes_own() -> None:
 @pytest.mark.parametrize("t", [1, 7, 20])
 def test_bayes_noise_aware_classifier_turns_the_unconditional_model_into_the_conditional_one(t) -> None:
     x = points(t)
-    guided = classifier_guided(DATA, 2, ClassifierGuidance(judge="noisy"), SCHEDULE)(x, t)
+    guided = classifier_guided(DATA, 2, ClassifierGuidance(classifier="noisy"), SCHEDULE)(x, t)
     torch.testing.assert_close(guided, DATA.classes[2].noise(x, *SCHEDULE.level(t)), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("judge", ["clean", "rectified"])
+@pytest.mark.parametrize("classifier", ["clean", "rectified"])
 @pytest.mark.parametrize("t", [3, 15])
-def test_judges_of_clean_points_against_autograd(judge, t) -> None:
+def test_classifiers_of_clean_points_against_autograd(classifier, t) -> None:
     x, (alpha, sigma) = points(t), SCHEDULE.level(t)
     config = ClassifierScore(1.0, 0.5, "jensen_shannon", 1.0, 0.8)
     leaf = x.clone().requires_grad_()
     clean = DATA.unconditional.posterior_mean(leaf, alpha, sigma)
     score = score_logits(bayes_logits(DATA.classes, sharpness=2.0)(clean), 1, config).sum()
-    [slope] = torch.autograd.grad(score, clean if judge == "clean" else leaf)
+    [slope] = torch.autograd.grad(score, clean if classifier == "clean" else leaf)
     want = DATA.unconditional.noise(x, alpha, sigma) - sigma * 0.7 * slope
-    guidance = ClassifierGuidance(config, scale=0.7, judge=judge, sharpness=2.0)
+    guidance = ClassifierGuidance(config, scale=0.7, classifier=classifier, sharpness=2.0)
     torch.testing.assert_close(classifier_guided(DATA, 1, guidance, SCHEDULE)(x, t), want, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("judge", JUDGES)
-def test_tilt_acts_within_a_batch_and_keeps_its_total(judge) -> None:
+@pytest.mark.parametrize("classifier", CLASSIFIERS)
+def test_tilt_acts_within_a_batch_and_keeps_its_total(classifier) -> None:
     x, t = points(4, 6), 10
     base = DATA.unconditional.noise(x, *SCHEDULE.level(t))
 
     def shift(**options) -> torch.Tensor:
-        return classifier_guided(DATA, 0, ClassifierGuidance(judge=judge, **options), SCHEDULE)(x, t) - base
+        return classifier_guided(DATA, 0, ClassifierGuidance(classifier=classifier, **options), SCHEDULE)(x, t) - base
 
     plain, tilted = shift(), shift(tilt=0.8, batch=3)
     weights = (tilted / plain).mean(dim=1)
@@ -139,17 +139,17 @@ def test_components_add_up_to_the_mixture() -> None:
 
 def test_exact_guidance_generates_the_class_and_too_much_of_it_starves_a_mode() -> None:
     schedule = linear_schedule(40, 1e-3, 0.25)
-    exact = measured_fidelity(DATA, 0, ClassifierGuidance(judge="noisy"), schedule, seeds=2, count=300)
-    strong = measured_fidelity(DATA, 0, ClassifierGuidance(judge="clean", scale=2.0), schedule, seeds=2, count=300)
+    exact = measured_fidelity(DATA, 0, ClassifierGuidance(classifier="noisy"), schedule, seeds=2, count=300)
+    strong = measured_fidelity(DATA, 0, ClassifierGuidance(classifier="clean", scale=2.0), schedule, seeds=2, count=300)
     assert 0.93 < exact["precision"].value < 1.0 and exact["recall"].value > 0.9 and exact["balance"].value > 0.93
     assert strong["balance"].value < 0.8 < exact["balance"].low and strong["recall"].value < exact["recall"].value
-    again = measured_fidelity(DATA, 0, ClassifierGuidance(judge="noisy"), schedule, seeds=2, count=300)
+    again = measured_fidelity(DATA, 0, ClassifierGuidance(classifier="noisy"), schedule, seeds=2, count=300)
     assert again == exact
 
 
 def test_bad_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="judge must be one of noisy, clean, rectified, got 'ecd'"):
-        ClassifierGuidance(judge="ecd")
+    with pytest.raises(ValueError, match="classifier must be one of noisy, clean, rectified, got 'ecd'"):
+        ClassifierGuidance(classifier="ecd")
     with pytest.raises(ValueError, match="sharpness must be positive, got 0"):
         ClassifierGuidance(sharpness=0)
     with pytest.raises(ValueError, match="batch must be at least 1, got 0"):

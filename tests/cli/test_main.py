@@ -100,6 +100,7 @@ def test_models_need_others(tmp_path, capsys, name, needed):
     assert f"run python -m companion train {needed} first" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_gets_no_traceback():
     command = f"{shlex.quote(sys.executable)} -m companion table imagenet --list | head -1"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)

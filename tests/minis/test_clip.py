@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForImageClassification, AutoTokenizer, CLIPTextModelWithProjection
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
-from companion.cli import main as command
+from companion.cli import cards
 from companion.minis import clip
 from companion.minis.scenes import LARGE, MARGIN, SIZE, render, scene
 from companion.minis.training import TrainingConfig
@@ -80,7 +80,7 @@ def test_a_killed_run_resumes_and_ships(tmp_path, monkeypatch):
     assert (cut["steps"], record["steps"]) == (1, 2)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
-    folder = command.ship_clip(whole, record, tmp_path / "out", number=100)
+    folder = cards.ship_clip(whole, record, tmp_path / "out", number=100)
     card = (folder / "README.md").read_text()
     assert card.count("| own caption preferred to it with another ") == 8 and "of two objects, mean of 1 h" in card
     loaded, captions = clip.load_clip(folder=folder), ["a large red striped star", "a zebra"]

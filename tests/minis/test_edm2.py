@@ -27,6 +27,7 @@ def test_sizes():
         assert sum(p.numel() for p in EDM2UNet(**settings).parameters()) / 1e6 == pytest.approx(millions, abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes(autoencoder, tmp_path, monkeypatch):
     window = SceneWindow(autoencoder, size=12, fresh=2)
     whole = network()
@@ -47,6 +48,7 @@ def test_a_killed_run_resumes(autoencoder, tmp_path, monkeypatch):
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_what_a_step_sees(autoencoder, tmp_path):
     """Rows of unit norm, noise levels and inputs as EDM's, and one label in ten dropped whole."""
     seen = []

@@ -71,6 +71,7 @@ def test_training_goes_on_from_a_trained_pipeline(autoencoder, tmp_path):
     assert record["window"] == {"first": 9, "size": 4, "fresh": 8}
 
 
+@pytest.mark.slow
 def test_the_loss_of_mini_dit_is_min_snr_weighted_noise_error(autoencoder, tmp_path, monkeypatch):
     """The loss of one step, against the definition: min(SNR, 5)/SNR times the squared error of ε,
     on the batch it drew.

@@ -55,6 +55,7 @@ def test_autoencoder_on_held_out_scenes(objects, decibels):
     assert (latents.std(dim=(0, 2, 3)) - 1).abs().max() < 0.2
 
 
+@pytest.mark.slow
 def test_mini_dit_draws_what_is_asked():
     pipe = companion.load("mini-dit")
     pipe.set_progress_bar_config(disable=True)
@@ -66,6 +67,7 @@ def test_mini_dit_draws_what_is_asked():
     assert recognised(drawn, asked.roll(1), judge) < 0.3
 
 
+@pytest.mark.slow
 def test_mini_edm2_draws_what_is_asked_with_either_reference():
     pipe = companion.load("mini-edm2")
     pipe.set_progress_bar_config(disable=True)
@@ -95,6 +97,7 @@ def test_mini_edm2_draws_what_is_asked_with_either_reference():
 
 
 @pytest.mark.parametrize("name", TEXT_CONDITIONAL)
+@pytest.mark.slow
 def test_text_conditional_minis_draw_what_captions_say(name):
     pipe = companion.load(name)
     pipe.set_progress_bar_config(disable=True)
@@ -134,6 +137,7 @@ def test_shipped_settings_name_no_place():
     assert named == []
 
 
+@pytest.mark.slow
 def test_mini_adm_draws_what_is_asked_with_and_without_a_classifier():
     pipe = companion.load("mini-adm")
     pipe.set_progress_bar_config(disable=True)

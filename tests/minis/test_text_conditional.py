@@ -56,6 +56,7 @@ def denoiser_of(pipe):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_two_steps_give_an_official_pipeline(trained, tmp_path, name):
     models, _ = trained
     pipe, record = models[name]

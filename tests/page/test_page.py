@@ -20,6 +20,7 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
+import demo
 from companion.evaluation.comparison.side_by_side import Settings, compare
 from companion.evaluation.comparison.streaming import THREAD
 from companion.guidance.weights import IntervalWeight
@@ -140,6 +141,7 @@ def test_a_pipeline_that_needs_more_than_prompts_is_refused():
         _check_arguments(kind.__new__(kind))
 
 
+@pytest.mark.slow
 def test_the_script_makes_the_same_pictures_in_a_process_of_its_own(client, tmp_path):
     made = generate(client, schedule="power-cosine", power=2, peak=1.5, scheduler="UniPCMultistepScheduler", seed=3)
     (tmp_path / "run.py").write_text(made["script"])
@@ -269,6 +271,7 @@ def wait_for(happened: Any, seconds: float = PATIENCE) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_progress_counts_the_steps_of_both_sides(client):
     job = client.submit(classes=["star"], steps=300, pictures=4, api_name="/generate")
     seen = []
@@ -349,17 +352,31 @@ def test_the_terminal_says_what_is_wrong_in_one_sentence(tmp_path):
     ("arguments", "sentence"),
     [
         (("--model", "mini-dot"), "model 'mini-dot' is not known"),
-        (("--model", "owner/model"), "no connection"),
         (("--device", "warp"), "device 'warp' is not available"),
     ],
 )
-def test_the_terminal_refuses_what_only_the_library_can_know(arguments, sentence, folder):
+def test_the_terminal_refuses_what_only_the_library_can_know(arguments, sentence, folder, capsys):
+    """In this process: another one would import torch and diffusers first."""
     given = arguments if "--model" in arguments else ("--model", str(folder), *arguments)
-    ended, _ = terminal("--port", str(free_port()), *given, HF_ENDPOINT="http://127.0.0.1:9")
-    assert ended.returncode == 2 and sentence in ended.stderr and "Traceback" not in ended.stderr
+    handlers = {ending: signal.getsignal(ending) for ending in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            demo.main(["--port", str(free_port()), *given])
+    finally:
+        for ending, handler in handlers.items():
+            signal.signal(ending, handler)
+    shown = capsys.readouterr().err
+    assert stopped.value.code == 2 and sentence in shown and shown.strip().count("\n") == 0
+
+
+@pytest.mark.slow
+def test_the_terminal_says_that_there_is_no_connection():
+    ended, _ = terminal("--port", str(free_port()), "--model", "owner/model", HF_ENDPOINT="http://127.0.0.1:9")
+    assert ended.returncode == 2 and "no connection" in ended.stderr and "Traceback" not in ended.stderr
     assert ended.stderr.strip().count("\n") == 0
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_interrupted(folder, tmp_path):
     port = free_port()
     said, complaints = tmp_path / "stdout", tmp_path / "stderr"

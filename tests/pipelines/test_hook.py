@@ -396,6 +396,9 @@ def test_autoguidance_takes_the_weaker_network_under_the_same_condition(family):
     network.forward = counted
     steps = []
     config = RectifiedGuidanceConfig(product="none", guide=guide)
+    with rectified_guidance(pipe, config):
+        draw(pipe, num_inference_steps=1)  # how its batch is cut is found out once
+    batches.clear()
     with rectified_guidance(pipe, config, on_step=steps.append):
         draw(pipe, num_inference_steps=2)
     assert batches == [2, 2]  # the conditional branch alone, once a step
@@ -450,6 +453,9 @@ def test_reuse_is_the_finite_difference_where_it_evaluates(family):
         return inner(*args, **kwargs)
 
     network.forward = counted
+    with rectified_guidance(pipe):
+        draw(pipe, num_inference_steps=1)  # how its batch is cut is found out once
+    calls.clear()
     steps, exact = [], []
     with rectified_guidance(pipe, RectifiedGuidanceConfig(every=3), on_step=steps.append):
         draw(pipe, num_inference_steps=7)

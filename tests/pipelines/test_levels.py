@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
-from companion.pipelines.levels import UNDERSTOOD_SCHEDULERS, noise_level
+from companion.pipelines.levels import SUPPORTED_SCHEDULERS, noise_level
 
 STEPS = 7
 PREDICTIONS = ["epsilon", "sample", "v_prediction"]
@@ -171,4 +171,4 @@ def test_what_is_not_understood_is_refused():
         noise_level(diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"), 500)
     with pytest.raises(ValueError, match="timestep must be an integer from 0 to 999, got 1000"):
         noise_level(DDIMScheduler(), 1000)
-    assert EulerDiscreteScheduler.__name__ in UNDERSTOOD_SCHEDULERS
+    assert EulerDiscreteScheduler.__name__ in SUPPORTED_SCHEDULERS

@@ -1,4 +1,4 @@
-"""Every pipeline class of the installed diffusers: tested, supported by mechanism, without guidance, or refused."""
+"""What is said of every pipeline class of the installed diffusers, and a sample of what was checked of them."""
 
 import os
 from pathlib import Path
@@ -6,17 +6,13 @@ from pathlib import Path
 import diffusers
 import pytest
 
-from companion.pipelines.layout import Refusal, anatomy_of
-from companion.pipelines.support import describe, support_table
+from companion.cli.pipelines import check_named, read_data, write_data
+from companion.pipelines.layout import UnsupportedPipeline, guidance_layout
+from companion.pipelines.support import describe, page, support_table
 from tests.pipelines.tiny_zoo import TESTED
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "pipelines.md"
-HEADINGS = {
-    "tested": "Run by the tests",
-    "supported": "Supported by mechanism",
-    "refused": "Refused",
-    "unguided": "Nothing to rectify",
-}
+DATA = DOCUMENT.with_suffix(".json")
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +29,9 @@ def test_the_class_and_its_file_say_the_same(table):
     """Reading a class that is imported, with the line numbers of its file, and reading the file alone."""
     rows = {row.name: row for row in table}
     for name in ("DiTPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "PixArtAlphaPipeline"):
-        assert rows[name].note == describe(anatomy_of(getattr(diffusers, name)))
-    with pytest.raises(Refusal) as refusal:
-        anatomy_of(diffusers.StableDiffusionInstructPix2PixPipeline)
+        assert rows[name].note == describe(guidance_layout(getattr(diffusers, name)))
+    with pytest.raises(UnsupportedPipeline) as refusal:
+        guidance_layout(diffusers.StableDiffusionInstructPix2PixPipeline)
     assert str(refusal.value) == rows["StableDiffusionInstructPix2PixPipeline"].note
 
 
@@ -50,30 +46,32 @@ def test_pipelines_that_are_known_not_to_work_are_refused(table):
     assert status["DDPMPipeline"] == "unguided"
 
 
-def test_the_table_in_the_documents(table):
-    """docs/pipelines.md is written by this test: `UPDATE_DOCS=1 make test ARGS="-k support"`."""
-    parts = {
-        "tested": [(row.name, row.note, TESTED[row.name]) for row in table if row.name in TESTED],
-        **{
-            status: [
-                (row.name, row.note, "deprecated" if row.deprecated else "")
-                for row in table
-                if row.status == status and row.name not in TESTED
-            ]
-            for status in ("supported", "refused", "unguided")
-        },
-    }
-    counts = ", ".join(f"{len(rows)} {HEADINGS[part].lower()}" for part, rows in parts.items())
-    text = (
-        f"# Pipelines of diffusers {diffusers.__version__}\n\n"
-        "What `companion.rectified_guidance` makes of every pipeline class in torch that has a `__call__`, read from\n"
-        "the source of that `__call__`: {counts}.\n\n"
-        "A ControlNet's residuals are held fixed in K: its own derivative is left out.\n"
-        'Written by `UPDATE_DOCS=1 make test ARGS="-k support"`.\n'
-    ).replace("{counts}", counts)
-    for part, rows in parts.items():
-        text += f"\n## {HEADINGS[part]}\n\n| pipeline | how it guides, or why not | |\n|---|---|---|\n"
-        text += "".join(f"| {name} | {note} | {extra} |\n".replace("|  |", "| |") for name, note, extra in rows)
+def test_false_statements_are_gone(table):
+    """Two guided loops, a method that combines, a trailing `.float()`, unknown schedulers, distilled networks."""
+    rows = {row.name: row for row in table}
+    two = "it guides in 2 sampling loops, and only one could be rectified"
+    assert rows["StableDiffusionPix2PixZeroPipeline"].note == rows["UnCLIPPipeline"].note == two
+    assert rows["UniDiffuserPipeline"].note == "it combines its branches in a method of its own, outside its __call__"
+    assert rows["GlmImagePipeline"].status == rows["BriaFibo2Pipeline"].status == "supported"
+    assert "FlowMapEulerDiscreteScheduler" in rows["AnyFlowPipeline"].note
+    assert {rows[name].status for name in ("AnyFlowPipeline", "AnyFlowFARPipeline", "HeliosPipeline")} == {"refused"}
+    assert rows["SanaSprintPipeline"].status == "unguided"
+    assert "timestep_ratio" not in rows["StableCascadePriorPipeline"].note
+
+
+def test_the_page_is_made_of_its_data(table):
+    """`python -m companion pipelines` writes both; notes on what the tests run come from here (`UPDATE_DOCS=1`)."""
+    data = read_data(DATA)
     if os.environ.get("UPDATE_DOCS"):
-        DOCUMENT.write_text(text)
-    assert DOCUMENT.read_text() == text, "run with UPDATE_DOCS=1 and commit docs/pipelines.md"
+        write_data(DATA, data | {"run": dict(sorted(TESTED.items()))})
+        data = read_data(DATA)
+        DOCUMENT.write_text(page(table, data["run"], data["checked"]))
+    assert data["run"] == TESTED
+    assert DOCUMENT.read_text() == page(table, data["run"], data["checked"]), "run python -m companion pipelines"
+
+
+@pytest.mark.parametrize("name", ["HiDreamImagePipeline", "KandinskyV22PriorPipeline", "HunyuanDiTControlNetPipeline"])
+def test_a_sample_of_the_page_is_checked_again(name):
+    """One and three images of HiDream, an output that is no `sample`, residuals that the network pops from a list."""
+    found = check_named(name)
+    assert found.get("passed"), found

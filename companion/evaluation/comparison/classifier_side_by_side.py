@@ -94,7 +94,9 @@ class ClassifierSettings:
             class_number(adm, condition)
         sampling_timesteps(len(adm.scheduler.alphas_cumprod), self.steps, self.sampler)
         if self.unconditional and adm.config.null_class is None and adm.unet.config.num_class_embeds:
-            raise ValueError("this network has no null class, so it must be told the class: unconditional must be off")
+            raise ValueError(
+                "this network has no null class, so unconditional must be off: it is conditioned on the class"
+            )
 
     def methods(self) -> Mapping[SideName, Method]:
         """Of both sides."""

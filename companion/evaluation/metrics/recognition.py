@@ -31,7 +31,7 @@ def draw_classes(
         pipe: a class-conditional pipeline.
         labels: class numbers.
         guidance_scale: diffusers' s = 1 + w.
-        config: how to rectify; None is everyday guidance.
+        config: how to rectify; None is CFG.
     """
     with rectified_guidance(pipe, config or RectifiedGuidanceConfig(product="none")):
         return draw(

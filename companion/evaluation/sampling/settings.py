@@ -54,7 +54,7 @@ class SamplingSettings:
         seed: a non-negative integer.
         guidance_scale: diffusers' s = 1 + w.
         weight: weight over time, in `from_text`'s form.
-        product: of K with the direction; `none` is everyday guidance.
+        product: of K with the direction; `none` is CFG.
         scheduler: diffusers' class name; None is the pipeline's own.
         call: further arguments of the pipeline's call, such as height and width: plain JSON; a classifier's `score`
             is a mapping of the fields of `ClassifierScore`.
@@ -221,12 +221,12 @@ def conditions_for(
     """
     if takes_prompts(pipe):
         if classes is not None:
-            raise ValueError(f"classes must be left out: {type(pipe).__name__} is told in prompts; give a prompts file")
+            raise ValueError(f"classes must be left out: {type(pipe).__name__} takes prompts; give a prompts file")
         if prompts is None:
             raise ValueError(f"{type(pipe).__name__} needs prompts: give a file with one a line")
         return read_prompts(prompts)
     if prompts is not None:
-        raise ValueError(f"prompts must be left out: {type(pipe).__name__} is told in classes, not in words")
+        raise ValueError(f"prompts must be left out: {type(pipe).__name__} takes classes")
     if classes is None:
         return tuple(class_names(pipe))
     return tuple(class_number(pipe, name.strip()) for name in classes.split(","))

@@ -62,18 +62,7 @@ class ClassifierPlan(SampledPlan[Row]):
         call = {"sampler": "ddpm", **row.call}
         scale = call.pop("guidance_scale", 1.0)
         call |= {"classifier_scale": 0.0} if row.guide is None else {"score": asdict(row.score)}
-        return SamplingSettings(
-            model=self.model,
-            num_samples=self.num_samples,
-            conditions=conditions,
-            batch_size=self.batch_size,
-            steps=row.steps,
-            seed=seed,
-            guidance_scale=scale,
-            product=row.product,
-            call=call,
-            image_format="npz",
-        )
+        return self.sampling(self.model, row.steps, seed, conditions, row.product, scale, call)
 
     def with_budgets(self) -> Self:
         """The plan with the steps of its budgets: classifier-free guidance evaluates the U-Net twice a step."""
@@ -86,7 +75,7 @@ class ClassifierPlan(SampledPlan[Row]):
                 for row in self.rows
                 if row.guide is not None and (row.product != "none") == rectified and not row.budget
             )
-            return cost_of(self.load(like.model), self.settings(like, 0, (0,))).evaluations  # type: ignore[arg-type]
+            return cost_of(self.load(like.model), self.settings(like, 0, (0,))).evaluations
 
         rows = tuple(
             row if row.budget is None else replace(row, steps=max(1, math.ceil(arithmetic(row.budget) / 2)))

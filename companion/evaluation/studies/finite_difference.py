@@ -137,7 +137,7 @@ def pipeline_problems(
     chosen: Sequence[int],
     guidance_scale: float = 4.0,
 ) -> list[DifferenceProblem]:
-    """Problems along a run of a DiT pipeline under everyday guidance, at the chosen numbers of its calls.
+    """Problems along a run of a DiT pipeline under CFG, at the chosen numbers of its calls.
 
     Args:
         pipe: in float32, on the CPU.

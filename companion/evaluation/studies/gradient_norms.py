@@ -48,7 +48,9 @@ class Gradients:
 def visited_states(
     pipe: ADMPipeline, labels: Int[Tensor, " samples"], *, steps: int, seed: int = 0, every: int = 1, **call: Any
 ) -> list[GuidanceStep]:
-    """Every `every`-th state of one everyday run, as `rectified_guidance` reports it; picture i's noise is (seed, i).
+    """Every `every`-th state of one run of standard guidance, as `rectified_guidance` reports it.
+
+    Picture i's noise is (seed, i).
 
     Args:
         call: further arguments of the pipeline.
@@ -68,28 +70,28 @@ def visited_states(
 def gradients_along(
     pipe: ADMPipeline, states: Sequence[GuidanceStep], labels: Int[Tensor, " samples"], ways: Mapping[str, Way]
 ) -> dict[str, Gradients]:
-    """Every way's gradients at the states, through the pipeline's network told the null class (or no class).
+    """Every method's gradients at the states, through the pipeline's network under the null class (or none).
 
-    One forward pass of the network a state, and one backward pass a state and way. As in sampling, a classifier of
+    One forward pass of the network a state, and one backward pass a state and method. As in sampling, a classifier of
     clean pictures sees x̂_0 cut to [-1, 1], and its gradient passes the cut unchanged.
     """
     null = pipe.config.null_class
-    told = None if null is None else torch.full_like(labels, null)
+    class_labels = None if null is None else torch.full_like(labels, null)
     rows: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in ways}
     for state in states:
         level, x = state.level, state.sample.detach().requires_grad_()
         with torch.enable_grad():
-            output = pipe.unet(x, state.timestep, class_labels=told, return_dict=False)[0][:, : x.shape[1]]
+            output = pipe.unet(x, state.timestep, class_labels=class_labels, return_dict=False)[0][:, : x.shape[1]]
             clean = clean_from_output(level.prediction_type, output, x, level.alpha, level.sigma)
         for name, (network, score) in ways.items():
             aware = is_noise_aware(network)
             place = x.detach() if aware else clean.detach().clamp(-1, 1)
-            kept: list[Tensor] = []
+            seen: list[Tensor] = []
             slope = classifier_gradient(
-                _remembering(network, int(state.timestep) if aware else None, kept), place, labels, score
+                _remembering(network, int(state.timestep) if aware else None, seen), place, labels, score
             ).gradient
-            [pulled] = torch.autograd.grad(clean, x, slope, retain_graph=True)
-            rows[name].append(_row(slope, (level.alpha if aware else 1.0) * pulled, kept[0], labels))
+            [k_gradient] = torch.autograd.grad(clean, x, slope, retain_graph=True)
+            rows[name].append(_row(slope, (level.alpha if aware else 1.0) * k_gradient, seen[0], labels))
     timesteps = tuple(int(state.timestep) for state in states)
     return {
         name: Gradients(timesteps, *(torch.stack(column) for column in zip(*found, strict=True)))
@@ -97,35 +99,35 @@ def gradients_along(
     }
 
 
-def _remembering(network: nn.Module, timestep: int | None, kept: list[Tensor]) -> Classifier:
+def _remembering(network: nn.Module, timestep: int | None, seen: list[Tensor]) -> Classifier:
     def logits(pictures: Tensor) -> Tensor:
         found = logits_of(network(pictures) if timestep is None else network(pictures, timestep=timestep))
-        kept.append(found.detach())
+        seen.append(found.detach())
         return found
 
     return logits
 
 
 def _row(slope: Tensor, through: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    g, pulled, p = slope.double().flatten(1), through.double().flatten(1), logits.double().softmax(dim=1)
-    norm, pulled_norm = g.norm(dim=1), pulled.norm(dim=1)
-    cosine = (g * pulled).sum(dim=1) / (norm * pulled_norm)
-    return norm, pulled_norm, cosine, p.amax(dim=1), p.gather(1, labels[:, None])[:, 0]
+    g, k_g, p = slope.double().flatten(1), through.double().flatten(1), logits.double().softmax(dim=1)
+    norm, k_norm = g.norm(dim=1), k_g.norm(dim=1)
+    cosine = (g * k_g).sum(dim=1) / (norm * k_norm)
+    return norm, k_norm, cosine, p.amax(dim=1), p.gather(1, labels[:, None])[:, 0]
 
 
 @torch.no_grad()
 def estimates(
     pipe: ADMPipeline, pictures: Float[Tensor, "batch 3 height width"], timestep: int, generator: torch.Generator
 ) -> Float[Tensor, "batch 3 height width"]:
-    """x̂_0, cut to [-1, 1], of true pictures in the noise of a timestep, by the network told the null class (or none).
+    """x̂_0, cut to [-1, 1], of true pictures in the noise of a timestep, by the network under the null class (or none).
 
-    What a classifier of clean pictures judges during sampling, where the right answer is known.
+    What a classifier of clean pictures sees during sampling, where the right answer is known.
     """
-    kept = float(pipe.scheduler.alphas_cumprod[timestep])
+    alpha_bar = float(pipe.scheduler.alphas_cumprod[timestep])
     noise = torch.randn(pictures.shape, generator=generator)
-    noisy = kept**0.5 * pictures + (1 - kept) ** 0.5 * noise
+    noisy = alpha_bar**0.5 * pictures + (1 - alpha_bar) ** 0.5 * noise
     null = pipe.config.null_class
-    told = None if null is None else torch.full((len(noisy),), null)
-    output = pipe.unet(noisy, timestep, class_labels=told, return_dict=False)[0][:, : noisy.shape[1]]
+    class_labels = None if null is None else torch.full((len(noisy),), null)
+    output = pipe.unet(noisy, timestep, class_labels=class_labels, return_dict=False)[0][:, : noisy.shape[1]]
     kind = pipe.scheduler.config.prediction_type
-    return clean_from_output(kind, output, noisy, kept**0.5, (1 - kept) ** 0.5).clamp(-1, 1)
+    return clean_from_output(kind, output, noisy, alpha_bar**0.5, (1 - alpha_bar) ** 0.5).clamp(-1, 1)

@@ -171,17 +171,23 @@ def _paper_swept(
     return _Swept(name, int(model.call["num_inference_steps"]), _levels(model), guidances, scales)
 
 
+def _over_time(along: str) -> Mapping[str, tuple[str, Reference | None]]:
+    """The guidances over time with schedules that run in levels, from σ = 80 or t = 1000, as in the published code."""
+    return {**_OVER_TIME, "linear": (f"linear@{along}", None), "cosine": (f"power-cosine@{along}:1,2", None)}
+
+
 def paper_imagenet_rows() -> tuple[Row, ...]:
     """Table 2 at the paper's size: DiT-XL/2-256, EDM2-S-64, EDM2-S-512 and EDM2-XXL-512.
 
-    Samplers, steps and intervals are the paper's, the first scale of each is the one its networks were published with,
-    the others are this table's choice. Autoguidance is sampled from the pairs of networks that EDM2 publishes for it.
+    Samplers, steps, intervals and what the schedules run in are the paper's. DiT's first scale is the paper's, EDM2's
+    are those its networks were published with, the others are this table's choice. Autoguidance is sampled from the
+    pairs of networks that EDM2 publishes for it.
     """
-    dit = {**_OVER_TIME, "interval": ("interval@timestep:205,502", None)}
-    edm2 = {**_OVER_TIME, "interval": ("interval@sigma:0.28,2.9", None)}
+    dit = {**_over_time("timestep"), "interval": ("interval@timestep:205,502", None)}
+    edm2 = {**_over_time("sigma"), "interval": ("interval@sigma:0.28,2.9", None)}
     auto: dict[str, tuple[str, Reference | None]] = {"autoguidance": ("constant", "guide")}
     models = (
-        _paper_swept("dit-xl-2-256", dit, (1.5, 1.25, 2.0, 3.0)),
+        _paper_swept("dit-xl-2-256", dit, (2.5, 1.5, 2.0, 3.0)),
         _paper_swept("edm2-s-512", edm2, (1.4, 1.2, 1.7, 2.0)),
         _paper_swept("edm2-img512-s-autog", auto, (2.1, 1.5, 2.5), "edm2-s-512"),
         _paper_swept("edm2-s-64", auto, (1.7, 1.4, 2.0)),

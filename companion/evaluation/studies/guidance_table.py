@@ -5,7 +5,7 @@ python -m companion table coco --profile paper --data REFERENCES
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -47,19 +47,9 @@ class GuidancePlan(SampledPlan[Row]):
     def settings(self, row: Row, seed: int, conditions: tuple[int, ...] | tuple[str, ...]) -> SamplingSettings:
         """What is drawn for a cell."""
         reference = {} if row.reference is None else {"guidance_reference": row.reference}
-        return SamplingSettings(
-            model=row.model,
-            num_samples=self.num_samples,
-            conditions=conditions,
-            batch_size=self.batch_size,
-            steps=row.steps,
-            seed=seed,
-            guidance_scale=row.guidance_scale,
-            weight=row.weight,
-            product=row.product,
-            call={**self.call.get(row.model, {}), **reference},
-            image_format="npz",
-        )
+        call = {**self.call.get(row.model, {}), **reference}
+        drawn = self.sampling(row.model, row.steps, seed, conditions, row.product, row.guidance_scale, call)
+        return replace(drawn, weight=row.weight)
 
     def as_markdown(self, cells: Sequence[Cell]) -> str:
         """All cells, one line a row."""

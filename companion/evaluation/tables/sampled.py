@@ -15,6 +15,7 @@ from companion.evaluation.sampling.settings import SamplingSettings, check_sampl
 from companion.evaluation.tables.engine import Measured
 from companion.evaluation.tables.results import Cell, Cost
 from companion.files import read_json
+from companion.pipelines.configuration import Preset
 from companion.pipelines.registry import load
 
 
@@ -62,6 +63,30 @@ class SampledPlan(Generic[RowT]):
     def settings(self, row: RowT, seed: int, conditions: tuple[int, ...] | tuple[str, ...]) -> SamplingSettings:
         """What is drawn for a cell."""
         raise NotImplementedError
+
+    def sampling(
+        self,
+        model: str,
+        steps: int,
+        seed: int,
+        conditions: tuple[int, ...] | tuple[str, ...],
+        product: Preset,
+        guidance_scale: float,
+        call: Mapping[str, Any],
+    ) -> SamplingSettings:
+        """Settings of a run of this table's size."""
+        return SamplingSettings(
+            model=model,
+            num_samples=self.num_samples,
+            conditions=conditions,
+            batch_size=self.batch_size,
+            steps=steps,
+            seed=seed,
+            guidance_scale=guidance_scale,
+            product=product,
+            call=call,
+            image_format="npz",
+        )
 
     def as_markdown(self, cells: Sequence[Cell]) -> str:
         """The table."""

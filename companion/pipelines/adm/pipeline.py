@@ -4,8 +4,8 @@ The guide is a noise-aware classifier at x_t, or any classifier of clean picture
 score of `companion.guidance.classifier`. Rectified guidance is part of it: `rectified_guidance(pipe)` works as for
 every other pipeline, with the products of `companion.guidance.classifier.rectified`.
 
-Against OpenAI's sampler with the same tiny networks and noise, guided at x_t in float32, whole runs end within 4e-6 of
-the pictures' norm: DDPM in 20 steps and DDIM in 25, linear and cosine schedule.
+What depends on the level alone is computed from float64 betas, as OpenAI's sampler does: β and β̃ of every step are
+within 1e-9 of its formulas, relatively, where diffusers' float32 ᾱ would leave them off by up to 8e-4.
 """
 
 import math
@@ -46,7 +46,7 @@ from companion.pipelines.adm.sampler import (
     sampling_timesteps,
 )
 from companion.pipelines.configuration import RectifiedGuidanceConfig
-from companion.pipelines.levels import noise_level
+from companion.pipelines.levels import alpha_bar_table, noise_level
 from companion.pipelines.product_step import GuidanceStep, OnStep, RectifiedRun
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -177,7 +177,7 @@ class ADMPipeline(DiffusionPipeline):
                 f"generator must be one torch.Generator, or a list of {batch}, one per picture, got {len(generators)}"
             )
         variance = self._check_variance()
-        trained = self.scheduler.alphas_cumprod
+        trained = alpha_bar_table(self.scheduler)
         chain = sampling_chain(trained, sampling_timesteps(len(trained), num_inference_steps, sampler))
         share = chain.sine_share(gamma)
 

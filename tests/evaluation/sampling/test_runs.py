@@ -110,6 +110,7 @@ def test_the_batch_size_matters_no_more_than_rounding(whole):
         assert np.abs(drawn.astype(int) - reference).max() <= 1
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_folder(tmp_path):
     """By the launcher's own command, over the loopback interface: no other network and no host name is needed."""
     model = save_scene_dit(tmp_path / "model")
@@ -130,6 +131,7 @@ def test_two_processes_write_the_same_folder(tmp_path):
 
 
 @pytest.mark.parametrize(("image_format", "after"), [("png", 4), ("png", 8), ("npz", 3)])
+@pytest.mark.slow
 def test_killed_at_any_write_it_goes_on(tmp_path, image_format, after):
     """Every session is killed at its `after`-th renaming, alternately just after and just before it."""
     with one_thread():

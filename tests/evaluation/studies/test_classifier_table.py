@@ -128,6 +128,7 @@ def test_features_of_small_scenes_tell_the_shapes_apart():
     assert (found.logits.argmax(dim=1) == labels(chosen)).float().mean() > 0.9
 
 
+@pytest.mark.slow
 def test_its_cells_are_a_tables_cells(tmp_path):
     """Drawn, kept and continued as in test_tables.py."""
     collected = tmp_path / "all.json"

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from companion.pipelines.adm.sampler import ddim_step, ddpm_step, log_variance, sampling_chain, sampling_timesteps
+from companion.pipelines.levels import alpha_bar_table
 
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 
@@ -145,3 +147,38 @@ def test_sine_schedule():
     assert chain.sine_share(0.0).tolist() == [0.0] * 250
     with pytest.raises(ValueError, match="gamma"):
         chain.sine_share(-1.0)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("steps", [25, 250, 1000])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_levels_come_from_float64_betas(schedule, steps, sampler):
+    """Against the published definitions in numpy's float64: linear and cosine betas, the coarser chain, β and β̃.
+
+    From diffusers' float32 table, β would be off by up to 8e-4.
+    """
+    if schedule == "linear":
+        betas = np.linspace(1e-4, 0.02, 1000)
+    else:
+        share = (np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2)) ** 2
+        betas = np.minimum(1 - share[1:] / share[:-1], 0.999)
+    table = np.cumprod(1 - betas)
+    times = sampling_timesteps(1000, steps, sampler)
+    scheduler = DDPMScheduler(beta_schedule=SCHEDULES[schedule])
+    chain = sampling_chain(alpha_bar_table(scheduler), times)
+    now, after = table[times], np.append(table[times[1:]], 1.0)
+    beta = 1 - now / after
+    np.testing.assert_allclose(chain.beta.numpy(), beta, rtol=1e-9)
+    np.testing.assert_allclose(chain.posterior.numpy()[:-1], (beta * (1 - after) / (1 - now))[:-1], rtol=1e-9)
+    rough = sampling_chain(scheduler.alphas_cumprod, times)
+    assert steps < 1000 or float((rough.beta / chain.beta - 1).abs().max()) > 1e-4
+
+
+def test_a_table_that_was_changed_is_taken_as_it_is():
+    for scheduler in (
+        DDIMScheduler(rescale_betas_zero_snr=True),
+        DDPMScheduler(beta_schedule="sigmoid"),
+        DDPMScheduler(trained_betas=np.linspace(1e-3, 1e-2, 1000)),
+    ):
+        assert torch.allclose(alpha_bar_table(scheduler), scheduler.alphas_cumprod.double(), rtol=1e-3, atol=1e-7)
+    assert float(alpha_bar_table(DDIMScheduler(rescale_betas_zero_snr=True))[-1]) < 1e-7

@@ -1,0 +1,101 @@
+"""`python -m companion pipelines`: run every pipeline of the installed diffusers that can be built small, and check it.
+
+The result is the page `docs/pipelines.md` and the data `docs/pipelines.json` that it is made from.
+"""
+
+import argparse
+import json
+import logging
+import signal
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from companion.pipelines.pipeline_check import check
+from companion.pipelines.support import page, support_table
+from companion.pipelines.tiny_components import recorded, tiny_pipeline
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", help="pipeline classes; default: all that can be built small")
+    parser.add_argument("--data", type=Path, default=Path("docs/pipelines.json"), help="results; others in it are kept")
+    parser.add_argument("--page", type=Path, default=Path("docs/pipelines.md"), help="the page, written anew")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of processor time for one pipeline; default: 60")
+    parser.add_argument("--missing", action="store_true", help="only pipelines without a result from this diffusers")
+
+
+def run(options: argparse.Namespace) -> int:
+    known = {name.split("/")[0] for name in recorded()}
+    unknown = sorted(set(options.names) - known)
+    if unknown:
+        print(
+            f"error: names must be among the {len(known)} classes with recorded components, got {unknown[0]!r}",
+            file=sys.stderr,
+        )
+        return 2
+    data = read_data(options.data)
+    supported = {row.name for row in support_table() if row.status == "supported"}
+    names = [name for name in recorded() if name.split("/")[0] in supported & set(options.names or known)]
+    names = [name for name in names if not (options.missing and name in data["checked"])]
+    data["checked"] = {name: found for name, found in data["checked"].items() if name.split("/")[0] in supported}
+    for name in names:
+        data["checked"][name] = check_named(name, options.seconds)
+        print(f"{name}: {_summary(data['checked'][name])}", flush=True)
+        write_data(options.data, data)
+    write_data(options.data, data)
+    options.page.write_text(page(support_table(), data["run"], data["checked"]), encoding="utf-8")
+    return 0
+
+
+def check_named(name: str, seconds: float = 60.0) -> dict[str, Any]:
+    """A check of a recorded pipeline, or why there is none, as JSON; `seconds` of processor time at most."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"not finished in {seconds:g} s of processor time")
+
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            found = check(*tiny_pipeline(name))
+        except Exception as error:  # of many pipelines, each with its own needs
+            return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            logging.disable(logging.NOTSET)
+    rounded = {
+        key: float(f"{value:.1e}") if isinstance(value, float) else value for key, value in asdict(found).items()
+    }
+    return {**rounded, "passed": found.passed()}
+
+
+def _summary(found: dict[str, Any]) -> str:
+    return found.get("failed") or ", ".join(f"{key} {value}" for key, value in found.items())
+
+
+def read_data(file: Path) -> dict[str, Any]:
+    """The page's data; without results where they are another diffusers'."""
+    if file.is_file():
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if data["diffusers"] == diffusers.__version__:
+            return data
+        return {"diffusers": diffusers.__version__, "run": data["run"], "checked": {}}
+    return {"diffusers": diffusers.__version__, "run": {}, "checked": {}}
+
+
+def write_data(file: Path, data: dict[str, Any]) -> None:
+    """One line a result, so that changes can be read."""
+    rows: Iterable[str] = (
+        f"{json.dumps(name)}: {json.dumps(found)}" for name, found in sorted(data["checked"].items())
+    )
+    head = (
+        f'"diffusers": {json.dumps(data["diffusers"])},\n"run": {json.dumps(data["run"], indent=1, ensure_ascii=False)}'
+    )
+    text = f'{{{head},\n"checked": {{\n' + ",\n".join(rows) + "\n}}\n"
+    file.write_text(text, encoding="utf-8")

@@ -1,0 +1,247 @@
+"""Rectified guidance in a pipeline, compared with what the same pipeline does without it.
+
+For pipelines that nobody described by hand (`companion.pipelines.tiny_components`). Nothing here cuts a batch: the
+network is evaluated on the very arguments the pipeline gave it, displaced in its conditional half.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from companion.pipelines.configuration import RectifiedGuidanceConfig
+from companion.pipelines.denoiser_call import DenoiserCall, first_output, inside, with_inside
+from companion.pipelines.hook import rectified_guidance
+from companion.pipelines.layout import GuidanceLayout, guidance_layout
+from companion.pipelines.product_step import GuidanceStep
+
+_SEVERAL = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+_DISPLACEMENT = {torch.float64: 1e-4, torch.float32: 3e-3}  # of central differences, relative to the input's norm
+
+
+@dataclass(frozen=True)
+class PipelineCheck:
+    """What one pipeline did under rectified guidance.
+
+    Attributes:
+        dtype: of its weights.
+        steps: guided denoiser calls of the run.
+        none: whether `product="none"` leaves the result as it is, bit for bit.
+        restored: whether the result is the same, bit for bit, after the hook was taken off.
+        finite_difference: relative distance of the rectified direction from central differences; None where the
+            branches agree.
+        unguided: relative distance of the result with weight 0 from the result without guidance; None where the
+            pipeline has no argument for it.
+        images: of one prompt, in the comparison with weight 0.
+    """
+
+    dtype: str
+    steps: int
+    none: bool
+    restored: bool
+    finite_difference: float | None
+    unguided: float | None
+    images: int
+
+    def passed(self, tolerance: float = 0.05) -> bool:
+        """Whether all that was compared agrees, and the finite difference was."""
+        compared = (self.finite_difference, self.unguided)
+        small = all(error is None or error < tolerance for error in compared)
+        return self.none and self.restored and self.finite_difference is not None and small
+
+
+@dataclass
+class _Recording:
+    """A run: its result, the calls of its denoisers and the guided steps."""
+
+    result: Tensor
+    calls: list[DenoiserCall] = field(default_factory=list)
+    steps: list[tuple[GuidanceStep, list[DenoiserCall]]] = field(default_factory=list)
+
+
+def check(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> PipelineCheck:
+    """Run a pipeline with and without rectified guidance, six times.
+
+    Args:
+        pipe: a pipeline of a few thousand weights.
+        arguments: of a guided call, without a generator.
+
+    Raises:
+        ValueError: its guidance is not supported, or the call does not guide.
+    """
+    layout = guidance_layout(type(pipe))
+    arguments, plain = _undecoded(pipe, layout, _guided(pipe, layout, arguments))
+    fine = RectifiedGuidanceConfig(relative_step=torch.finfo(torch.float32).eps ** 0.5)
+    rectified = _run(pipe, layout, arguments, fine)
+    guided = [found for found in rectified.steps if found[0].direction is not None]
+    if not guided:
+        raise ValueError("no step of this call is guided")
+    step, calls = guided[min(1, len(guided) - 1)]
+    expected = _central(layout, step, calls)
+    images, unguided = _unguided(pipe, layout, arguments)
+    return PipelineCheck(
+        dtype=str(step.sample.dtype).removeprefix("torch."),
+        steps=len(guided),
+        none=torch.equal(_run(pipe, layout, arguments, RectifiedGuidanceConfig(product="none")).result, plain.result),
+        finite_difference=None if expected is None else _distance(step.direction, expected),
+        unguided=unguided,
+        images=images,
+        restored=torch.equal(_run(pipe, layout, arguments, None).result, plain.result),
+    )
+
+
+def _accepted(pipe: DiffusionPipeline) -> Mapping[str, inspect.Parameter]:
+    found = dict(inspect.signature(type(pipe).__call__).parameters)
+    found.pop("self", None)
+    return found
+
+
+def _scale_argument(pipe: DiffusionPipeline, layout: GuidanceLayout) -> str | None:
+    """The argument of the call that the guidance scale is read from."""
+    names = [] if layout.scale is None else [name.lstrip("_") for name in layout.scale.co_names]
+    return next((name for name in names if name in _accepted(pipe)), None)
+
+
+def _guided(pipe: DiffusionPipeline, layout: GuidanceLayout, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with guidance turned on, where they leave it off."""
+    accepted, scale, given = _accepted(pipe), _scale_argument(pipe, layout), dict(arguments)
+    if scale is not None:
+        value = given.get(scale, accepted[scale].default)
+        if not isinstance(value, (int, float)) or value <= 1:
+            given[scale] = 3.0
+    said = given.get("negative_prompt") is not None or any("negative" in name and "embeds" in name for name in given)
+    if "negative_prompt" in accepted and "prompt" in given and not said:
+        prompt = given["prompt"]
+        given["negative_prompt"] = "blurred" if isinstance(prompt, str) else ["blurred"] * len(prompt)
+    return given
+
+
+def _undecoded(
+    pipe: DiffusionPipeline, layout: GuidanceLayout, arguments: Mapping[str, Any]
+) -> tuple[dict[str, Any], _Recording]:
+    """The arguments with the least decoding that the pipeline knows, and its run."""
+    for kind in ("latent", "pt", "np"):
+        given = {**arguments, "output_type": kind}
+        try:
+            return given, _run(pipe, layout, given, None)
+        except Exception as error:  # whatever a pipeline raises about a kind of output it does not know
+            failure = error
+    raise failure
+
+
+def _run(
+    pipe: DiffusionPipeline,
+    layout: GuidanceLayout | None,
+    arguments: Mapping[str, Any],
+    config: RectifiedGuidanceConfig | None,
+) -> _Recording:
+    recording = _Recording(torch.empty(0))
+    denoisers: list[nn.Module] = [
+        getattr(pipe, name) for name in (layout.components if layout else ()) if getattr(pipe, name, None) is not None
+    ]
+
+    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        recording.calls.append(DenoiserCall(module, _kept(args), _kept(kwargs)))
+
+    def on_step(step: GuidanceStep) -> None:
+        recording.steps.append((step, recording.calls[-2:]))
+
+    torch.manual_seed(0)
+    given = dict(arguments)
+    if "generator" in _accepted(pipe):
+        given["generator"] = torch.Generator().manual_seed(0)
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in denoisers]
+    try:
+        if config is None:
+            recording.result = _joined(pipe(**given, return_dict=False)[0])
+        else:
+            with rectified_guidance(pipe, config, on_step=on_step):
+                recording.result = _joined(pipe(**given, return_dict=False)[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recording
+
+
+def _kept(value: Any) -> Any:
+    """A copy that later steps do not change."""
+    if torch.is_tensor(value):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _kept(item) for key, item in value.items()}
+    return type(value)(map(_kept, value)) if type(value) in (list, tuple) else value
+
+
+def _joined(result: Any) -> Tensor:
+    """A pipeline's result as one tensor."""
+    if torch.is_tensor(result):
+        return result.detach().double().flatten()
+    if isinstance(result, (list, tuple)):
+        return torch.cat([_joined(item) for item in result])
+    if hasattr(result, "getdata"):
+        return torch.tensor(list(result.getdata()), dtype=torch.float64).flatten()
+    return torch.as_tensor(result).double().flatten()
+
+
+def _distance(one: Tensor | None, other: Tensor) -> float:
+    assert one is not None
+    return float((one.double() - other.double()).norm() / other.double().norm().clamp_min(1e-30))
+
+
+def _central(layout: GuidanceLayout, step: GuidanceStep, calls: list[DenoiserCall]) -> Tensor | None:
+    """`K Δ` at a step by central differences of the network on the pipeline's own arguments; None without a Δ."""
+    region = tuple(step.sample.shape[1:])
+    rows = len(step.sample)
+    if layout.mechanism == "stacked":
+        call = calls[-1]
+        conditional = slice(rows, None) if layout.reference_first else slice(0, rows)
+        both = inside(first_output(_outside(call)), region)
+        reference = both[:rows] if layout.reference_first else both[rows:]
+        c = both[conditional]
+    else:
+        call, conditional = calls[0], slice(None)
+        c, reference = (inside(first_output(_outside(branch)), region) for branch in calls)
+    delta = (c - reference).to(step.sample.dtype)
+    if not delta.any():
+        return None
+    size = _DISPLACEMENT.get(step.sample.dtype, 3e-3) * float(step.sample.norm() / delta.norm())
+
+    def displaced(amount: float) -> Tensor:
+        sample = call.sample.clone()
+        z = inside(sample, region)
+        z[conditional] += amount * delta
+        return inside(first_output(_outside(call.with_sample(with_inside(sample, z)))), region)[conditional].double()
+
+    identity, jacobian = step.level.coefficients
+    return identity * delta + jacobian * (displaced(size) - displaced(-size)) / (2 * size)
+
+
+@torch.no_grad()
+def _outside(call: DenoiserCall) -> Any:
+    return call()
+
+
+def _unguided(
+    pipe: DiffusionPipeline, layout: GuidanceLayout, arguments: Mapping[str, Any]
+) -> tuple[int, float | None]:
+    """Weight 0 against the pipeline's own run without guidance, with three images of a prompt where it can."""
+    accepted, scale = _accepted(pipe), _scale_argument(pipe, layout)
+    if scale is None:
+        return 1, None
+    several = next((name for name in _SEVERAL if name in accepted), None)
+    for images, given in ((3, {**arguments, str(several): 3}), (1, arguments)):
+        if images == 3 and several is None:
+            continue
+        try:
+            off = _run(pipe, layout, {**given, scale: float(layout.unguided)}, None)
+        except Exception:  # many pipelines have the argument and cannot serve it with what they are given here
+            if images == 1:
+                raise
+            continue
+        zero = _run(pipe, layout, given, RectifiedGuidanceConfig(weight=0.0))
+        return images, _distance(zero.result, off.result) if zero.result.shape == off.result.shape else None
+    return 1, None
