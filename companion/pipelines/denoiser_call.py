@@ -63,6 +63,18 @@ class DenoiserCall:
             _structure((self.args, self.kwargs)),
         )
 
+    @property
+    def has_state(self) -> bool:
+        """Whether an argument is an object that may change from call to call: a cache of keys and values, say."""
+        return _has_state((self.args, self.kwargs))
+
+    @torch.no_grad()
+    def repeats(self, output: Any) -> bool:
+        """Whether the call gives this output once more, but for rounding."""
+        known = first_output(output)
+        apart = (first_output(self()) - known).double().norm()
+        return bool(apart <= 8 * torch.finfo(known.dtype).eps * known.double().norm())
+
     def check_one_level(self) -> None:
         """Refuse a call whose samples or tokens are at different noise levels: there K has no one coefficient."""
         times = [value for name, value in self.kwargs.items() if "timestep" in name] or list(self.args[1:2])
@@ -150,6 +162,14 @@ def _take(value: Any, branch: slice, rows: int, second: frozenset[str], name: st
             return value[branch]
         return type(value)(_take(item, branch, rows, second, f"{name}.{i}", lists) for i, item in enumerate(value))
     return value
+
+
+def _has_state(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_state, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_state, value))
+    return not (value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype)))
 
 
 def _with_own_lists(value: Any) -> Any:

@@ -107,6 +107,7 @@ class _Run:
     rectified: RectifiedRun
     moment: _Moment | None = None
     pending: _Branch | None = None
+    repeatable: bool = False
 
     @property
     def index(self) -> int:
@@ -221,6 +222,13 @@ class _Rectifier:
         if self._is_plain(moment):
             self._report(run, branch, inside(known, branch.region) - reference)
             return output
+        if not run.repeatable and branch.call.has_state:
+            if not branch.call.repeats(branch.output):
+                raise ValueError(
+                    f"{type(self.pipe).__name__} changes an argument of its network between the branches (a cache), "
+                    "so that the conditional branch cannot be evaluated again and rectified"
+                )
+            run.repeatable = True
         branch, direction = self._rectify(branch.call, branch.output, other, reference, branch.region, run)
         self._report(run, branch, direction)
         c = inside(first_output(branch.output), branch.region)

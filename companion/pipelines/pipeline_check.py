@@ -20,6 +20,7 @@ from companion.pipelines.layout import GuidanceLayout, guidance_layout
 from companion.pipelines.product_step import GuidanceStep
 
 _SEVERAL = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+_LONG = 512  # characters: some pipelines put prompts behind a long instruction
 _DISPLACEMENT = {torch.float64: 1e-4, torch.float32: 3e-3}  # of central differences, relative to the input's norm
 
 
@@ -82,6 +83,8 @@ def check(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> PipelineChec
         raise ValueError("no step of this call is guided")
     step, calls = guided[min(1, len(guided) - 1)]
     expected = _central(layout, step, calls)
+    if expected is None and arguments.get("max_sequence_length", _LONG) < _LONG:  # what differs was cut off the prompts
+        return check(pipe, {**arguments, "max_sequence_length": _LONG})
     images, unguided = _unguided(pipe, layout, arguments)
     return PipelineCheck(
         dtype=str(step.sample.dtype).removeprefix("torch."),
@@ -234,11 +237,11 @@ def _unguided(
         return 1, None
     several = next((name for name in _SEVERAL if name in accepted), None)
     for images, given in ((3, {**arguments, str(several): 3}), (1, arguments)):
-        if images == 3 and several is None:
-            continue
         try:
             off = _run(pipe, layout, {**given, scale: float(layout.unguided)}, None)
-        except Exception:  # many pipelines have the argument and cannot serve it with what they are given here
+            if images == 3:
+                _run(pipe, layout, given, None)
+        except Exception:  # many pipelines lack the argument, or cannot serve it with what they are given here
             if images == 1:
                 raise
             continue

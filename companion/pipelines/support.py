@@ -131,8 +131,7 @@ def page(table: list[Support], run: Mapping[str, str], checked: Mapping[str, Map
         f"# Pipelines of diffusers {diffusers.__version__}\n\n"
         "What `companion.rectified_guidance` makes of every pipeline class in torch that has a `__call__`: "
         f"{counts}.\n\n"
-        "The residuals of a control network are held fixed in K: its own derivative is left out, and K Δ is off by 5\n"
-        "to 29 % in the pipelines measured.\n\n"
+        "The residuals of a control network are held fixed in K: its own derivative is left out.\n\n"
         "`python -m companion pipelines` builds and checks what it can of the installed diffusers, and writes this\n"
         "page and `docs/pipelines.json`.\n"
     )

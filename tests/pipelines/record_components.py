@@ -77,7 +77,7 @@ def stand_ins() -> None:
         "original_rope": True,
     }
     ChatGLMModel.from_pretrained = classmethod(lambda cls, *a, **k: cls(ChatGLMConfig(**chat)))
-    heads = {**small, "num_key_value_heads": 2, "vocab_size": 200}
+    heads = {**small, "hidden_size": 16, "num_key_value_heads": 2, "vocab_size": 200}
     transformers.LlamaForCausalLM.from_pretrained = classmethod(
         lambda cls, *a, **k: cls(transformers.LlamaConfig(**heads))
     )

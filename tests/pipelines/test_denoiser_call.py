@@ -89,3 +89,24 @@ def test_lists_that_a_network_empties_stay_whole():
 
     call = DenoiserCall(network, (drawn(6, 4),), {"residuals": [drawn(6, 4, seed=1), drawn(6, 4, seed=2)]})
     assert_right(call)
+
+
+class Cache:
+    """As GlmImage's cache of keys and values: the pipeline reads it in one branch and skips it in the other."""
+
+    mode = "read"
+
+
+def test_a_call_whose_cache_was_switched_does_not_repeat():
+    """GlmImagePipeline with pictures: the conditional branch, evaluated after the switch, would be another."""
+
+    def network(sample: Tensor, cache: Cache | None = None) -> tuple[Tensor]:
+        return (sample.tanh() + (cache is not None and cache.mode == "read"),)
+
+    cache = Cache()
+    call = DenoiserCall(network, (drawn(2, 4),), {"cache": cache})
+    output = call()
+    assert call.has_state and call.repeats(output)
+    cache.mode = "skip"
+    assert not call.repeats(output)
+    assert not DenoiserCall(network, (drawn(2, 4), None), {"scale": [1.0, {"of": "all"}]}).has_state
