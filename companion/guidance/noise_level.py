@@ -55,6 +55,15 @@ class NoiseLevel:
         self._check_known()
         return self.data_scale * self.sigma / self.alpha if self.alpha > 0 else math.inf
 
+    @property
+    def direction_scale(self) -> float:
+        """Of a direction in the network's output, for the same direction in ε: 1 for ε, σ/α for x_0, 1/α for v and u.
+
+        Alpha counts as 0.001 at least, where flows begin.
+        """
+        alpha = max(self.alpha, 1e-3)
+        return {"epsilon": 1.0, "sample": self.sigma / alpha}.get(self.prediction_type, 1 / alpha)
+
     def _check_known(self) -> None:
         if math.isnan(self.alpha):
             raise ValueError(

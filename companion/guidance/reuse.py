@@ -64,6 +64,17 @@ class RectificationReuse:
         self._size = _dot(direction, direction).clamp(min=torch.finfo(torch.float32).tiny)
         self._quotient = _dot(direction, k_delta) / self._size
 
+    def factor(self, log_snr: float) -> Float[Tensor, " batch"]:
+        """ρ'/ρ of every sample: by how much K has grown since the last evaluation.
+
+        Raises:
+            ValueError: nothing has been evaluated.
+        """
+        if self._direction is None:
+            raise ValueError("factor needs an evaluation before it: call update")
+        inside = self._quotient.clamp(NEAR, 1 - NEAR)
+        return torch.sigmoid(torch.logit(inside) + (log_snr - self._log_snr)) / inside
+
     def reused(self, direction: Float[Tensor, "batch ..."], log_snr: float) -> Float[Tensor, "batch ..."]:
         """`K direction` at another level, from the last evaluation; of the direction's dtype.
 
@@ -77,9 +88,7 @@ class RectificationReuse:
                 f"direction must be of the last evaluation's shape, {tuple(self._direction.shape)}, got "
                 f"{tuple(direction.shape)}"
             )
-        inside = self._quotient.clamp(NEAR, 1 - NEAR)
-        moved = torch.sigmoid(torch.logit(inside) + (log_snr - self._log_snr))
-        factor = moved / inside
+        factor = self.factor(log_snr)
         along = _dot(direction, self._direction) / self._size
         shape = (-1,) + (1,) * (direction.ndim - 1)
         factor, along, quotient = (value.view(shape) for value in (factor, along, self._quotient))

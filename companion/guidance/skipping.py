@@ -5,8 +5,9 @@ next to nothing there, yet pays for the reference branch and for the product. By
 the logit of ρ moves with log SNR, so one evaluation at the first step tells when ρ will pass a threshold. Until then
 the conditional branch alone is evaluated; a second evaluation there checks the prediction.
 
-A budget leaves out the first steps until what they save pays for the product at every fourth of the others, and then
-until ρ passes `SHARE`; it evaluates the product as often as what is left allows.
+A budget buys evaluations of both, as many as it can pay for: one at the first step, the others from where ρ is to pass
+`SHARE` on, in a row first and at every second step as they get fewer. Between them the last rectified direction is
+followed, moved by the law, and the conditional branch alone is evaluated.
 
 What counts is the mean share of a run's samples: all of them start to be guided at one step, so that no sample waits
 for another. (The step at which a picture's guidance starts may thus depend on the others of its batch.)
@@ -14,6 +15,7 @@ for another. (The step at which a picture's guidance starts may thus depend on t
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -21,54 +23,59 @@ from torch import Tensor
 
 from companion.guidance.reuse import NEAR
 
-SHARE = 0.3
+SHARE = 0.2
 """The share at which a budget lets guidance start."""
-SPARSEST = 4
-"""The most steps that a budget lets one evaluation of the product serve."""
+
+Decision = Literal["skip", "follow", "guide"]
+"""Of a step: no guidance; the last rectified direction; the reference branch."""
 
 
 @dataclass
 class GuidanceSkipping:
-    """What one run evaluates, by a threshold or by a budget.
+    """What the steps of one run evaluate, by a threshold or by a budget.
 
     Args:
         threshold: the share from which on the run is guided, 0 to 1; None goes by the budget.
-        every: evaluate the product at every so many guided steps.
         cost: the budget, as a multiple of CFG's two evaluations a step; None is none.
         passes: what one evaluation of the product takes on top of the two.
     """
 
     threshold: float | None
-    every: int
     cost: float | None
     passes: int
 
     def __post_init__(self) -> None:
-        self.guided = self.threshold is None and self.cost is None
+        self.started = self.threshold is None and self.cost is None
         self._share: float | None = None
         self._log_snr = 0.0
+        self._evaluated = -1
 
-    def skips(self, index: int, total: int, spent: float, log_snr: float) -> bool:
-        """Whether this step is left to the conditional branch; asked once a step.
+    def decide(self, index: int, total: int, spent: float, log_snr: float) -> Decision:
+        """What this step does; asked once a step.
 
         Args:
             index, total: number of the step, from 0, and the number of all.
             spent: evaluations so far.
             log_snr: 2 log(α/σ) of the step.
         """
-        if self.guided:
-            return False
-        due = self.predicted(log_snr) >= (SHARE if self.threshold is None else self.threshold)
-        if self.cost is None:
-            return not due and self._share is not None
-        left = total - index
-        extra = self.cost * 2 * total - spent - 2 * left
-        affordable = int(extra // self.passes)  # evaluations of the product, if all that is left is guided
-        if left > SPARSEST * affordable:
-            return True
-        self.every = math.ceil(left / affordable)
-        self.guided = self.every == 1
-        return not self.guided and not due and self._share is not None
+        if self.cost is not None:
+            return self._by_budget(index, total - index, self.cost * 2 * total - spent, log_snr)
+        unknown = self._share is None
+        return "guide" if self.started or unknown or self.predicted(log_snr) >= (self.threshold or 0) else "skip"
+
+    def _by_budget(self, index: int, left: int, budget: float, log_snr: float) -> Decision:
+        affordable = int((budget - left + 1e-9) // (1 + self.passes))  # evaluations of both, besides one a step
+        due = self.started or self.predicted(log_snr) >= SHARE
+        if affordable < 1:
+            return "follow" if due and self._share is not None else "skip"
+        self.started = self.started or affordable >= left
+        if not due and not self.started and self._share is not None:
+            return "skip"
+        in_a_row = 2 * (affordable - 1) >= left - 1
+        if in_a_row or not self.started or index - self._evaluated >= math.ceil(left / affordable):
+            self._evaluated = index
+            return "guide"
+        return "follow"
 
     def predicted(self, log_snr: float) -> float:
         """The share at a level, by the last evaluation; 0 before the first."""
@@ -81,16 +88,13 @@ class GuidanceSkipping:
         self, direction: Float[Tensor, "batch ..."], k_delta: Float[Tensor, "batch ..."], log_snr: float
     ) -> None:
         """Keep the share of an evaluation `k_delta = K direction`."""
-        if self.guided:
+        if self.started:
             return
         wide = torch.promote_types(direction.dtype, torch.float32)
         length, passed = (value.to(wide).flatten(1).norm(dim=1) for value in (direction, k_delta))
         share = float((passed / length.clamp(min=torch.finfo(wide).tiny)).mean())
-        again = self._share is not None
         self._share, self._log_snr = min(max(share, NEAR), 1 - NEAR), log_snr
-        threshold = SHARE if self.threshold is None else self.threshold
-        # A budget starts where its prediction says, as what is spent on asking again is missing later.
-        self.guided = share >= threshold or (again and self.cost is not None)
+        self.started = share >= (SHARE if self.threshold is None else self.threshold)
 
 
 def check_skip(skip: float | None) -> float | None:

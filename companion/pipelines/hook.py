@@ -182,8 +182,12 @@ class _Rectifier:
         if not moment.guided:
             output = only()
             branch = _Branch(only, output, region_of(only.sample, first_output(output), moment.latents))
-            self._report(run, branch, torch.zeros_like(inside(first_output(output), branch.region)))
-            return map_output(output, lambda whole: torch.cat([whole, whole]))
+            c = first_output(output)
+            direction = moment.weight * run.rectified.alone(inside(c, branch.region))
+            self._report(run, branch, direction)
+            moved = replaced(c, inside(c, branch.region) - direction)
+            parts = [moved, c] if self.layout.reference_first else [c, moved]
+            return map_output(output, lambda _: torch.cat(parts))
         if self.config.guide is not None or run.rectified.differentiates:
             # Each branch on its own: only the conditional one needs a graph, and a guide is another network.
             reference_output = first_output(other())
@@ -213,8 +217,10 @@ class _Rectifier:
         known, moment = first_output(branch.output), run.moment
         assert moment is not None
         if not moment.guided:
-            self._report(run, branch, torch.zeros_like(inside(known, branch.region)))
-            return map_output(branch.output, torch.clone)
+            c = inside(known, branch.region)
+            direction = moment.weight * run.rectified.alone(c)
+            self._report(run, branch, direction)
+            return map_output(branch.output, lambda whole: replaced(whole, c - direction))
         guide = self.config.guide
         other = call if guide is None else replace(branch.call, forward=guide)
         output = other()

@@ -22,21 +22,24 @@ _RESOLUTION = 0.01  # of trained Rayleigh quotients, which scatter by 0.01 to 0.
 class RectifiedRun:
     """A configuration over the steps of one run; every run has its own.
 
-    A sampler asks `begin` at each step whether it is guided. Where it is, `rectify` or `apply` gives its direction.
+    A sampler asks `begin` at each step whether it needs the reference branch. Where it does, `rectify` or `apply` gives
+    the direction; where it does not, `alone`.
 
     Attributes:
-        spent: evaluations of the network so far, a sample: 1 in a step without guidance, 2 with it, and the product's.
+        spent: evaluations of the network so far, a sample: 1 in a step without the reference branch, 2 with it, and the
+            product's.
     """
 
     def __init__(self, config: RectifiedGuidanceConfig) -> None:
         self.config = config
         self.spent = 0.0
         self._reuse = RectificationReuse(config.every)
-        self._skipping = GuidanceSkipping(config.skip, config.every, config.cost, config.passes)
-        self._evaluates = False
+        self._skipping = GuidanceSkipping(config.skip, config.cost, config.passes)
+        self._followed: tuple[Tensor, NoiseLevel] | None = None
+        self._evaluates = self._follows = False
 
     def begin(self, index: int, total: int, level: NoiseLevel, weight: float) -> bool:
-        """Whether the next step is guided; if not, the conditional branch alone is to be evaluated.
+        """Whether the next step needs the reference branch; if not, the conditional one alone is to be evaluated.
 
         Args:
             index, total: number of the step within its run, from 0, and the number of all.
@@ -44,16 +47,37 @@ class RectifiedRun:
             weight: of the step, in any unit.
         """
         self._index, self._level = index, level
-        skipping = self._skipping
-        if weight == 0 or (not skipping.guided and skipping.skips(index, total, self.spent, level.log_snr)):
-            self._evaluates = False
-            self.spent += 1
-            return False
-        self._reuse.every = skipping.every
+        saves = self.config.skip is not None or self.config.cost is not None
+        decision = "skip" if weight == 0 else "guide"
+        if saves and decision == "guide":
+            decision = self._skipping.decide(index, total, self.spent, level.log_snr)
+        self._follows = decision == "follow"
         rectified = self.config.method == "covariance" or self.config.product != "none"
-        self._evaluates = rectified and (not skipping.guided or self._reuse.due(index))
-        self.spent += 2
-        return True
+        due = not self._skipping.started or self.config.cost is not None or self._reuse.due(index)
+        self._evaluates = decision == "guide" and rectified and due
+        self.spent += 2 if decision == "guide" else 1
+        return decision == "guide"
+
+    def alone(self, like: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
+        """The direction of a step without the reference branch: 0, or the last one, moved to this level.
+
+        Args:
+            like: a tensor of the direction's shape and dtype.
+        """
+        if not self._follows or self._followed is None:
+            return torch.zeros_like(like)
+        direction, level = self._followed
+        factor = self._reuse.factor(self._level.log_snr) * (self._level.direction_scale / level.direction_scale)
+        return (factor.view(-1, *(1,) * (direction.ndim - 1)) * direction).to(like.dtype)
+
+    def follow(self, direction: Float[Tensor, "batch ..."]) -> None:
+        """Have `alone` repeat this direction, where it is not what `rectify` or `apply` gave."""
+        self._followed = direction, self._level
+
+    @property
+    def follows(self) -> bool:
+        """Whether this step repeats the last direction, which `alone` gives."""
+        return self._follows
 
     @property
     def evaluates(self) -> bool:
@@ -143,9 +167,11 @@ class RectifiedRun:
     def keep(self, direction: Float[Tensor, "batch ..."], k_delta: Float[Tensor, "batch ..."]) -> None:
         """Note an evaluation `k_delta = product(K, direction)`, one's own included, for the steps to come."""
         self.spent += self.config.row.evaluations(self.config.probes, direction[0].numel())
-        self._skipping.update(direction, k_delta, self._level.log_snr)
-        if self._skipping.every > 1:
+        if self.config.skip is not None or self.config.cost is not None:
+            self._skipping.update(direction, k_delta, self._level.log_snr)
+        if self.config.every > 1 or self.config.cost is not None:
             self._reuse.update(self._index, direction, k_delta, self._level.log_snr)
+            self.follow(k_delta)
 
     def _covariance(
         self,

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from companion.guidance.skipping import SHARE, SPARSEST, GuidanceSkipping, check_cost, check_skip
+from companion.guidance.skipping import SHARE, GuidanceSkipping, check_cost, check_skip
 
 DIRECTION = torch.ones(3, 5, dtype=torch.float64)
 
@@ -18,21 +18,17 @@ def share_at(ratio: float, spread: float) -> float:
     return spread**2 / (spread**2 + ratio**2)
 
 
-def run(skipping: GuidanceSkipping, ratios: list[float], spread: float) -> tuple[list[int], list[int], float]:
-    """The steps that are guided, those that evaluate the product, and the evaluations, on isotropic Gaussian data."""
-    guided, evaluated, spent = [], [], 0.0
+def run(skipping: GuidanceSkipping, ratios: list[float], spread: float) -> tuple[list[str], float]:
+    """What every step does, and the evaluations, on isotropic Gaussian data, where the law is exact."""
+    decisions, spent = [], 0.0
     for index, ratio in enumerate(ratios):
         log_snr = -2 * math.log(ratio)
-        if not skipping.guided and skipping.skips(index, len(ratios), spent, log_snr):
-            spent += 1
-            continue
-        guided.append(index)
-        spent += 2
-        if not skipping.guided or not evaluated or index - evaluated[-1] >= skipping.every:
-            evaluated.append(index)
-            spent += skipping.passes
+        decisions.append(skipping.decide(index, len(ratios), spent, log_snr))
+        spent += 1
+        if decisions[-1] == "guide":
+            spent += 1 + skipping.passes
             skipping.update(DIRECTION, share_at(ratio, spread) * DIRECTION, log_snr)
-    return guided, evaluated, spent
+    return decisions, spent
 
 
 def ratios_of(steps: int, first: float = 50.0) -> list[float]:
@@ -46,18 +42,8 @@ def test_guidance_starts_where_k_passes_the_threshold(spread, threshold, steps):
     shares = [share_at(ratio, spread) for ratio in ratios]
     if min(abs(share - threshold) for share in shares) < 1e-6 or shares[0] < 2e-4:
         return
-    guided, evaluated, _ = run(GuidanceSkipping(threshold, 1, None, 1), ratios, spread)
-    above = [index for index, share in enumerate(shares) if share > threshold]
-    assert guided == sorted({0, *above}) == evaluated
-
-
-@pytest.mark.parametrize("every", [1, 3])
-def test_skipping_and_reuse_go_together(every):
-    guided, evaluated, spent = run(GuidanceSkipping(0.3, every, None, 1), ratios_of(25), 0.6)
-    start = guided[1]
-    assert guided == [0, *range(start, 25)] and start > 5
-    assert evaluated == [0, *range(start, 25, every)]
-    assert spent == 25 + len(guided) + len(evaluated)
+    decisions, _ = run(GuidanceSkipping(threshold, None, 1), ratios, spread)
+    assert decisions == ["guide" if index == 0 or share > threshold else "skip" for index, share in enumerate(shares)]
 
 
 @given(
@@ -68,36 +54,42 @@ def test_skipping_and_reuse_go_together(every):
     passes=st.sampled_from([1, 2, 4]),
 )
 def test_a_budget_is_kept_whatever_the_data(cost, steps, spread, first, passes):
-    _, _, spent = run(GuidanceSkipping(None, 1, cost, passes), ratios_of(steps, first), spread)
-    assert steps <= spent <= cost * 2 * steps + 1e-9
+    decisions, spent = run(GuidanceSkipping(None, cost, passes), ratios_of(steps, first), spread)
+    assert steps <= spent <= cost * 2 * steps + 1e-6
+    if "follow" in decisions:
+        assert "guide" in decisions[: decisions.index("follow")]
 
 
 def test_what_budgets_buy():
     ratios, spread = ratios_of(25), 0.6
-    results = {cost: run(GuidanceSkipping(None, 1, cost, 1), ratios, spread) for cost in (0.5, 0.8, 1.0, 1.3, 1.5, 3.0)}
-    assert results[0.5] == ([], [], 25.0)  # no guidance
+    results = {cost: run(GuidanceSkipping(None, cost, 1), ratios, spread) for cost in (0.5, 0.8, 1.0, 1.3, 1.5, 3.0)}
+    assert results[0.5] == (["skip"] * 25, 25.0)  # no guidance
     for cost in (1.5, 3.0):
-        assert results[cost] == (list(range(25)), list(range(25)), 75.0)  # everything
+        assert results[cost] == (["guide"] * 25, 75.0)  # everything
     for cost in (0.8, 1.0, 1.3):
-        guided, evaluated, spent = results[cost]
-        assert spent > 2 * cost * 25 - SPARSEST  # little is left over
-        assert all(later - now <= SPARSEST for now, later in pairwise(evaluated[1:]))
-        assert share_at(ratios[guided[1]], spread) > SHARE or evaluated == guided
-    counts = [len(results[cost][0]) for cost in sorted(results)]
-    assert counts == sorted(counts)
+        decisions, spent = results[cost]
+        start = decisions.index("guide", 1)
+        assert decisions[0] == "guide" and set(decisions[1:start]) == {"skip"} and "skip" not in decisions[start:]
+        if cost < 1.3:
+            assert share_at(ratios[start], spread) >= SHARE > share_at(ratios[start - 1], spread)
+        else:  # as soon as all that is left can be paid for
+            assert decisions[start:] == ["guide"] * (25 - start) and start < results[1.0][0].index("guide", 1)
+        assert spent > 2 * cost * 25 - 2  # less than one more evaluation of both is left over
+    half = results[1.0][0]
+    assert "follow" in half and not any(a == b == "follow" for a, b in pairwise(half))  # every second step at least
 
 
 def test_the_share_is_the_batchs_mean():
-    skipping = GuidanceSkipping(0.3, 1, None, 1)
+    skipping = GuidanceSkipping(0.3, None, 1)
     assert skipping.predicted(0.0) == 0
     factors = torch.tensor([0.1, 0.2, 0.15], dtype=torch.float64)[:, None]
     skipping.update(DIRECTION, factors * DIRECTION, -3.0)
-    assert not skipping.guided and skipping.predicted(-3.0) == pytest.approx(0.15)
+    assert not skipping.started and skipping.predicted(-3.0) == pytest.approx(0.15)
     moved = math.log(0.15 / 0.85) + 2.0
     assert skipping.predicted(-1.0) == pytest.approx(1 / (1 + math.exp(-moved)))
     assert skipping.predicted(-1e9) == 0 and skipping.predicted(1e9) == 1
     skipping.update(0 * DIRECTION, 0 * DIRECTION, -1.0)  # no direction: nothing is passed
-    assert not skipping.guided and skipping.predicted(-1.0) < 1e-3
+    assert not skipping.started and skipping.predicted(-1.0) < 1e-3
 
 
 @pytest.mark.parametrize("bad", [-0.1, 1.1, math.nan, True, "0.3"])

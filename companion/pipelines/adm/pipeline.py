@@ -260,9 +260,12 @@ class ADMPipeline(DiffusionPipeline):
         gradient, step = None, self._relative_step()
         if not by_classifier.begin(index, total, level, 0.0 if guidance is None else weight):
             prediction = network(x)
+            if guidance is not None and weight != 0:
+                gradient = weight * by_classifier.alone(x)
         else:
             assert guidance is not None
             prediction, gradient = guided_gradient(network, x, timestep, level, guidance, by_classifier, index, step)
+            by_classifier.follow(gradient)
             gradient = gradient if weight == 1 else weight * gradient
         whole = outputs[0]
         plain, shift = prediction, None if not guided else torch.zeros_like(prediction)
@@ -270,6 +273,8 @@ class ADMPipeline(DiffusionPipeline):
             reference = self._reference(network, x, timestep, level, labels)
             direction = classifier_free.rectify(network, x, reference, prediction=plain, relative_step=step).direction
             prediction = plain + (guidance_scale - 1) * weight * direction
+        elif guidance_scale != 1 and weight != 0:
+            prediction = plain + (guidance_scale - 1) * weight * classifier_free.alone(plain)
         if self._on_step is not None:
             if guided:
                 shift = prediction - plain

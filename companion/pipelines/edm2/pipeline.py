@@ -229,7 +229,8 @@ class EDM2Pipeline(DiffusionPipeline):
         if not run.begin(index, total, level, weight):
             guided = prediction = conditional(x)
             if scale != 1:
-                direction = torch.zeros_like(prediction)
+                direction = weight * run.alone(prediction)
+                guided = prediction + (scale - 1) * direction
         else:
             prediction, direction = run.rectify(
                 conditional,

@@ -229,7 +229,12 @@ class RectifiedGradientGuidance(BaseGuidance):
         """
         weight, plain = self._weight(), self.rectification.product == "none"
         if weight == 0 or self._guided is False:
-            return GuiderOutput(pred=pred_cond, pred_cond=pred_cond, pred_uncond=None)
+            pred = pred_cond
+            if self._run.follows:
+                with rescale_postponed(self.guider) as rescale:
+                    pred = pred_cond + weight * self._run.alone(pred_cond)
+                pred = rescale_noise_cfg(pred, pred_cond, rescale) if rescale > 0 else pred
+            return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=None)
         adds_nothing = not others or self._step < getattr(self.guider, "zero_init_steps", 0)
         if adds_nothing or (plain and weight == 1):
             return self.guider.forward(pred_cond, **others)
