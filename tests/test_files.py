@@ -159,7 +159,8 @@ def test_a_digest_is_of_the_content_and_computed_once(tmp_path, monkeypatch):
     path = tmp_path / "a"
     path.write_bytes(b"first")
     first, opened = files.file_digest(path), []
-    monkeypatch.setattr(files, "open_file", lambda *given: opened.append(given) or open(path, "rb"))
+    open_file = files.open_file
+    monkeypatch.setattr(files, "open_file", lambda path: opened.append(path) or open_file(path))
     assert files.file_digest(path) == first and not opened
     path.write_bytes(b"second")
     assert files.file_digest(path) != first and opened
@@ -188,7 +189,7 @@ def test_a_lock_ends_with_its_process(tmp_path):
         holder.wait()
     with files.lock(path, "somebody has it"):
         pass
-    with pytest.raises(ValueError, match="cannot be locked"), files.lock(tmp_path / "no" / "x", "held"):
+    with pytest.raises(ValueError, match="cannot be locked"), files.lock(path / "x", "held"):
         pass
 
 

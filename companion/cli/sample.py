@@ -18,7 +18,7 @@ from companion.evaluation.sampling.settings import (
 )
 from companion.guidance.weights import WEIGHT_SYNTAX
 from companion.pipelines.configuration import SAMPLING_PRODUCTS
-from companion.pipelines.edm2.pipeline import Reference
+from companion.pipelines.edm2.settings import Reference
 from companion.pipelines.registry import load
 from companion.pipelines.saved import DTYPES
 

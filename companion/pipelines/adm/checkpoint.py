@@ -25,7 +25,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ADMArchitecture:
-    """What the published scripts are told by flags; the same for U-Net and classifier.
+    """What the published scripts take as flags; the same for U-Net and classifier.
 
     Args:
         image_size: height and width of the pictures.

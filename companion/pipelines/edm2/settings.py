@@ -5,11 +5,10 @@ from typing import Literal, get_args
 
 from companion.arguments import check_choice, check_integer, check_number, shortened
 from companion.pipelines.call_arguments import OutputType
-from companion.pipelines.edm2.sampler import Churn, karras_levels
+from companion.pipelines.edm2.sampler import MOST_STEPS, Churn, karras_levels
 
 Interval = tuple[float, float]
 Reference = Literal["guide", "null_label"]
-MOST_STEPS = 10_000
 
 
 @dataclass(frozen=True)

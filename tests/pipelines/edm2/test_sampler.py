@@ -114,12 +114,12 @@ def test_stochastic_samples_have_the_datas_moments():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: karras_levels(0), "num_inference_steps must be an integer of at least 1, got 0"),
-        (lambda: karras_levels(2.5), "num_inference_steps must be an integer of at least 1, got 2.5"),
+        (lambda: karras_levels(0), "num_inference_steps must be an integer from 1 to 10,000, got 0"),
+        (lambda: karras_levels(2.5), "num_inference_steps must be an integer from 1 to 10,000, got 2.5"),
         (lambda: karras_levels(5, sigma_min=80.0), "must be 0 < sigma_min < sigma_max, got 80.0 and 80.0"),
         (lambda: karras_levels(5, sigma_min=0.0), "must be 0 < sigma_min < sigma_max"),
-        (lambda: karras_levels(5, sigma_max=math.nan), "must be 0 < sigma_min < sigma_max"),
-        (lambda: karras_levels(5, rho=0.0), "rho must be positive, got 0.0"),
+        (lambda: karras_levels(5, sigma_max=math.nan), "sigma_max must be a finite number, got nan"),
+        (lambda: karras_levels(5, rho=0.0), "rho must be from 0.01 to 1000, got 0.0"),
         (lambda: Churn(amount=-1.0), "s_churn must be 0 or larger, got -1.0"),
         (lambda: Churn(noise=math.nan), "s_noise must be 0 or larger, got nan"),
         (lambda: Churn(low=2.0, high=1.0), "s_min must not exceed s_max, got 2.0 and 1.0"),
