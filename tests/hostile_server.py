@@ -21,8 +21,9 @@ from companion.cli.main import main as command_line
 from companion.evaluation.metrics.image_sets import captioned_files, open_images
 from companion.evaluation.metrics.reference_statistics import read_statistics
 from companion.evaluation.sampling.folder import read_batches
-from companion.evaluation.sampling.settings import SamplingSettings, parse_weight, read_prompts
+from companion.evaluation.sampling.settings import SamplingSettings, read_prompts
 from companion.evaluation.tables.results import read_cells
+from companion.guidance.weights import from_text
 from companion.pipelines.adm.checkpoint import ADMArchitecture, read_adm_checkpoint
 from companion.pipelines.adm.classifier import off_the_shelf_classifier
 from companion.pipelines.edm2.checkpoint import read_edm2_checkpoint
@@ -75,7 +76,7 @@ ENTRIES: dict[str, Callable[..., Any]] = {
     "architecture": lambda **changes: ADMArchitecture(
         **{"image_size": 64, "model_channels": 64, "channel_mult": (1, 2), "layers": 1} | changes
     ),
-    "weight": parse_weight,
+    "weight": from_text,
     "device": checked_device,
     "dtype": checked_dtype,
     "edm2": lambda **call: drawn(GUIDED, **{**CALL, "guidance_scale": 2.0, "output_type": "latent"} | call),

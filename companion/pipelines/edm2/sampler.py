@@ -14,7 +14,7 @@ from itertools import pairwise
 from jaxtyping import Float
 from torch import Tensor
 
-from companion.arguments import check_integer, check_number, shortened
+from companion.arguments import check_integer, check_number
 
 Denoise = Callable[[Float[Tensor, "batch ..."], float], Float[Tensor, "batch ..."]]
 """(x, σ) -> the estimate of x_0."""
@@ -50,8 +50,8 @@ class Churn:
             ("s_max", self.high),
             ("s_noise", self.noise),
         ):
-            if not isinstance(value, (int, float)) or not value >= 0 or (value == math.inf and name != "s_max"):
-                raise ValueError(f"{name} must be 0 or larger, got {shortened(value)}")
+            if name != "s_max" or value != math.inf:
+                check_number(name, value, 0)
         if self.low > self.high:
             raise ValueError(f"s_min must not exceed s_max, got {self.low} and {self.high}")
 

@@ -354,7 +354,7 @@ def test_saved_and_loaded_again(tmp_path):
         ({"num_inference_steps": 0}, "num_inference_steps must be an integer from 1 to 10,000, got 0"),
         ({"sigma_min": 90.0}, "must be 0 < sigma_min < sigma_max, got 90.0 and 80.0"),
         ({"rho": -1.0}, "rho must be from 0.01 to 1000, got -1.0"),
-        ({"s_churn": -1.0}, "s_churn must be 0 or larger, got -1.0"),
+        ({"s_churn": -1.0}, "s_churn must be at least 0, got -1.0"),
         ({"guidance_scale": math.nan}, "guidance_scale must be a finite number, got nan"),
         ({"guidance_interval": (2.9, 0.28)}, r"guidance_interval must be \(low, high\), low <= high"),
         ({"guidance_reference": "unet"}, "guidance_reference must be one of guide, null_label, or None, got 'unet'"),
