@@ -175,29 +175,6 @@ def _length(x: Tensor, y: Tensor) -> Tensor:
     return torch.hypot(torch.where((x == 0) & (y == 0), 1e-12, x), y)
 
 
-class SceneParameters(NamedTuple):
-    """What one object and its ground are drawn from: tensors of the units above, so that pictures have gradients in them.
-
-    They broadcast to (batch, height, width), the three colours to (batch, 3, height, width); so a parameter may be one
-    number a picture, or one a pixel.
-    """
-
-    centre_x: Tensor
-    centre_y: Tensor
-    radius: Tensor
-    rotation: Tensor
-    light: Tensor
-    near: Tensor
-    far: Tensor
-    ground_angle: Tensor
-    colour: Tensor
-
-
-def _length(x: Tensor, y: Tensor) -> Tensor:
-    """`hypot` with the gradient 0 where both are 0, instead of NaN."""
-    return torch.hypot(torch.where((x == 0) & (y == 0), 1e-12, x), y)
-
-
 def _polygon(x: Tensor, y: Tensor, corners: Sequence[tuple[float, float]]) -> Tensor:
     """Signed distance to a simple polygon: nearest edge, with the sign of the even-odd rule."""
     distance = torch.full_like(x, math.inf)
@@ -317,7 +294,7 @@ def render_parameters(
     return _painted(ground, shape, texture, parameters, x, y, softness) * 2 - 1
 
 
-def scene_parameters(scenes: Sequence[Scene], place: int = 0) -> SceneParameters:
+def object_parameters(scenes: Sequence[Scene], place: int = 0) -> SceneParameters:
     """The parameters of each scene's object number `place`, one number a picture; shape and texture are left out."""
     items = [s.objects[place] for s in scenes]
 
@@ -357,7 +334,7 @@ def render(scenes: Sequence[Scene]) -> Float[Tensor, "batch 3 64 64"]:
             for texture in TEXTURES:
                 found = [row for row, item in items if (item.shape, item.texture) == (shape, texture)]
                 if found:
-                    index, parameters = torch.tensor(found), scene_parameters([scenes[row] for row in found], place)
+                    index, parameters = torch.tensor(found), object_parameters([scenes[row] for row in found], place)
                     image[index] = _painted(image[index], shape, texture, parameters, x, y)
     return image * 2 - 1
 
