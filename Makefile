@@ -19,7 +19,7 @@ help:
 	@echo "make demo       set up .venv and open the demo on http://127.0.0.1:7860"
 	@echo "make test       set up .venv and run all tests, notebooks included"
 	@echo "make notebooks  set up .venv and open the notebooks in JupyterLab"
-	@echo "make bench      measure time and memory, print Markdown tables"
+	@echo "make bench      measure time, memory and exactness again, and print docs/benchmarks.md"
 	@echo "make lint       ruff and mypy"
 
 demo: .venv/ready

@@ -1,54 +1,48 @@
-"""`python -m benchmarks [NAME ...]`: run the measurements in this folder, each of which prints its own Markdown tables.
+"""`python -m benchmarks [NAME ...]`: without names the page (docs/benchmarks.md), with names those measurements.
 
-A measurement is a file `bench_NAME.py` with a `main()`; without names, all of them run. One that fails does not keep
-the others from running, but the exit status then is 1.
+A measurement is a file `bench_NAME.py` with a `main()` that prints its own Markdown tables. One that fails does not
+keep the others from running, but the exit status then is 1.
 """
 
 import argparse
 import importlib
-import os
-import platform
-import subprocess
+import json
 import sys
 import time
 import traceback
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
+from benchmarks import page
+from companion.provenance import provenance
 
 FOLDER = Path(__file__).parent
 
 
-def provenance() -> str:
-    """What produced the tables: commit, machine, library versions, date; a Markdown list."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=FOLDER, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers"))
-    return "\n".join(
-        [
-            f"- commit: {commit or 'not in a git checkout'}",
-            f"- machine: {platform.machine()}, {device}, {torch.get_num_threads()} threads",
-            f"- versions: Python {platform.python_version()}, {libraries}",
-            f"- date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        ]
-    )
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Run the named measurements, or all; the exit status."""
+    """Measure the page, or run the named measurements; the exit status."""
     known = sorted(path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py"))
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure; print Markdown tables.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of: {', '.join(known)}; all by default")
-    names = parser.parse_args(arguments).names or known
-    if unknown := sorted(set(names) - set(known)):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure; print Markdown.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of: {', '.join(known)}; the page by default")
+    parser.add_argument("--note", default="", help="a sentence on the state of the machine, for the page")
+    parser.add_argument(
+        "--rounds", type=int, default=page.ROUNDS, help="of timing, for the page (default: %(default)s)"
+    )
+    parser.add_argument("--parts", nargs="+", choices=list(page.PARTS), default=list(page.PARTS), help="of the page")
+    parser.add_argument("--page", action="store_true", help="write the page from the last record, without measuring")
+    options = parser.parse_args(arguments)
+    if unknown := sorted(set(options.names) - set(known)):
         parser.error(f"unknown measurement {', '.join(unknown)}; known are {', '.join(known) or 'none'}")
-    print(f"# Measurements\n\n{provenance()}\n", flush=True)
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
+    if options.page:
+        page.write_page()
+        return 0
+    if not options.names:
+        page.main(options.note, options.rounds, options.parts)
+        return 0
+    print(f"# Measurements\n\n```json\n{json.dumps(provenance(), indent=2)}\n```\n", flush=True)
     failed = []
-    for name in names:
+    for name in options.names:
         print(f"## {name.replace('_', ' ').capitalize()}\n", flush=True)
         start = time.perf_counter()
         try:

@@ -30,8 +30,10 @@ class RenamedAttribute:
         self.old, self.new = old, new
 
     def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:  # tools that list a class's attributes use none of them
+            return self
         warn_renamed(f"{owner.__name__}.{self.old}", self.new)
-        return getattr(owner if instance is None else instance, self.new)
+        return getattr(instance, self.new)
 
 
 def warn_renamed(old: str, new: str) -> None:

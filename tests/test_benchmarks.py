@@ -18,7 +18,7 @@ def measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("measurements")
 def test_one_failure_neither_hides_nor_stops_the_others(capsys: pytest.CaptureFixture[str]) -> None:
-    assert runner.main([]) == 1
+    assert runner.main(["bad", "good"]) == 1
     printed = capsys.readouterr()
     assert "| a table |" in printed.out
     assert "out of luck" in printed.err
@@ -31,7 +31,7 @@ def test_a_name_selects(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "## Good" in printed
     assert "## Bad" not in printed
-    assert "- versions: Python 3." in printed
+    assert '"versions"' in printed
 
 
 @pytest.mark.usefixtures("measurements")
@@ -39,3 +39,10 @@ def test_an_unknown_name_gets_the_list(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         runner.main(["speed"])
     assert "unknown measurement speed; known are bad, good" in capsys.readouterr().err
+
+
+def test_without_names_the_page_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple] = []
+    monkeypatch.setattr(runner.page, "main", lambda *given: asked.append(given))
+    assert runner.main(["--note", "Quiet.", "--rounds", "3"]) == 0
+    assert asked == [("Quiet.", 3, ["minis", "scaled", "optimum"])]

@@ -14,7 +14,7 @@ from PIL import Image
 from companion import plotting
 from companion.exact.comparison import METHODS
 from companion.exact.methods import ALL_METHODS
-from companion.guidance.rectification import PRODUCTS
+from companion.guidance.products import PRODUCT_TABLE
 
 ROOT = Path(__file__).parent.parent
 HUES = {"blue": (190, 240), "orange": (30, 45), "green": (150, 175), "purple": (275, 300)}
@@ -40,7 +40,7 @@ def test_every_family_has_its_hue(family: str) -> None:
 
 
 def test_every_method_has_a_style_and_families_differ_in_colour_and_line() -> None:
-    assert {*ALL_METHODS, *PRODUCTS, "unguided", "optimal", "target"} <= set(plotting.STYLES)
+    assert {*ALL_METHODS, *PRODUCT_TABLE, "unguided", "optimal", "target"} <= set(plotting.STYLES)
     leads = [plotting.STYLES[name] for name in ("target", "unguided", "optimal", "CFG", "REG", "covariance")]
     assert len({style.colour for style in leads}) == len(leads)
     assert len({str(style.line) for style in leads[1:]}) == len(leads) - 1

@@ -237,7 +237,7 @@ class DDPMChain:
 
     def _refinements(self, grid: Grid, finest: int) -> list[int]:
         """How many times finer the grid of each step t = 1 … T is: powers of 2 that never rise with t."""
-        times = []
+        times: list[int] = []
         for t in range(self.steps, 0, -1):
             finer = times[-1] if times else 1
             while RESOLVED * max(grid.spacing) > finer * self.std(t) and max(grid.refined(2 * finer).shape) <= finest:

@@ -6,7 +6,6 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from companion.arguments import shortened
 from companion.guidance.noise_level import NoiseLevel
 from companion.guidance.products import (
     PROBES,
@@ -40,9 +39,9 @@ def check_preset(name: str) -> Preset:
     Raises:
         ValueError: the name is unknown; the message lists the known ones.
     """
-    if not isinstance(name, str) or (name not in PRODUCT_TABLE and name not in PRESETS):
+    if name not in PRODUCT_TABLE and name not in PRESETS:
         known = dict.fromkeys((*PRODUCT_TABLE, *PRESETS))
-        raise ValueError(f"product must be one of {', '.join(known)}, got {shortened(name)}")
+        raise ValueError(f"product must be one of {', '.join(known)}, got {name!r}")
     return name
 
 

@@ -1,0 +1,1 @@
+"""Measurements of time, memory and exactness: `python -m benchmarks`."""

@@ -1,0 +1,56 @@
+"""`make bench`'s page: what it counts and how it compares pictures."""
+
+import numpy as np
+import pytest
+
+from benchmarks import page
+from benchmarks.cost import cost, counted, distances, draw
+from benchmarks.methods import METHODS
+from benchmarks.models import MODELS, build
+
+
+@pytest.fixture(scope="module")
+def dit():
+    model = next(m for m in MODELS if m.paper == "DiT-XL/2 256")
+    return build(model), {**model.call, "num_inference_steps": 3, "output_type": "np"}
+
+
+@pytest.mark.parametrize(
+    ("method", "evaluations"),
+    # The conditional branch alone is perturbed or differentiated; public code differentiates both.
+    [("CFG", 6), ("REG", 9), ("ones", 9), ("ones, public code", 12)],
+)
+def test_passes_are_counted_in_the_network(dit, method, evaluations):
+    pipe, call = dit
+    with counted(pipe) as rows:
+        draw(pipe, call, METHODS[method], 1)
+    assert sum(rows) == evaluations
+    before = len(rows)
+    draw(pipe, call, METHODS["CFG"], 1)
+    assert len(rows) == before  # nothing is counted after the block
+
+
+def test_cost_is_relative_to_cfg(dit):
+    pipe, call = dit
+    row, drawn = cost(pipe, call, images=1, rounds=1, methods={name: METHODS[name] for name in ("CFG", "REG")})
+    assert row["time_ratio"]["CFG"] == row["memory_ratio"]["CFG"] == row["evaluations"]["CFG"] == 1
+    assert row["evaluations"]["REG"] == pytest.approx(1.5)
+    assert row["evaluations_per_step"] == {"CFG": 2, "REG": 3}
+    assert 1 <= row["memory_ratio"]["REG"] < 1.1
+    assert drawn["REG"].shape == drawn["CFG"].shape
+    assert not np.array_equal(drawn["REG"], drawn["CFG"])
+
+
+def test_distances_are_shares_of_cfg_s():
+    full = np.zeros((4, 2, 2, 3))
+    off = np.array([0.1, 0.2, 0.3, 1.5])[:, None, None, None] * np.ones_like(full)
+    found = distances({"CFG": full + 1, "REG": full, "auto": full - off, "same": full})
+    assert set(found) == {"auto", "same"}
+    assert found["auto"] == {"median": pytest.approx(0.25), "nearer": 0.75}
+    assert found["same"] == {"median": 0.0, "nearer": 1.0}
+
+
+def test_small_optimum_has_a_small_error():
+    found = page.optimum(points=32, steps=12, times=2)
+    assert found["points"] == 32
+    assert 0 < found["error"] < 1
