@@ -168,6 +168,8 @@ class RectifiedGuidanceConfig:
         chosen = [name for name, is_given in given.items() if is_given]
         if self.cost is not None and len(chosen) > 1:
             raise ValueError(f"cost chooses skip and every itself; give cost or {' and '.join(chosen[:-1])}")
+        if self.cost is not None and self.row.per_probe and self.probes is None:
+            raise ValueError("cost needs a number of probes: the exact diagonal's price depends on the sample's size")
         if chosen and (self.method == "covariance" or self.product == "none"):
             what = 'method="covariance"' if self.method == "covariance" else 'product="none"'
             raise ValueError(f"{' and '.join(chosen)} needs a product of K to save, which {what} has not")

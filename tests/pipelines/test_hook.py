@@ -365,6 +365,7 @@ def test_errors_say_what_would_be_right():
         ({"cost": math.nan}, "cost must be a multiple of CFG's evaluations"),
         ({"cost": math.inf}, "cost must be a multiple of CFG's evaluations"),
         ({"cost": 1.0, "every": 3}, "cost chooses skip and every itself; give cost or every"),
+        ({"product": "diagonal", "probes": None, "cost": 1.0}, "cost needs a number of probes"),
         ({"product": "auto", "skip": 0.3}, 'product="auto" is short for cost=1.0'),
         ({"product": "none", "every": 3}, "every needs a product of K to save"),
         ({"method": "covariance", "skip": 0.3}, "skip needs a product of K to save"),
