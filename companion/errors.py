@@ -1,7 +1,8 @@
 """One sentence instead of a traceback, for everything that a user or a file can cause."""
 
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,3 +62,23 @@ def check_name(path: str | Path, what: str) -> Path:
     if any(len(part.encode()) > 255 for part in Path(text).parts) or len(text.encode()) > 4096:
         raise ValueError(f"{what} {text[:60]!r}… has a name of {len(text)} characters, longer than a file's can be")
     return Path(text)
+
+
+def run_command(work: Callable[[], int], *, traceback: bool = False) -> int:
+    """The exit status of a command, whose errors are one line on the standard error.
+
+    What a user or a file can cause is a `ValueError` and ends with 2. Anything else is a fault of this program and ends
+    with 1; `traceback` shows where it is.
+    """
+    try:
+        return work()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if traceback or isinstance(error, BrokenPipeError):
+            raise
+        expected = isinstance(error, (ValueError, OSError, MemoryError))
+        hint = "" if expected else f" ({type(error).__name__}, a fault of this program; --traceback shows where)"
+        print(f"error: {reason(error)}{hint}", file=sys.stderr)
+        return 2 if expected else 1

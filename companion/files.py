@@ -116,7 +116,7 @@ def parse_json(text: str, where: str) -> Any:
 def _check_tree(value: Any) -> None:
     """Depth and texts of parsed JSON, level by level."""
     level = [value]
-    for _ in range(_DEEPEST + 1):
+    for _ in range(_DEEPEST):
         below: list[Any] = []
         for item in level:
             if isinstance(item, dict):

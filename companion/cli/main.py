@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from companion.errors import run_command
+
 COMMANDS = {
     "train": "train an embedded model (resuming a killed run), measure it, write its folder and card",
     "sample": "draw many samples into a folder (resuming a killed run), on any number of processes",
@@ -25,4 +27,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.parse_args(given)  # prints help or the error, and exits
     command = import_module(f"companion.cli.{given[0]}")
     command.add_arguments(known[given[0]])
-    return command.run(parser.parse_args(given))
+    known[given[0]].add_argument("--traceback", action="store_true", help="show where a fault of this program is")
+    options = parser.parse_args(given)
+    return run_command(lambda: command.run(options), traceback=options.traceback)

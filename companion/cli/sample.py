@@ -11,13 +11,14 @@ from companion.evaluation.sampling.runs import sample
 from companion.evaluation.sampling.settings import (
     Format,
     SamplingSettings,
+    check_sampling,
     conditions_for,
     model_defaults,
     with_scheduler,
 )
 from companion.guidance.weights import WEIGHT_SYNTAX
 from companion.pipelines.configuration import SAMPLING_PRODUCTS
-from companion.pipelines.edm2.pipeline import Reference
+from companion.pipelines.edm2.settings import Reference
 from companion.pipelines.registry import load
 from companion.pipelines.saved import DTYPES
 
@@ -50,6 +51,7 @@ def run(options: argparse.Namespace) -> int:
     def work() -> str:
         pipe = load(options.model, device=device_of(state, options.device), dtype=DTYPES[options.dtype])
         settings = settings_from(options, pipe)
+        check_sampling(pipe, settings)
         return f"written: {sample(with_scheduler(pipe, settings.scheduler), settings, options.out)}"
 
     return exit_status(state, work, "stopped; the same command goes on where it was")

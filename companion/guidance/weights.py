@@ -260,6 +260,8 @@ def from_text(text: str) -> GuidanceWeight:
     Raises:
         ValueError: the text is not of that form (`WEIGHT_SYNTAX`), or a number is out of its range.
     """
+    if len(text) > 200:
+        raise ValueError(f"weight {text[:40]!r}… is not a schedule; write {WEIGHT_SYNTAX}")
     head, colon, rest = text.strip().partition(":")
     name, _, unit = head.partition("@")
     if name == "interval":

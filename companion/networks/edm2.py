@@ -9,7 +9,7 @@ float64, at σ from 0.002 to 80.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -207,14 +207,8 @@ class EDM2UNet(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         sizes = {"sample_size": sample_size, "in_channels": in_channels, "model_channels": model_channels}
-        sizes |= {"channels_per_head": channels_per_head, "num_blocks": num_blocks}
-        for name, value in {**sizes, **{f"channel_mult[{i}]": mult for i, mult in enumerate(channel_mult)}}.items():
-            check_integer(name, value, 1, 1 << 16)
-        if not 1 <= len(channel_mult) <= 16:
-            raise ValueError(f"channel_mult must name 1 to 16 levels, got {channel_mult}")
+        _check_sizes({**sizes, "channels_per_head": channels_per_head, "num_blocks": num_blocks}, channel_mult)
         widths = [model_channels * mult for mult in channel_mult]
-        if sample_size % 2 ** (len(widths) - 1):
-            raise ValueError(f"sample_size must be a multiple of {2 ** (len(widths) - 1)}, got {sample_size}")
         noise = widths[0] if channel_mult_noise is None else model_channels * channel_mult_noise
         embedding = max(widths) if channel_mult_emb is None else model_channels * channel_mult_emb
 
@@ -354,6 +348,17 @@ class EDM2UNet(ModelMixin, ConfigMixin):
                 x = mp_cat(x, skips.pop(), self.config.concat_balance)
             x = layer(x, embedding)
         return self.out_conv(x, gain=self.out_gain)
+
+
+def _check_sizes(sizes: Mapping[str, int], channel_mult: Sequence[int]) -> None:
+    for name, value in {**sizes, **{f"channel_mult[{i}]": mult for i, mult in enumerate(channel_mult)}}.items():
+        check_integer(name, value, 1, 1 << 16)
+    if not 1 <= len(channel_mult) <= 16:
+        raise ValueError(f"channel_mult must name 1 to 16 levels, got {channel_mult}")
+    if sizes["sample_size"] % 2 ** (len(channel_mult) - 1):
+        raise ValueError(
+            f"sample_size must be a multiple of {2 ** (len(channel_mult) - 1)}, got {sizes['sample_size']}"
+        )
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

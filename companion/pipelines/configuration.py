@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from companion.arguments import shortened
 from companion.guidance.noise_level import NoiseLevel
 from companion.guidance.products import (
     PROBES,
@@ -39,9 +40,9 @@ def check_preset(name: str) -> Preset:
     Raises:
         ValueError: the name is unknown; the message lists the known ones.
     """
-    if name not in PRODUCT_TABLE and name not in PRESETS:
+    if not isinstance(name, str) or (name not in PRODUCT_TABLE and name not in PRESETS):
         known = dict.fromkeys((*PRODUCT_TABLE, *PRESETS))
-        raise ValueError(f"product must be one of {', '.join(known)}, got {name!r}")
+        raise ValueError(f"product must be one of {', '.join(known)}, got {shortened(name)}")
     return name
 
 

@@ -17,6 +17,7 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 
+from companion.arguments import shortened
 from companion.errors import explained
 from companion.files import read_json, tensor_header
 
@@ -43,7 +44,7 @@ def checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
         return torch.float32
     found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or found not in DTYPES.values():
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, as torch's or by name, got {dtype!r}")
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, as torch's or by name, got {shortened(dtype)}")
     return found
 
 
@@ -58,7 +59,7 @@ def checked_device(device: str | torch.device) -> torch.device:
         torch.ones(1, device=target).item()
     except Exception as error:  # each backend has an error of its own
         raise ValueError(
-            f'device {str(device)!r} is not available here; use "cpu" or one that torch can see'
+            f'device {shortened(str(device))} is not available here; use "cpu" or one that torch can see'
         ) from error
     return target
 

@@ -72,6 +72,7 @@ def open_images(path: Path, *, at_least: int = 1) -> ImageSet:
 
 
 def _opened(path: Path) -> ImageSet:
+    check_name(path, "set of pictures")
     if path.is_dir() and (path / MANIFEST).exists():
         return ImageSet(path, "run", int(read_manifest(path)["settings"]["num_samples"]), None)
     if path.is_dir():

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from companion.errors import explained
+from companion.errors import check_name, explained
 from companion.files import open_file, read_arrays
 from companion.pickles import Array, numpy_globals, read_pickle
 
@@ -62,6 +62,7 @@ def read_statistics(path: Path) -> GaussianStatistics:
         ValueError: the file is not there, not of such a form, or a pickle of anything but arrays.
     """
     what = "statistics file"
+    check_name(path, what)
     if path.suffix == ".npz":
         found: Any = read_arrays(path, ("mu", "sigma"), what)
     elif path.suffix == ".pkl":

@@ -18,7 +18,7 @@ from companion.evaluation.sampling.evaluations import heun_levels, scheduler_lev
 from companion.evaluation.tables.text import UNGUIDED
 from companion.guidance.noise_level import NoiseLevel
 from companion.guidance.weights import from_text
-from companion.pipelines.edm2.pipeline import Reference
+from companion.pipelines.edm2.settings import Reference
 from companion.pipelines.hook import SAMPLING_PRODUCTS, RectifiedGuidanceConfig, SamplingProduct
 from companion.pipelines.paper_models import PAPER_MODELS, PaperModel
 

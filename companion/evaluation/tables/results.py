@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from companion.errors import reason
 from companion.evaluation.metrics.figures import Figure
 from companion.files import read_json, write_json
 
@@ -107,8 +108,8 @@ def _cell_from(path: Path, found: Any) -> Cell:
         return Cell(
             found["name"], found["settings"], figures, found["nfe"], found["seconds"], found.get("provenance", {})
         )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: it is not a table's cell ({error})") from error
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path} is damaged: it is not a table's cell ({reason(error)})") from error
 
 
 def same_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:

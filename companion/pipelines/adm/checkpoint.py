@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from companion.arguments import check_integer
+from companion.arguments import check_integer, check_number, shortened
 from companion.errors import explained
 from companion.files import check_archive, open_file
 from companion.networks.adm import ADMUNet, NoisyClassifier
@@ -25,7 +25,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ADMArchitecture:
-    """What the published scripts are told by flags; the same for U-Net and classifier.
+    """What the published scripts take as flags; the same for U-Net and classifier.
 
     Args:
         image_size: height and width of the pictures.
@@ -61,9 +61,11 @@ class ADMArchitecture:
             check_integer(name, getattr(self, name), 1, 1 << 16)
         if self.heads is not None:
             check_integer("heads", self.heads, 1, 1 << 16)
-        if len(self.channel_mult) > 16 or not all(mult > 0 for mult in self.channel_mult):
-            raise ValueError(f"channel_mult must be up to 16 positive numbers, got {self.channel_mult}")
-        if not self.channel_mult or self.image_size % 2 ** (len(self.channel_mult) - 1):
+        if not isinstance(self.channel_mult, (tuple, list)) or not 1 <= len(self.channel_mult) <= 16:
+            raise ValueError(f"channel_mult must be 1 to 16 numbers, got {shortened(self.channel_mult)}")
+        for mult in self.channel_mult:
+            check_number("channel_mult", mult, 1 / 64, 1 << 10)
+        if self.image_size % 2 ** (len(self.channel_mult) - 1):
             raise ValueError(
                 f"image_size must be divisible by 2 as often as there are levels below the first, got "
                 f"{self.image_size} and {len(self.channel_mult)} levels"

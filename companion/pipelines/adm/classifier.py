@@ -27,7 +27,7 @@ EMBEDDED_CLASSIFIERS = tuple(name + kind for name in (EMBEDDED_RESNET, EMBEDDED_
 
 
 def is_noise_aware(classifier: nn.Module) -> bool:
-    """Whether it is told the noise level: its `forward` takes a `timestep`."""
+    """Whether it is conditioned on the noise level: its `forward` takes a `timestep`."""
     return "timestep" in inspect.signature(classifier.forward).parameters
 
 

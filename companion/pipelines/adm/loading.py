@@ -6,6 +6,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
+from companion.errors import check_name
 from companion.minis.shipping import WEIGHTS
 from companion.pipelines.adm.checkpoint import classifier_from_checkpoint, read_adm_checkpoint, unet_from_checkpoint
 from companion.pipelines.adm.classifier import (
@@ -57,7 +58,8 @@ def load_adm(
         ValueError: an unknown preset, a source that holds no ADM network, or something is not here and cannot or may
             not be downloaded, which is found out within seconds.
     """
-    folder, dtype, target = None if source is None else Path(source), checked_dtype(dtype), checked_device(device)
+    folder = None if source is None else check_name(source, "source")
+    dtype, target = checked_dtype(dtype), checked_device(device)
     if preset == MINI_ADM:
         return _embedded(classifier, dtype).to(target)
     if folder is not None and (folder / "model_index.json").is_file():

@@ -8,16 +8,15 @@ What depends on the level alone is computed from float64 betas, as OpenAI's samp
 within 1e-9 of its formulas, relatively, where diffusers' float32 ᾱ would leave them off by up to 8e-4.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -31,13 +30,9 @@ from companion.pipelines.adm.classifier import (
     is_noise_aware,
     logits_of,
 )
-from companion.pipelines.adm.guidance import (
-    GRADIENT_AT,
-    GradientAt,
-    Guide,
-    guided_gradient,
-)
+from companion.pipelines.adm.guidance import GradientAt, Guide, guided_gradient
 from companion.pipelines.adm.sampler import (
+    Chain,
     Sampler,
     ddim_step,
     ddpm_step,
@@ -45,15 +40,20 @@ from companion.pipelines.adm.sampler import (
     sampling_chain,
     sampling_timesteps,
 )
+from companion.pipelines.adm.settings import ADMSettings
+from companion.pipelines.call_arguments import (
+    Generators,
+    OutputType,
+    checked_batch_size,
+    checked_generators,
+    checked_labels,
+    first_noise,
+)
 from companion.pipelines.configuration import RectifiedGuidanceConfig
 from companion.pipelines.levels import alpha_bar_table, noise_level
 from companion.pipelines.product_step import GuidanceStep, OnStep, RectifiedRun
 
-OutputType = Literal["pil", "np", "pt", "latent"]
-
-MINI_ADM = "mini-adm"
-
-_EVERYDAY = RectifiedGuidanceConfig(product="none")
+_CFG = RectifiedGuidanceConfig(product="none")
 _VARIANCES = ("learned_range", "fixed_small", "fixed_large")
 
 
@@ -121,7 +121,7 @@ class ADMPipeline(DiffusionPipeline):
         unconditional: bool = False,
         clip_sample: bool = True,
         batch_size: int = 1,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: Float[Tensor, "batch channels height width"] | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
@@ -131,25 +131,9 @@ class ADMPipeline(DiffusionPipeline):
 
         Args:
             class_labels: classes from 0, one per picture, of the U-Net and of the classifier; None only where neither
-                is asked about classes.
-            num_inference_steps: calls of the U-Net, without what rectification adds.
-            sampler: "ddpm", ancestral, with the learned variance if there is one; or "ddim".
-            eta: η of DDIM, from 0, deterministic, to 1.
-            classifier_scale: of the classifier's gradient; at 0 the classifier is not evaluated.
-            score: what the gradient is of; its `classes`, if left open, are the U-Net's.
-            gradient_at: "noisy", at x_t, or "clean", at x̂_0; None is "noisy" for noise-aware classifiers and "clean"
-                for others. A noise-aware one is told timestep 0 at x̂_0.
-            chain_rule: divide the gradient at x̂_0 by α: with the product "vjp" that makes it the gradient with respect
-                to x_t. Ma et al. do not. In noise, where α is 0.006, it wants an exact product: K is of the size of α²
-                there, which "finite_difference" in float32 does not resolve.
-            gamma: γ of the sine schedule added to the variance that multiplies the gradient (DDPM only).
-            tilt: t of the tilted batch weights (Javid et al. 2025), which make pictures depend on their batch; 0 is
-                none.
-            softplus_beta: β of the Softplus in the place of the classifier's ReLUs while sampling; None keeps them.
-            guidance_scale: s of classifier-free guidance `u + s (c - u)`, for a U-Net with a `null_class`; 1 is none.
-                The classifier judges the conditional prediction.
-            unconditional: tell a U-Net with a `null_class` that one; the labels are the classifier's alone then.
-            clip_sample: cut x̂_0 to [-1, 1], also where the classifier judges it.
+                needs classes.
+            num_inference_steps: `steps` of `ADMSettings`, which says what the arguments up to `clip_sample` mean and
+                may be.
             batch_size: number of pictures without labels.
             generator: of the noise; a list of one per picture makes each picture independent of its batch.
             latents: unit normal noise to start from instead of the generator's.
@@ -162,71 +146,70 @@ class ADMPipeline(DiffusionPipeline):
         Raises:
             ValueError: an argument is out of its range, or asks for a classifier or null class that is not there.
         """
-        labels, batch = self._check_labels(class_labels, batch_size, classifier_scale, unconditional)
-        self._check_numbers(eta, classifier_scale, gamma, tilt, guidance_scale)
-        self._check_unconditional(unconditional, guidance_scale)
-        if gamma != 0 and sampler == "ddim":
-            raise ValueError(
-                f"gamma must be 0 for ddim, whose steps have no variance that it could enlarge, got {gamma}"
-            )
-        if output_type not in get_args(OutputType):
-            raise ValueError(f"output_type must be one of {', '.join(get_args(OutputType))}, got {output_type!r}")
-        generators = list(generator) if isinstance(generator, Sequence) else generator
-        if isinstance(generators, list) and len(generators) != batch:
-            raise ValueError(
-                f"generator must be one torch.Generator, or a list of {batch}, one per picture, got {len(generators)}"
-            )
-        variance = self._check_variance()
+        settings = ADMSettings(
+            num_inference_steps, sampler, eta, classifier_scale, score, gradient_at, chain_rule, gamma, tilt,
+            softplus_beta, guidance_scale, unconditional, clip_sample, output_type,
+        )  # fmt: skip
+        labels, batch = self._checked_labels(class_labels, batch_size, settings)
+        self._check_guidance(settings)
+        generators, variance = checked_generators(generator, batch), self._checked_variance()
         trained = alpha_bar_table(self.scheduler)
-        chain = sampling_chain(trained, sampling_timesteps(len(trained), num_inference_steps, sampler))
-        share = chain.sine_share(gamma)
-
-        device = self._execution_device
-        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        chain = sampling_chain(trained, sampling_timesteps(len(trained), settings.steps, settings.sampler))
+        device, dtype = self._execution_device, torch.promote_types(self.unet.dtype, torch.float32)
         labels = None if labels is None else labels.to(device)
-        guidance = self._guidance(labels, classifier_scale, score, gradient_at, chain_rule, tilt, clip_sample)
-        told = labels
-        if unconditional and self._classes():
-            told = torch.full((batch,), self.config.null_class, device=device)
-        if softplus_beta is not None and self.classifier is None:
-            raise ValueError(f"softplus_beta must be None without a classifier, got {softplus_beta}")
-        smoothed = smooth_activations(self.classifier, softplus_beta) if softplus_beta is not None else nullcontext()
-
+        guidance = self._guidance(labels, settings)
         size = self.unet.config.sample_size
         shape = (batch, self.unet.config.in_channels, *(size if isinstance(size, (list, tuple)) else (size, size)))
-        if latents is None:
-            x = randn_tensor(shape, generator=generators, device=device, dtype=dtype)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents must be of shape {shape}, got {tuple(latents.shape)}")
-        else:
-            x = latents.to(device=device, dtype=dtype)
-        config = self._rectification or _EVERYDAY
-        runs = (RectifiedRun(config), RectifiedRun(config))
-
+        draw = partial(first_noise, shape=shape, generators=generators, device=device, dtype=dtype)
+        x = draw(latents)
+        if unconditional and self._classes():
+            labels = torch.full((batch,), self.config.null_class, device=device)
+        smoothed = smooth_activations(self.classifier, softplus_beta) if softplus_beta is not None else nullcontext()
         with smoothed, self.progress_bar(total=len(chain)) as progress_bar:
-            for i, timestep in enumerate(chain.timesteps):
-                level = replace(noise_level(self.scheduler, timestep), timestep=float(timestep))
-                prediction, values, gradient = self._evaluate(
-                    x, timestep, level, told, guidance, guidance_scale, runs, i, len(chain)
-                )
-                clean = level.clean(prediction, x)
-                clean = clean.clamp(-1, 1) if clip_sample else clean
-                noise = None
-                if i < len(chain) - 1 and (sampler == "ddpm" or eta > 0):
-                    noise = randn_tensor(shape, generator=generators, device=device, dtype=dtype)
-                if sampler == "ddim":
-                    x = ddim_step(chain, i, x, clean, noise, gradient=gradient, eta=eta)
-                else:
-                    logs = log_variance(chain, i, values, variance)
-                    x = ddpm_step(chain, i, x, clean, logs, noise, gradient=gradient, added_variance=float(share[i]))
+
+            def after_step(step: int, timestep: int, x: Tensor) -> Tensor:
                 if callback_on_step_end is not None:
-                    x = (callback_on_step_end(self, i, timestep, {"latents": x}) or {}).get("latents", x)
+                    x = (callback_on_step_end(self, step, timestep, {"latents": x}) or {}).get("latents", x)
                 progress_bar.update()
+                return x
+
+            x = self._sample(x, labels, guidance, settings, chain, variance, lambda: draw(None), after_step)
         images = x
         if output_type != "latent":
             images = VaeImageProcessor().postprocess(x.clamp(-1, 1), output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _sample(
+        self,
+        x: Float[Tensor, "batch ..."],
+        labels: Int[Tensor, " batch"] | None,
+        guidance: Guide | None,
+        settings: ADMSettings,
+        chain: Chain,
+        variance: Any,
+        draw: Callable[[], Float[Tensor, "batch ..."]],
+        after_step: Callable[[int, int, Float[Tensor, "batch ..."]], Float[Tensor, "batch ..."]],
+    ) -> Float[Tensor, "batch ..."]:
+        """The steps of the chain, from noise to pictures; `labels` are the U-Net's condition."""
+        config = self._rectification or _CFG
+        runs, share = (RectifiedRun(config), RectifiedRun(config)), chain.sine_share(settings.gamma)
+        for i, timestep in enumerate(chain.timesteps):
+            level = replace(noise_level(self.scheduler, timestep), timestep=float(timestep))
+            prediction, values, gradient = self._evaluate(
+                x, timestep, level, labels, guidance, settings.guidance_scale, runs, i, len(chain)
+            )
+            clean = level.clean(prediction, x)
+            clean = clean.clamp(-1, 1) if settings.clip_sample else clean
+            noisy = i < len(chain) - 1 and (settings.sampler == "ddpm" or settings.eta > 0)
+            noise = draw() if noisy else None
+            if settings.sampler == "ddim":
+                x = ddim_step(chain, i, x, clean, noise, gradient=gradient, eta=settings.eta)
+            else:
+                logs = log_variance(chain, i, values, variance)
+                x = ddpm_step(chain, i, x, clean, logs, noise, gradient=gradient, added_variance=float(share[i]))
+            x = after_step(i, timestep, x)
+        return x
 
     def _evaluate(
         self,
@@ -293,32 +276,20 @@ class ADMPipeline(DiffusionPipeline):
         level: NoiseLevel,
         labels: Int[Tensor, " batch"] | None,
     ) -> Tensor:
-        guide = (self._rectification or _EVERYDAY).guide
+        guide = (self._rectification or _CFG).guide
         if guide is not None:
             whole = guide(x, timestep, class_labels=labels if self._classes() else None, return_dict=False)[0]
             return whole[:, : x.shape[1]].to(x.dtype)
         assert labels is not None and self.config.null_class is not None
         return network(x, torch.full_like(labels, self.config.null_class))
 
-    def _guidance(
-        self,
-        labels: Int[Tensor, " batch"] | None,
-        scale: float,
-        score: ClassifierScore,
-        at: GradientAt | None,
-        chain_rule: bool,
-        tilt: float,
-        clip: bool,
-    ) -> Guide | None:
-        """The classifier's part of the call; None where the classifier is not asked."""
-        if at is not None and at not in GRADIENT_AT:
-            raise ValueError(f"gradient_at must be one of {', '.join(GRADIENT_AT)}, or None, got {at!r}")
-        if not isinstance(score, ClassifierScore):
-            raise ValueError(f"score must be a ClassifierScore, got {score!r}")
-        if scale == 0:
+    def _guidance(self, labels: Int[Tensor, " batch"] | None, settings: ADMSettings) -> Guide | None:
+        """The classifier's part of the call; None where the classifier is not evaluated."""
+        if settings.classifier_scale == 0:
             return None
-        classifier = self.classifier
+        classifier, score = self.classifier, settings.score
         if classifier is None:
+            scale = settings.classifier_scale
             raise ValueError(f"classifier_scale must be 0 without a classifier, got {scale}; give the pipeline one")
         wanted, has = score.classes or self._classes(), class_count(classifier)
         if wanted is not None and has is not None and wanted != has:
@@ -341,8 +312,17 @@ class ADMPipeline(DiffusionPipeline):
             return logits_of(classifier(fed, timestep=timestep) if aware else classifier(fed))
 
         assert labels is not None
-        at = at or ("noisy" if aware else "clean")
-        return Guide(logits, labels, scale, score, at, chain_rule, tilt, clip)
+        at = settings.gradient_at or ("noisy" if aware else "clean")
+        return Guide(
+            logits,
+            labels,
+            settings.classifier_scale,
+            score,
+            at,
+            settings.chain_rule,
+            settings.tilt,
+            settings.clip_sample,
+        )
 
     def _classes(self) -> int | None:
         """Classes of the U-Net without its null class; None for an unconditional one."""
@@ -353,7 +333,7 @@ class ADMPipeline(DiffusionPipeline):
 
     def _relative_step(self) -> float | None:
         """Step of `finite_difference`: the configuration's, or by the U-Net's precision, coarser than the state's."""
-        given = (self._rectification or _EVERYDAY).relative_step
+        given = (self._rectification or _CFG).relative_step
         if given is not None or torch.finfo(self.unet.dtype).bits > 16:
             return given
         return torch.finfo(self.unet.dtype).eps ** 0.5
@@ -377,10 +357,10 @@ class ADMPipeline(DiffusionPipeline):
         self._rectification, self._on_step = config or RectifiedGuidanceConfig(), on_step
 
     def _clear_rectification(self) -> None:
-        """What `remove_rectified_guidance` does: everyday guidance again; nothing where it was not rectified."""
+        """What `remove_rectified_guidance` does: CFG again; nothing where it was not rectified."""
         self._rectification = self._on_step = None
 
-    def _check_variance(self) -> Any:
+    def _checked_variance(self) -> Any:
         """The kind of variance that scheduler and U-Net agree on."""
         if not isinstance(self.scheduler, (DDPMScheduler, DDIMScheduler)):
             raise ValueError(
@@ -397,65 +377,34 @@ class ADMPipeline(DiffusionPipeline):
             )
         return kind
 
-    def _check_labels(
-        self, class_labels: Any, batch_size: int, classifier_scale: float, unconditional: bool
+    def _checked_labels(
+        self, class_labels: Any, batch_size: int, settings: ADMSettings
     ) -> tuple[Int[Tensor, " batch"] | None, int]:
         classes = self._classes()
         if class_labels is None:
-            conditional = bool(classes) and not unconditional
-            if conditional or classifier_scale != 0:
-                asked = "the U-Net is class-conditional" if conditional else f"classifier_scale is {classifier_scale}"
-                raise ValueError(f"class_labels must name one class per picture, got None, but {asked}")
-            if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-                raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
-            return None, batch_size
-        labels = torch.as_tensor(class_labels)
-        labels = labels.reshape(1) if labels.ndim == 0 else labels
-        if labels.ndim != 1 or not len(labels) or labels.is_floating_point() or labels.dtype == torch.bool:
-            raise ValueError(f"class_labels must be integers, one per picture and at least one, got {class_labels!r}")
+            conditional = bool(classes) and not settings.unconditional
+            if conditional or settings.classifier_scale != 0:
+                scale = f"classifier_scale is {settings.classifier_scale}"
+                needs = "the U-Net is class-conditional" if conditional else scale
+                raise ValueError(f"class_labels must name one class per picture, got None, but {needs}")
+            return None, checked_batch_size(batch_size)
         known = classes or (None if self.classifier is None else class_count(self.classifier))
-        wrong = labels[(labels < 0) | (labels >= (known or torch.iinfo(torch.int64).max))]
-        if len(wrong):
-            raise ValueError(
-                f"class_labels must be from 0 to {'the last class' if known is None else known - 1}, "
-                f"got {int(wrong[0])}"
-            )
-        return labels.long(), len(labels)
+        labels = checked_labels(class_labels, known)
+        return labels, len(labels)
 
-    def _check_unconditional(self, unconditional: bool, guidance_scale: float) -> None:
-        if not unconditional:
-            return
-        if self._classes() and self.config.null_class is None:
+    def _check_guidance(self, settings: ADMSettings) -> None:
+        """Refuse guidance for which this pipeline has no null class or classifier."""
+        nameless = self.config.null_class is None or not self._classes()
+        if settings.unconditional and self._classes() and self.config.null_class is None:
             raise ValueError("unconditional must be False for a class-conditional U-Net without a null_class")
-        if guidance_scale != 1:
-            raise ValueError(
-                f"unconditional leaves nothing for classifier-free guidance: guidance_scale must be 1, "
-                f"got {guidance_scale}"
-            )
-
-    def _check_numbers(
-        self, eta: float, classifier_scale: float, gamma: float, tilt: float, guidance_scale: float
-    ) -> None:
-        given = {
-            "eta": eta,
-            "classifier_scale": classifier_scale,
-            "gamma": gamma,
-            "tilt": tilt,
-            "guidance_scale": guidance_scale,
-        }
-        for name, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value!r}")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must be from 0 to 1, got {eta}")
-        if gamma < 0:
-            raise ValueError(f"gamma must be at least 0, got {gamma}")
         borrowed = None if self._rectification is None else self._rectification.guide
-        if guidance_scale != 1 and borrowed is None and (self.config.null_class is None or not self._classes()):
+        if settings.guidance_scale != 1 and borrowed is None and nameless:
             raise ValueError(
-                f"guidance_scale must be 1 for a U-Net without a null class, got {guidance_scale}; classifier-free "
-                "guidance needs one that was trained with label dropout, and its null_class"
+                f"guidance_scale must be 1 for a U-Net without a null class, got {settings.guidance_scale}; "
+                "classifier-free guidance needs one that was trained with label dropout, and its null_class"
             )
+        if settings.softplus_beta is not None and self.classifier is None:
+            raise ValueError(f"softplus_beta must be None without a classifier, got {settings.softplus_beta}")
 
 
 def _as_output(level: NoiseLevel) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
+from companion.errors import check_name
 from companion.pipelines.edm2.checkpoint import EDM2Checkpoint, read_edm2_checkpoint
 from companion.pipelines.edm2.pipeline import EDM2Pipeline
 from companion.pipelines.edm2.presets import AUTOENCODER, CHECKPOINTS, EDM2Preset, edm2_preset
@@ -56,7 +57,7 @@ def load_edm2(
                     f"to {source}, or give the folder of {known.network} and {known.guide} as source"
                 )
             _download(known, source, vae)
-    source = Path(source)
+    source = check_name(source, "source")
     if (source / "model_index.json").is_file():
         pipe = load_pipeline(EDM2Pipeline, source, kind)
     else:

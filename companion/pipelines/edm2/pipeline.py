@@ -6,31 +6,36 @@ its own. Rectified guidance is part of it: `rectified_guidance(pipe)` as for eve
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from functools import partial
+from itertools import count
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from companion.guidance.noise_level import NoiseLevel
 from companion.networks.edm2 import EDM2UNet
+from companion.pipelines.call_arguments import (
+    Generators,
+    OutputType,
+    checked_batch_size,
+    checked_generators,
+    checked_labels,
+    first_noise,
+)
 from companion.pipelines.configuration import RectifiedGuidanceConfig
-from companion.pipelines.edm2.sampler import Churn, heun, karras_levels
+from companion.pipelines.edm2.sampler import Churn, heun
+from companion.pipelines.edm2.settings import EDM2Settings, Interval, Reference
 from companion.pipelines.product_step import GuidanceStep, OnStep, RectifiedRun
-
-OutputType = Literal["pil", "np", "pt", "latent"]
-Interval = tuple[float, float]
-Reference = Literal["guide", "null_label"]
 
 # EDM2's constants for ImageNet-512 in stabilityai/sd-vae-ft-mse, which it feeds with pixels from 0 to 1.
 LATENT_MEAN = (5.81, 3.25, 0.12, -2.15)
 LATENT_STD = (4.17, 4.62, 3.71, 3.28)
 
-_HUB_SECONDS = 3.0
-_EVERYDAY = RectifiedGuidanceConfig(product="none")
+_CFG = RectifiedGuidanceConfig(product="none")
 
 
 class EDM2Pipeline(DiffusionPipeline):
@@ -101,7 +106,7 @@ class EDM2Pipeline(DiffusionPipeline):
         s_max: float = math.inf,
         s_noise: float = 1.0,
         batch_size: int = 1,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: Float[Tensor, "batch channels height width"] | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
@@ -111,13 +116,7 @@ class EDM2Pipeline(DiffusionPipeline):
 
         Args:
             class_labels: classes from 0, one per picture; None for an unconditional network.
-            num_inference_steps: N of the sampler, which evaluates D 2N - 1 times.
-            guidance_scale: s of `D_reference + s (D - D_reference)`, the paper's "guidance"; 1 evaluates no reference.
-            guidance_interval: the σ, ends included, between which there is guidance (Kynkäänniemi et al. 2024); each
-                evaluation goes by its own σ. None is everywhere.
-            guidance_reference: "guide", autoguidance or EDM2's guidance; "null_label", classifier-free guidance by
-                `unet` itself; None is the guide if the pipeline has one, else the null label.
-            sigma_min, sigma_max, rho: the noise levels (see `karras_levels`).
+            num_inference_steps: `steps` of `EDM2Settings`, which says what the arguments up to `rho` mean and may be.
             s_churn, s_min, s_max, s_noise: of the stochastic sampler (see `Churn`); 0 is the deterministic one.
             batch_size: number of pictures from an unconditional network.
             generator: of the noise; a list of one per picture makes each picture independent of its batch.
@@ -131,50 +130,25 @@ class EDM2Pipeline(DiffusionPipeline):
         Raises:
             ValueError: an argument is out of its range, or asks for a reference or a decoder that is not there.
         """
-        labels, batch = self._check_labels(class_labels, batch_size)
-        guide = self._guide_of(guidance_scale, guidance_reference)
-        self._check_interval(guidance_interval)
-        levels = karras_levels(num_inference_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
         churn = Churn(s_churn, s_min, s_max, s_noise)
-        self._check_output_type(output_type)
-        generators = list(generator) if isinstance(generator, Sequence) else generator
-        if isinstance(generators, list) and len(generators) != batch:
-            raise ValueError(
-                f"generator must be one torch.Generator, or a list of {batch}, one per picture, got {len(generators)}"
-            )
-
-        device = self._execution_device
-        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        settings = EDM2Settings(
+            num_inference_steps, guidance_scale, guidance_interval, guidance_reference,
+            sigma_min, sigma_max, rho, churn, output_type,
+        )  # fmt: skip
+        labels, batch = self._checked_labels(class_labels, batch_size)
+        guide = self._guide_of(settings)
+        self._check_decoder(settings)
+        generators = checked_generators(generator, batch)
+        device, dtype = self._execution_device, torch.promote_types(self.unet.dtype, torch.float32)
         labels = None if labels is None else labels.to(device)
-
-        def noise_like(shape: Tensor | tuple[int, ...]) -> Tensor:
-            size = tuple(shape.shape) if isinstance(shape, Tensor) else shape
-            return randn_tensor(size, generator=generators, device=device, dtype=dtype)
-
         shape = (batch, self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size)
-        if latents is None:
-            latents = noise_like(shape)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents must be of shape {shape}, got {tuple(latents.shape)}")
-        total, index = 2 * num_inference_steps - 1, -1
-        run = RectifiedRun(self._rectification or _EVERYDAY)
+        x = first_noise(latents, shape, generators, device, dtype) * sigma_max
+        run, index = RectifiedRun(self._rectification or _CFG), count()
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
-            nonlocal index
-            index += 1
-            return self._guided_denoise(
-                x,
-                sigma,
-                labels,
-                guide=guide,
-                scale=guidance_scale,
-                interval=guidance_interval,
-                run=run,
-                index=index,
-                total=total,
-            )
+            return self._guided_denoise(x, sigma, labels, guide=guide, settings=settings, run=run, index=next(index))
 
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
+        with self.progress_bar(total=settings.steps) as progress_bar:
 
             def after_step(step: int, sigma: float, x: Tensor) -> Tensor:
                 if callback_on_step_end is not None:
@@ -182,8 +156,8 @@ class EDM2Pipeline(DiffusionPipeline):
                 progress_bar.update()
                 return x
 
-            x = latents.to(device=device, dtype=dtype) * sigma_max
-            x = heun(denoise, x, levels, churn=churn, noise_like=noise_like, after_step=after_step)
+            draw = partial(first_noise, None, shape, generators, device, dtype)
+            x = heun(denoise, x, settings.levels, churn=churn, noise_like=lambda x: draw(), after_step=after_step)
         images = x
         if output_type != "latent":
             images = VaeImageProcessor(do_normalize=False).postprocess(self.decode(x), output_type=output_type)
@@ -197,11 +171,9 @@ class EDM2Pipeline(DiffusionPipeline):
         labels: Int[Tensor, " batch"] | None,
         *,
         guide: Any,
-        scale: float,
-        interval: Interval | None,
+        settings: EDM2Settings,
         run: RectifiedRun,
         index: int,
-        total: int,
     ) -> Float[Tensor, "batch ..."]:
         """D of one evaluation, guided: all guidance of this pipeline, CFG and rectified, is here.
 
@@ -212,15 +184,13 @@ class EDM2Pipeline(DiffusionPipeline):
             x: the state at `sigma`.
             labels: None for an unconditional network.
             guide: the reference network; None is the null label.
-            scale, interval: the call's `guidance_scale` and `guidance_interval`.
-            run: the call's own.
-            index, total: number of this evaluation, from 0, and of all.
+            settings, run: the call's own.
+            index: number of this evaluation, from 0.
         """
-        level = NoiseLevel(1.0, sigma, "sample")
-        inside = interval is None or interval[0] <= sigma <= interval[1]
+        level, scale, total = NoiseLevel(1.0, sigma, "sample"), settings.guidance_scale, 2 * settings.steps - 1
         # Every level but the first is evaluated twice: one level, one weight.
         progress = (index + 1) // 2 / max(1, total // 2)
-        weight = run.config.weight_at(progress, level) if scale != 1 and inside else 0.0
+        weight = run.config.weight_at(progress, level) if settings.guides_at(sigma) else 0.0
 
         def conditional(z: Tensor) -> Tensor:
             return _evaluate(self.unet, z, sigma, labels)
@@ -290,62 +260,40 @@ class EDM2Pipeline(DiffusionPipeline):
         self._rectification, self._on_step = config or RectifiedGuidanceConfig(), on_step
 
     def _clear_rectification(self) -> None:
-        """What `remove_rectified_guidance` does: everyday guidance again; nothing where it was not rectified."""
+        """What `remove_rectified_guidance` does: CFG again; nothing where it was not rectified."""
         self._rectification = self._on_step = None
 
-    def _check_labels(self, class_labels: Any, batch_size: int) -> tuple[Int[Tensor, " batch"] | None, int]:
+    def _checked_labels(self, class_labels: Any, batch_size: int) -> tuple[Int[Tensor, " batch"] | None, int]:
         classes = self.unet.config.num_classes
         if not classes:
             if class_labels is not None:
                 raise ValueError("class_labels must be None: the network was trained without classes; use batch_size")
-            if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-                raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
-            return None, batch_size
+            return None, checked_batch_size(batch_size)
         if class_labels is None:
             raise ValueError(f"class_labels must name one class from 0 to {classes - 1} per picture, got None")
-        labels = torch.as_tensor(class_labels)
-        labels = labels.reshape(1) if labels.ndim == 0 else labels
-        if labels.numel() == 0:
-            raise ValueError("class_labels must name at least one class, got none")
-        if labels.ndim != 1 or labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
-            raise ValueError(f"class_labels must be integers, one per picture, got {class_labels!r}")
-        wrong = labels[(labels < 0) | (labels >= classes)]
-        if len(wrong):
-            raise ValueError(f"class_labels must be from 0 to {classes - 1}, got {int(wrong[0])}")
-        return labels.long(), len(labels)
+        labels = checked_labels(class_labels, classes)
+        return labels, len(labels)
 
-    def _guide_of(self, scale: float, reference: Reference | None) -> Any:
+    def _guide_of(self, settings: EDM2Settings) -> Any:
         """The reference network, None for the null label; a rectification's own guide comes first."""
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-            raise ValueError(f"guidance_scale must be a finite number, got {scale!r}")
-        if reference not in (None, *get_args(Reference)):
-            raise ValueError(
-                f"guidance_reference must be one of {', '.join(get_args(Reference))}, or None, got {reference!r}"
-            )
         borrowed = None if self._rectification is None else self._rectification.guide
         guide = self.guide if borrowed is None else borrowed
-        if reference == "guide" and guide is None:
+        if settings.reference == "guide" and guide is None:
             raise ValueError('guidance_reference "guide" needs a pipeline with a guide network, and this one has none')
-        if reference == "null_label":
+        if settings.reference == "null_label":
             guide = None
-        if scale != 1 and guide is None and not self.config.null_labels:
+        if settings.guidance_scale != 1 and guide is None and not self.config.null_labels:
             raise ValueError(
-                f"guidance_scale must be 1 without a reference, got {scale}; give the pipeline a guide network, or "
-                "null_labels=True if its network was trained with label dropout"
+                f"guidance_scale must be 1 without a reference, got {settings.guidance_scale}; give the pipeline a "
+                "guide network, or null_labels=True if its network was trained with label dropout"
             )
         return guide
 
-    def _check_interval(self, interval: Interval | None) -> None:
-        if interval is not None and (len(interval) != 2 or not interval[0] <= interval[1]):
-            raise ValueError(f"guidance_interval must be (low, high), low <= high, in units of σ, got {interval!r}")
-
-    def _check_output_type(self, output_type: str) -> None:
-        if output_type not in get_args(OutputType):
-            raise ValueError(f"output_type must be one of {', '.join(get_args(OutputType))}, got {output_type!r}")
-        if output_type != "latent" and self.vae is None and self.unet.config.in_channels != 3:
+    def _check_decoder(self, settings: EDM2Settings) -> None:
+        if settings.output_type != "latent" and self.vae is None and self.unet.config.in_channels != 3:
             raise ValueError(
-                f'output_type must be "latent" for a network in latents without its decoder, got {output_type!r}; '
-                'give the pipeline a vae, for EDM2 "stabilityai/sd-vae-ft-mse"'
+                'output_type must be "latent" for a network in latents without its decoder, got '
+                f'{settings.output_type!r}; give the pipeline a vae, for EDM2 "stabilityai/sd-vae-ft-mse"'
             )
 
 

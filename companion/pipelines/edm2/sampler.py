@@ -14,8 +14,12 @@ from itertools import pairwise
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.arguments import check_integer, check_number
+
 Denoise = Callable[[Float[Tensor, "batch ..."], float], Float[Tensor, "batch ..."]]
 """(x, σ) -> the estimate of x_0."""
+
+MOST_STEPS = 10_000
 
 AfterStep = Callable[[int, float, Float[Tensor, "batch ..."]], Float[Tensor, "batch ..."]]
 """(step, σ that it ended at, x) -> the x to go on with."""
@@ -46,8 +50,8 @@ class Churn:
             ("s_max", self.high),
             ("s_noise", self.noise),
         ):
-            if not value >= 0:
-                raise ValueError(f"{name} must be 0 or larger, got {value}")
+            if name != "s_max" or value != math.inf:
+                check_number(name, value, 0)
         if self.low > self.high:
             raise ValueError(f"s_min must not exceed s_max, got {self.low} and {self.high}")
 
@@ -64,14 +68,16 @@ def karras_levels(
     """`steps` values of σ, evenly spaced in σ^(1/ρ) from the largest to the smallest, and a final 0 (eq. 5).
 
     Raises:
-        ValueError: no steps, levels that are not 0 < sigma_min < sigma_max < ∞, or a ρ that is not positive.
+        ValueError: no steps or more than 10,000, levels that are not 0 < sigma_min < sigma_max < ∞, or a ρ that is not
+            from 0.01 to 1000.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"num_inference_steps must be an integer of at least 1, got {steps!r}")
+    check_integer("num_inference_steps", steps, 1, MOST_STEPS)
+    for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max), ("rho", rho)):
+        check_number(name, value)
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f"sigma_min and sigma_max must be 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
-    if not 0 < rho < math.inf:
-        raise ValueError(f"rho must be positive, got {rho}")
+    if not 0.01 <= rho <= 1000:
+        raise ValueError(f"rho must be from 0.01 to 1000, got {rho}")
     first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     inner = [(first + i / (steps - 1) * (last - first)) ** rho for i in range(1, steps - 1)]
     ends = [sigma_max, sigma_min] if steps > 1 else [sigma_max]

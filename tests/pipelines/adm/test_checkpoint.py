@@ -328,12 +328,12 @@ def test_a_refusal_has_none_of_pytorchs_advice(tmp_path):
     ("change", "sentence"),
     [
         ({"image_size": 15}, "image_size must be divisible"),
-        ({"channel_mult": ()}, "image_size must be divisible"),
+        ({"channel_mult": ()}, r"channel_mult must be 1 to 16 numbers, got \(\)"),
         ({"model_channels": 48}, "48 channels cannot be divided"),
         ({"head_channels": 0}, "head_channels must be an integer from 1"),
         ({"heads": 0}, "heads must be an integer from 1"),
         ({"layers": 10**9}, "layers must be an integer from 1"),
-        ({"channel_mult": (1, -1)}, "must be up to 16 positive numbers"),
+        ({"channel_mult": (1, -1)}, "channel_mult must be from 0.015625 to 1024, got -1"),
         ({"heads": 7}, "64 channels cannot be divided"),
     ],
 )

@@ -441,7 +441,7 @@ def test_published_settings_run(name):
         ({"labels": (0, -1)}, "class_labels must be from 0 to 4, got -1"),
         ({"labels": (0.5,)}, "class_labels must be integers"),
         ({"labels": ()}, "class_labels must be integers, one per picture and at least one"),
-        ({"num_inference_steps": 0}, "num_inference_steps must be an integer from 1 to 1000, got 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be an integer from 1 to 1,000, got 0"),
         ({"sampler": "heun"}, "sampler must be one of ddpm, ddim, got 'heun'"),
         ({"eta": 1.5, "sampler": "ddim"}, "eta must be from 0 to 1"),
         ({"gamma": -0.1}, "gamma must be at least 0"),
@@ -506,7 +506,7 @@ def test_unconditional_networks():
     generators = companion.sample_generators(0, range(2))
     images = pipe(num_inference_steps=2, sampler="ddim", classifier_scale=0, batch_size=2, generator=generators).images
     assert len(images) == 2
-    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be an integer from 1 to 100,000, got 0"):
         pipe(classifier_scale=0, batch_size=0)
     with pytest.raises(ValueError, match="got None, but classifier_scale is 1"):
         pipe()

@@ -51,6 +51,10 @@ class Persistent:
 
 @pytest.fixture(autouse=True)
 def published_modules(monkeypatch):
+    name_published_modules(monkeypatch)
+
+
+def name_published_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     """The modules that the published code pickles by name, for as long as a file is being written."""
     util, persistence = types.ModuleType("dnnlib.util"), types.ModuleType("torch_utils.persistence")
 

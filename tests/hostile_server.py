@@ -1,0 +1,115 @@
+"""A child process that tries entry points with whatever it is sent, under limits of memory, and says what happened."""
+
+import contextlib
+import io
+import os
+import pickle
+import resource
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import companion
+from companion.cli.main import main as command_line
+from companion.evaluation.metrics.image_sets import captioned_files, open_images
+from companion.evaluation.metrics.reference_statistics import read_statistics
+from companion.evaluation.sampling.folder import read_batches
+from companion.evaluation.sampling.settings import SamplingSettings, read_prompts
+from companion.evaluation.tables.results import read_cells
+from companion.guidance.weights import from_text
+from companion.pipelines.adm.checkpoint import ADMArchitecture, read_adm_checkpoint
+from companion.pipelines.adm.classifier import off_the_shelf_classifier
+from companion.pipelines.edm2.checkpoint import read_edm2_checkpoint
+from companion.pipelines.saved import checked_device, checked_dtype
+from tests.pipelines.adm.test_pipeline import tiny_adm
+from tests.pipelines.edm2.test_pipeline import tiny_edm2
+
+MEMORY = 1 << 30  # bytes that one request may add
+
+
+def drawn(pipe: Any, **call: Any) -> None:
+    """Pictures of a call; finite ones or a refusal."""
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(**{"output_type": "np", **call}).images
+    assert len(images)
+
+
+def command(*arguments: str) -> None:
+    """A command line; its errors are one line behind "error: ", or argparse's usage and one line."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            status = command_line(list(arguments))
+        except SystemExit as error:
+            status = int(error.code or 0)
+    lines = [line for line in said.getvalue().replace("\r", "\n").splitlines() if "error: " in line]
+    if status == 0:
+        return
+    if status != 2 or len(lines) != 1:
+        raise AssertionError(f"status {status}: {said.getvalue()[-2000:]}")
+    raise ValueError(lines[0][:500])
+
+
+NOISY, GUIDED = tiny_adm("noisy", torch.float32), tiny_edm2(torch.float32, True, null_labels=True)
+CALL: dict[str, Any] = {"class_labels": [1], "num_inference_steps": 2}
+ENTRIES: dict[str, Callable[..., Any]] = {
+    "load": companion.load,
+    "load_edm2": lambda path: companion.load_edm2(source=path),
+    "load_adm": lambda path: companion.load_adm(source=path),
+    "classifier": off_the_shelf_classifier,
+    "statistics": lambda path: read_statistics(Path(path)),
+    "pictures": lambda path: [np.asarray(batch).shape for batch in open_images(Path(path)).batches()],
+    "captions": lambda path: captioned_files(Path(path), Path(path).parent),
+    "prompts": lambda path: read_prompts(Path(path)),
+    "cells": lambda path: read_cells(Path(path)),
+    "run": lambda path: [len(images) for images, _ in read_batches(Path(path))],
+    "edm2 checkpoint": lambda path: read_edm2_checkpoint(path).network(),
+    "adm checkpoint": read_adm_checkpoint,
+    "settings": lambda **changes: SamplingSettings(**{"model": "m", "num_samples": 2, "conditions": (1, 2)} | changes),
+    "architecture": lambda **changes: ADMArchitecture(
+        **{"image_size": 64, "model_channels": 64, "channel_mult": (1, 2), "layers": 1} | changes
+    ),
+    "weight": from_text,
+    "device": checked_device,
+    "dtype": checked_dtype,
+    "edm2": lambda **call: drawn(GUIDED, **{**CALL, "guidance_scale": 2.0, "output_type": "latent"} | call),
+    "adm": lambda **call: drawn(NOISY, **CALL | call),
+    "command": command,
+}
+
+
+def attempt(entry: str, given: tuple, named: dict) -> tuple[str, str]:
+    try:
+        ENTRIES[entry](*given, **named)
+    except ValueError as error:
+        return "refused", str(error)
+    except BaseException:
+        return "raised", traceback.format_exc()[-3000:]
+    return "accepted", ""
+
+
+def serve(requests: io.BufferedReader, answers: io.BufferedWriter) -> None:
+    answers.write(b"r")
+    answers.flush()
+    while head := requests.read(4):
+        entry, given, named = pickle.loads(requests.read(struct.unpack("<I", head)[0]))
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used + 3 * MEMORY, resource.RLIM_INFINITY))
+        before, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        outcome, message = attempt(entry, given, named)
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) << 10
+        answer = pickle.dumps((outcome, message, time.process_time() - before, grown))
+        answers.write(struct.pack("<I", len(answer)) + answer)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    serve(os.fdopen(int(sys.argv[1]), "rb"), os.fdopen(int(sys.argv[2]), "wb"))
