@@ -20,6 +20,7 @@ from companion.pipelines.adm.classifier import classifier_input, off_the_shelf_c
 from companion.pipelines.adm.loading import load_adm
 from companion.pipelines.adm.pipeline import ADMPipeline
 from companion.pipelines.adm.presets import NOISY, PUBLISHED_GUIDANCE, ADMPreset, published_guidance
+from companion.pipelines.levels import alpha_bar_table
 from tests.pipelines.adm.test_checkpoint import TINY, published_classifier, published_unet
 
 SHAPE, STEPS = (3, 2, 2), 6
@@ -56,7 +57,7 @@ def mixture_pipe(
         means = torch.randn(2, 12, generator=generator, dtype=torch.float64)
         mixtures.append(GaussianMixture([0.3, 0.7], means, factors @ factors.mT / 12))
     scheduler = DDPMScheduler(variance_type="fixed_small", prediction_type=prediction_type)
-    levels = alphas_cumprod_levels(scheduler.alphas_cumprod)
+    levels = alphas_cumprod_levels(alpha_bar_table(scheduler))
     oracle = MixtureDenoiser(mixtures, levels, prediction_type=prediction_type, sample_shape=SHAPE)
     oracle.config.num_class_embeds = 3 if conditional else None
     pipe = ADMPipeline(oracle, classifier(oracle), scheduler, null_class=2 if conditional else None)
@@ -186,8 +187,8 @@ def test_guided_run_by_hand():
     pipe, labels, gamma, scale, tilt = tiny_adm("resnet"), torch.tensor([0, 4]), 0.3, 2.5, -0.6
     options = {"gamma": gamma, "classifier_scale": scale, "tilt": tilt, "clip_sample": True, "score": SCORE}
     got = draw(pipe, labels=(0, 4), num_inference_steps=3, **options)
-    kept = pipe.scheduler.alphas_cumprod.double()[[999, 500, 0]].tolist()
-    betas = [1 - kept[0] / kept[1], 1 - kept[1] / kept[2], 1 - kept[2]]
+    alpha_bar = alpha_bar_table(pipe.scheduler)[[999, 500, 0]].tolist()
+    betas = [1 - alpha_bar[0] / alpha_bar[1], 1 - alpha_bar[1] / alpha_bar[2], 1 - alpha_bar[2]]
     generators = companion.sample_generators(0, range(2))
 
     def noise() -> Tensor:
@@ -195,7 +196,7 @@ def test_guided_run_by_hand():
 
     x = noise()
     for i, t in enumerate((999, 500, 0)):
-        now, after, beta = kept[i], kept[i + 1] if i < 2 else 1.0, betas[i]
+        now, after, beta = alpha_bar[i], alpha_bar[i + 1] if i < 2 else 1.0, betas[i]
         output = pipe.unet(x, t, class_labels=labels).sample
         clean = ((x - math.sqrt(1 - now) * output[:, :3]) / math.sqrt(now)).clamp(-1, 1).requires_grad_()
         score = score_logits(pipe.classifier(clean).logits, labels, SCORE)
@@ -204,7 +205,10 @@ def test_guided_run_by_hand():
         clean = clean.detach()
         mean = math.sqrt(after) * beta * clean + math.sqrt(now / after) * (1 - after) * x
         mean = mean / (1 - now)
-        small = [(1 - kept[1]) / (1 - kept[0]) * betas[0], *[(1 - kept[2]) / (1 - kept[1]) * betas[1]] * 2][i]
+        small = [
+            (1 - alpha_bar[1]) / (1 - alpha_bar[0]) * betas[0],
+            *[(1 - alpha_bar[2]) / (1 - alpha_bar[1]) * betas[1]] * 2,
+        ][i]
         v = (output[:, 3:] + 1) / 2
         variance = (v * math.log(beta) + (1 - v) * math.log(small)).exp()
         share = gamma * max(betas) * math.sin(math.pi * (3 - i) / 3)
