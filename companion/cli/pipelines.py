@@ -20,12 +20,18 @@ from companion.pipelines.support import page, support_table
 from companion.pipelines.tiny_components import recorded, tiny_pipeline
 
 
+class _OutOfTime(BaseException):
+    """No `Exception`, which pipelines and the check may catch."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", help="pipeline classes; default: all that can be built small")
     parser.add_argument("--data", type=Path, default=Path("docs/pipelines.json"), help="results; others in it are kept")
     parser.add_argument("--page", type=Path, default=Path("docs/pipelines.md"), help="the page, written anew")
     parser.add_argument("--seconds", type=float, default=60.0, help="of processor time for one pipeline; default: 60")
-    parser.add_argument("--missing", action="store_true", help="only pipelines without a result from this diffusers")
+    parser.add_argument(
+        "--missing", action="store_true", help="only pipelines that this diffusers' results do not show to pass"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -40,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     data = read_data(options.data)
     supported = {row.name for row in support_table() if row.status == "supported"}
     names = [name for name in recorded() if name.split("/")[0] in supported & set(options.names or known)]
-    names = [name for name in names if not (options.missing and name in data["checked"])]
+    names = [name for name in names if not (options.missing and data["checked"].get(name, {}).get("passed"))]
     data["checked"] = {name: found for name, found in data["checked"].items() if name.split("/")[0] in supported}
     for name in names:
         data["checked"][name] = check_named(name, options.seconds)
@@ -55,7 +61,7 @@ def check_named(name: str, seconds: float = 60.0) -> dict[str, Any]:
     """A check of a recorded pipeline, or why there is none, as JSON; `seconds` of processor time at most."""
 
     def stop(*_: Any) -> None:
-        raise TimeoutError(f"not finished in {seconds:g} s of processor time")
+        raise _OutOfTime(f"not finished in {seconds:g} s of processor time")
 
     signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -64,8 +70,8 @@ def check_named(name: str, seconds: float = 60.0) -> dict[str, Any]:
         warnings.simplefilter("ignore")
         try:
             found = check(*tiny_pipeline(name))
-        except Exception as error:  # of many pipelines, each with its own needs
-            return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        except (Exception, _OutOfTime) as error:  # of many pipelines, each with its own needs
+            return {"failed": f"{type(error).__name__.strip('_')}: {' '.join(str(error).split())[:200]}"}
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
             logging.disable(logging.NOTSET)
@@ -91,9 +97,7 @@ def read_data(file: Path) -> dict[str, Any]:
 
 def write_data(file: Path, data: dict[str, Any]) -> None:
     """One line a result, so that changes can be read."""
-    rows: Iterable[str] = (
-        f"{json.dumps(name)}: {json.dumps(found)}" for name, found in sorted(data["checked"].items())
-    )
+    rows = (f"{json.dumps(name)}: {json.dumps(found)}" for name, found in sorted(data["checked"].items()))
     head = (
         f'"diffusers": {json.dumps(data["diffusers"])},\n"run": {json.dumps(data["run"], indent=1, ensure_ascii=False)}'
     )

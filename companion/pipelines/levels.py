@@ -150,13 +150,12 @@ def _betas(config: Any) -> Float[Tensor, " trained"] | None:
     """The betas that a scheduler's settings name, in float64; None for kinds that are not known here."""
     if config.get("trained_betas") is not None:
         return torch.as_tensor(config["trained_betas"], dtype=torch.float64)
-    ends = (config.get("beta_start"), config.get("beta_end"))
-    count = config["num_train_timesteps"]
+    start, end, count = config.get("beta_start"), config.get("beta_end"), config["num_train_timesteps"]
     match config.get("beta_schedule"):
-        case "linear" if None not in ends:
-            return torch.linspace(*ends, count, dtype=torch.float64)
-        case "scaled_linear" if None not in ends:
-            return torch.linspace(*(end**0.5 for end in ends), count, dtype=torch.float64) ** 2
+        case "linear" if None not in (start, end):
+            return torch.linspace(start, end, count, dtype=torch.float64)
+        case "scaled_linear" if None not in (start, end):
+            return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
         case "squaredcos_cap_v2":
             angles = (torch.arange(count + 1, dtype=torch.float64) / count + 0.008) / 1.008 * torch.pi / 2
             return (1 - (angles[1:].cos() / angles[:-1].cos()) ** 2).clamp(max=0.999)

@@ -118,14 +118,15 @@ def page(table: list[Support], run: Mapping[str, str], checked: Mapping[str, Map
         if row.status != "supported":
             parts[row.status].append(_line(cells, old))
             continue
-        passed = bool(results[row.name]) and all(result.get("passed") for result in results[row.name])
+        passed = [result for result in results[row.name] if result.get("passed")]
+        reasons = list(dict.fromkeys(_reason(result) for result in results[row.name] if not result.get("passed")))
         if row.name in run:
             parts["run"].append(_line(cells, [run[row.name], *(["also built and checked"] if passed else [])]))
         elif passed:
-            numbers = (_largest(results[row.name], key) for key in ("finite_difference", "unguided"))
-            parts["checked"].append(_line([*cells, *numbers], old))
+            numbers = (_largest(passed, key) for key in ("finite_difference", "unguided"))
+            parts["checked"].append(_line([*cells, *numbers], [f"another configuration: {r}" for r in reasons] + old))
         else:
-            parts["mechanism"].append(_line(cells, [*map(_reason, results[row.name]), *old]))
+            parts["mechanism"].append(_line(cells, reasons + old))
     counts = ", ".join(f"{len(lines)} {_HEADINGS[part][0].lower()}" for part, lines in parts.items())
     text = (
         f"# Pipelines of diffusers {diffusers.__version__}\n\n"
@@ -156,8 +157,6 @@ def _largest(results: list[Mapping[str, Any]], key: str) -> str:
 
 
 def _reason(result: Mapping[str, Any]) -> str:
-    if result.get("passed"):
-        return "checked"
     if "failed" in result:
         return str(result["failed"]).replace("|", "/")
     wrong = [name for name in ("none", "restored") if not result[name]]

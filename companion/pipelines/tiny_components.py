@@ -123,8 +123,8 @@ def _argument(record: Any, name: str, dtype: torch.dtype) -> Any:
         case {"array": shape, "low": low, "high": high}:
             return _random(shape, low, high, generator, torch.float32).numpy()
         case {"integers": shape, "high": high, "dtype": kind}:
-            values = torch.randint(0, high + 1, shape, generator=generator)
-            return values.to(getattr(torch, kind)) if kind != "numpy" else values.numpy().astype(np.uint8)
+            whole = torch.randint(0, high + 1, shape, generator=generator)
+            return whole.to(getattr(torch, kind)) if kind != "numpy" else whole.numpy().astype(np.uint8)
         case {"tuple": items}:
             return tuple(_argument(item, f"{name}.{place}", dtype) for place, item in enumerate(items))
     return {key: _argument(value, f"{name}.{key}", dtype) for key, value in record.items()}

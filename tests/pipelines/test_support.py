@@ -75,3 +75,4 @@ def test_a_sample_of_the_page_is_checked_again(name):
     """One and three images of HiDream, an output that is no `sample`, residuals that the network pops from a list."""
     found = check_named(name)
     assert found.get("passed"), found
+    assert found["images"] == 3 and read_data(DATA)["checked"][name]["passed"]
