@@ -37,7 +37,8 @@ def _provenance(ranking: Ranking) -> str:
     total = len(suite_problems(suite))
     return (
         f"Measured: {len(ranking.problems)} of the {total} problems of the {suite} suite; {made['device']}, "
-        f"{made['started'][:10]}, torch {made['versions']['torch']}, commit {made['commit']}. Redo it with\n\n"
+        f"{made['started'][:10]}, torch {made['versions']['torch']}, commit {made['commit']}"
+        f"{'; ' + made['note'] if 'note' in made else ''}. Redo it with\n\n"
         f"```\npython -m companion rank --suite {suite} --folder runs/ranking --out notebooks/results/ranking.json "
         "--docs docs/ranking.md\n```"
     )
