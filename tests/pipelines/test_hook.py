@@ -240,6 +240,9 @@ def test_outside_an_interval_only_the_conditional_branch_is_evaluated(family):
     denoiser = pipe.transformer if make is tiny_dit else pipe.unet
     watch = denoiser.conv_in if make is tiny_sd else denoiser.pos_embed
     handle = watch.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    with rectified_guidance(pipe):
+        draw(pipe, num_inference_steps=1)  # how its batch is cut is found out once
+    rows.clear()
     with rectified_guidance(pipe, RectifiedGuidanceConfig(weight=IntervalWeight(300, 700, unit="timestep"))):
         draw(pipe)
     handle.remove()
