@@ -71,7 +71,7 @@ class InceptionFeatures:
         device: where it runs.
 
     Raises:
-        ValueError: the extra is not installed, or its weights cannot be had.
+        ValueError: the extra is not installed, or its weights are unavailable.
     """
 
     name, dimensions = "inception-v3", 2048
@@ -89,7 +89,7 @@ class InceptionFeatures:
         try:
             network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
         except OSError as error:
-            raise ValueError(f"the Inception weights can be neither found nor downloaded: {error}") from error
+            raise ValueError(f"the Inception weights are unavailable: {error}") from error
         self._network, self._device = network.eval().to(device), torch.device(device)
 
     @torch.no_grad()
