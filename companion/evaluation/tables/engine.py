@@ -12,6 +12,7 @@ are removed once it is written, unless they are to be kept.
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +31,7 @@ from companion.evaluation.tables.results import (
     write_cell,
     write_cells,
 )
+from companion.files import lock
 from companion.provenance import provenance
 
 
@@ -155,21 +157,28 @@ def run_table(plan: TablePlan, options: RunOptions) -> list[Cell]:
     missing = [name for name in names if name not in made]
     if state.is_main_process:
         maker.check(missing)
-    for name in missing:
-        if _main_says(state, options.minutes is not None and time.monotonic() - began > 60 * options.minutes):
-            break
-        folder = options.out / "samples" / name
-        maker.draw(name, folder, options.progress)
-        if state.is_main_process:
-            write_cell(options.out / "cells", _cell(name, maker, folder, options))
-            if options.collected is not None:
-                cells = finished_cells(options.out, options.collected)
-                write_cells(options.collected, in_order(plan.names(), cells))
-        state.wait_for_everyone()
-        if state.is_main_process and not options.keep_samples:
-            shutil.rmtree(folder, ignore_errors=True)
-        made[name] = read_cell(options.out / "cells" / f"{name}.json")
+    with _lock(options.out) if missing and state.is_main_process else nullcontext():
+        for name in missing:
+            if _main_says(state, options.minutes is not None and time.monotonic() - began > 60 * options.minutes):
+                break
+            folder = options.out / "samples" / name
+            maker.draw(name, folder, options.progress)
+            if state.is_main_process:
+                write_cell(options.out / "cells", _cell(name, maker, folder, options))
+                if options.collected is not None:
+                    cells = finished_cells(options.out, options.collected)
+                    write_cells(options.collected, in_order(plan.names(), cells))
+            state.wait_for_everyone()
+            if state.is_main_process and not options.keep_samples:
+                shutil.rmtree(folder, ignore_errors=True)
+            made[name] = read_cell(options.out / "cells" / f"{name}.json")
     return [made[name] for name in names if name in made]
+
+
+def _lock(out: Path) -> AbstractContextManager[None]:
+    """Held while cells are drawn and measured, so that no two processes write one table."""
+    out.mkdir(parents=True, exist_ok=True)
+    return lock(out / ".lock", f"{out} is in use by another table; wait for it, or give another folder")
 
 
 def _main_says(state: PartialState, value: bool) -> bool:

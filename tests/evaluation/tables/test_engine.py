@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from companion import files
 from companion.cli.main import main as command_line
 from companion.evaluation.metrics import evaluators
 from companion.evaluation.metrics.evaluators import ClassEvaluator, Reference
@@ -15,7 +16,7 @@ from companion.evaluation.metrics.features import Features
 from companion.evaluation.metrics.reference_statistics import statistics_of
 from companion.evaluation.studies.guidance_rows import Row
 from companion.evaluation.studies.guidance_table import GuidancePlan, imagenet
-from companion.evaluation.tables import sampled
+from companion.evaluation.tables import engine, sampled
 from companion.evaluation.tables.engine import RunOptions, run_table
 from companion.evaluation.tables.results import read_cell, read_cells
 from companion.pipelines.registry import load
@@ -149,3 +150,21 @@ def test_too_few_samples_are_said_before_any_is_drawn(tmp_path, capsys, table):
     refused = capsys.readouterr().err
     assert "need at least 129 samples, got 3" in refused and "Traceback" not in refused
     assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_two_processes_do_not_write_one_table(make, tmp_path, monkeypatch):
+    """The lock is held while a cell is measured, too."""
+    (tmp_path / "table").mkdir()
+    with files.lock(tmp_path / "table" / ".lock", "held"), pytest.raises(ValueError, match="in use by another table"):
+        make("table")
+    assert not list((tmp_path / "table").rglob("*.json"))
+    held, measured = [], engine._cell
+
+    def measuring(*given: object) -> object:
+        with pytest.raises(ValueError, match="taken"):
+            files.take_lock(tmp_path / "table" / ".lock", "taken")
+        held.append(given)
+        return measured(*given)
+
+    monkeypatch.setattr(engine, "_cell", measuring)
+    assert len(make("table")) == len(held) > 0
