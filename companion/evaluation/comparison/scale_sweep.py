@@ -129,7 +129,8 @@ def draw_sweep(sweep: ScaleSweep, *, size: float = 1.15) -> Figure:
     count, rows = len(sweep.captions), len(sweep.scales)
     width = size * 2 * count + 1.6
     # A Figure of its own, without pyplot: pyplot's figures belong to no thread but the main one.
-    figure = Figure(figsize=(width, (size + 0.24) * rows + 0.6), dpi=110, layout="none")  # places are given below
+    figure = Figure(figsize=(width, (size + 0.24) * rows + 0.6), dpi=110)
+    figure.set_layout_engine("none")  # places are given below
     left = 0.75 / width
     for column, (name, title) in enumerate(_NAMES.items()):
         start = left + column * (1 - left + 0.01) / 2
