@@ -290,7 +290,7 @@ SOUND: dict[str, dict[str, Callable[[Any], bool]]] = {
         "channel_mult": one_of(),
     },
     "edm2": {
-        "class_labels": one_of(3, True, 0),
+        "class_labels": one_of(3, 0, [0]),
         "num_inference_steps": integer(1, 10_000),
         "guidance_scale": number(),
         "guidance_interval": one_of(None),
@@ -306,7 +306,7 @@ SOUND: dict[str, dict[str, Callable[[Any], bool]]] = {
         "latents": one_of(None),
     },
     "adm": {
-        "class_labels": one_of(3, True, 0),
+        "class_labels": one_of(3, 0, [0]),
         "num_inference_steps": integer(1, 1000),
         "sampler": one_of("ddpm", "ddim"),
         "eta": number(0, 1),
