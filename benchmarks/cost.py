@@ -84,7 +84,10 @@ def cost(
     short = {**call, "num_inference_steps": 2}
     peaks, evaluations, drawn = {}, {}, {}
     for name, method in methods.items():
-        with peak_memory(pipe.device) as memory:  # exact, the same for any number of steps; not to be timed
+        with (
+            counted(pipe),
+            peak_memory(pipe.device) as memory,
+        ):  # exact, the same for any number of steps; not to be timed
             draw(pipe, short, method, images)
         peaks[name] = memory.bytes
     seconds: list[dict[str, float]] = [{} for _ in range(rounds)]
