@@ -87,6 +87,7 @@ def borrowed(code: str) -> list[str]:
     """Colours that bypass the style module: seaborn's and matplotlib's palettes, and the methods' own, written out."""
     taken = {to_rgb(style.colour) for style in plotting.STYLES.values() if style.colour != "#000000"}
     found = []
+    code = "\n".join(line for line in code.splitlines() if not line.startswith("%"))  # without IPython's commands
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Attribute) and node.attr in ("PALETTE", "color_palette"):
             found.append(node.attr)

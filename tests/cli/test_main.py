@@ -68,8 +68,7 @@ def test_training_goes_on_from_the_shipped_weights(tmp_path, monkeypatch, name):
 
     for recipe in (adm, edm2, recipes, text_conditional):
         monkeypatch.setattr(recipe, "train", spy)
-    with pytest.raises(KeyboardInterrupt):
-        main(["train", name, "--from-shipped", "--runs", str(tmp_path)])
+    assert main(["train", name, "--from-shipped", "--runs", str(tmp_path)]) == 130  # stopped before the first step
     part = "transformer" if name in ("mini-dit", "mini-flow") else "unet"
     shipped = load_file(WEIGHTS / name / part / "diffusion_pytorch_model.safetensors")
     found = {key.rpartition("denoiser.")[2]: value for key, value in given[0].items() if "denoiser." in key}

@@ -149,9 +149,9 @@ def captioned_files(captions: Path, folder: Path) -> list[tuple[Path, str]]:
     known: dict[str, str] = {}
     for where, name, said in pairs:
         if name in known:
-            raise ValueError(f"{where} has a second caption of {name}")
+            raise ValueError(f"{where} has a second caption of {name!r}")
         if not (folder / name).is_file():
-            raise ValueError(f"{where} has a caption of {name}, which is not in {folder}")
+            raise ValueError(f"{where} has a caption of {name!r}, which is not in {folder}")
         known[name] = said
     for file in image_files(folder):
         if str(file.relative_to(folder)) not in known:

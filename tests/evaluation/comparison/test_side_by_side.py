@@ -291,7 +291,9 @@ def test_the_evaluator_sees_the_pictures_and_is_believed(pipe):
     assert compare(pipe, SETTINGS).with_reg.side.recognised is None
 
 
-def test_prompts(tmp_path):
+def test_prompts(tmp_path, monkeypatch):
+    monkeypatch.setattr("companion.evaluation.comparison.previews.PREVIEW_SECONDS", 0.0)  # however fast the machine is
+    monkeypatch.setattr("companion.evaluation.comparison.previews.PREVIEW_SHARE", 1e9)
     pipe = captioned_sd(tmp_path)
     assert takes_prompts(pipe) and "EulerDiscreteScheduler" in scheduler_names(pipe)
     settings = Settings(["a red star", "a heart left of a ring"], steps=4, guidance_scale=6.0)

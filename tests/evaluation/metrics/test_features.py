@@ -128,8 +128,8 @@ def test_captions_match_their_pictures(tmp_path):
         ("000.png\ta star\n", r"captions\.txt has no caption of .*001\.png"),
         ("000.png a star\n", r"captions\.txt, line 1, is not NAME<tab>CAPTION"),
         ("000.png\ta star\n\n", r"captions\.txt, line 2, is not NAME<tab>CAPTION"),
-        ("000.png\ta star\n002.png\ta ring\n", r"line 2, has a caption of 002\.png, which is not in"),
-        ("000.png\ta star\n000.png\ta ring\n", r"line 2, has a second caption of 000\.png"),
+        ("000.png\ta star\n002.png\ta ring\n", r"line 2, has a caption of '002\.png', which is not in"),
+        ("000.png\ta star\n000.png\ta ring\n", r"line 2, has a second caption of '000\.png'"),
     ):
         file.write_text(content)
         with pytest.raises(ValueError, match=words):
@@ -138,5 +138,5 @@ def test_captions_match_their_pictures(tmp_path):
     images = [{"id": i, "file_name": f"00{i}.png"} for i in range(3)]
     said = [{"id": i, "image_id": i, "caption": "a star"} for i in range(3)]
     coco.write_text(json.dumps({"images": images, "annotations": said}))
-    with pytest.raises(ValueError, match=r"captions\.json has a caption of 002\.png, which is not in"):
+    with pytest.raises(ValueError, match=r"captions\.json has a caption of '002\.png', which is not in"):
         captioned_files(coco, folder)
