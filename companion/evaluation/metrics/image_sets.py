@@ -98,7 +98,8 @@ def _array(path: Path) -> Pixels:
     """The pictures of a npz file."""
     found = read_arrays(path, ("images", "arr_0"))
     if not found:
-        raise ValueError(f"{path} holds {', '.join(array_names(path)) or 'nothing'}, and no images or arr_0")
+        held = ", ".join(repr(name)[1:-1] for name in array_names(path))  # the file's own names
+        raise ValueError(f"{path} holds {held[:300] or 'nothing'}, and no images or arr_0")
     images = next(iter(found.values()))
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(
