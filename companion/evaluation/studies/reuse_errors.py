@@ -34,7 +34,7 @@ Plan = Callable[[int, list[float]], bool]
 """(step, log SNR of all steps) -> whether to evaluate there."""
 
 
-def everyday(last: Evaluation, direction: Tensor, log_snr: float) -> Tensor:
+def cfg(last: Evaluation, direction: Tensor, log_snr: float) -> Tensor:
     """Δ itself."""
     return direction
 
@@ -68,7 +68,7 @@ def shipped(last: Evaluation, direction: Tensor, log_snr: float) -> Tensor:
 
 
 RULES: dict[str, Rule] = {
-    "Δ": everyday,
+    "Δ": cfg,
     "last KΔ": repeated,
     "elementwise": elementwise,
     "ρΔ": quotient,
@@ -114,8 +114,8 @@ class CarryResult:
 
     Attributes:
         share: of the steps at which K Δ was evaluated.
-        direction: mean distance of what is followed to K Δ along the fully rectified chain; everyday guidance has 1.
-        samples: median distance of the samples to those of full rectification; everyday guidance has 1.
+        direction: mean distance of what is followed to K Δ along the fully rectified chain; CFG has 1.
+        samples: median distance of the samples to those of full rectification; CFG has 1.
         energy: energy distance of the samples to the target p · (p/p_u)^w.
     """
 
@@ -189,7 +189,7 @@ def carry_results(
             y = clean + (y - clean) * following / ratio
         return [*states, y], errors, evaluations
 
-    full, _, _ = run(every(1), everyday)
+    full, _, _ = run(every(1), cfg)
 
     def never(step: int, levels: list[float]) -> bool:
         return False
@@ -200,8 +200,8 @@ def carry_results(
         distance = float((states[-1] - full[-1]).norm(dim=1).median())
         return evaluations / steps, sum(errors), distance, energy_distance(states[-1], target)
 
-    # Everyday guidance but for the first step, where K is nearly zero and so is what its rectification changes.
-    _, base_error, base_distance, base_energy = measure(never, everyday)
+    # CFG but for the first step, where K is nearly zero and so is what its rectification changes.
+    _, base_error, base_distance, base_energy = measure(never, cfg)
     results = {
         "full": CarryResult(1.0, 0.0, 0.0, energy_distance(full[-1], target)),
         "CFG": CarryResult(0.0, 1.0, 1.0, base_energy),

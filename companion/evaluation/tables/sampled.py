@@ -1,5 +1,6 @@
 """Plans whose cells are sampling runs: a row of a model is drawn into a folder and measured by an evaluator."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,7 +39,7 @@ RowT = TypeVar("RowT", bound=TableRow)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampledPlan(Generic[RowT]):
+class SampledPlan(ABC, Generic[RowT]):
     """A table of sampling runs. Subclasses say what is drawn for a row, and how the table looks.
 
     Args:
@@ -60,9 +61,9 @@ class SampledPlan(Generic[RowT]):
     batch_size: int = 50
     reference_samples: int = 5000
 
+    @abstractmethod
     def settings(self, row: RowT, seed: int, conditions: tuple[int, ...] | tuple[str, ...]) -> SamplingSettings:
         """What is drawn for a cell."""
-        raise NotImplementedError
 
     def sampling(
         self,
@@ -88,9 +89,9 @@ class SampledPlan(Generic[RowT]):
             image_format="npz",
         )
 
+    @abstractmethod
     def as_markdown(self, cells: Sequence[Cell]) -> str:
         """The table."""
-        raise NotImplementedError
 
     def left_out(self) -> list[str]:
         """Cells that cannot be made, with what is missing: none."""

@@ -9,9 +9,9 @@ from companion.evaluation.studies.reuse_errors import (
     Evaluation,
     blobs,
     carry_results,
+    cfg,
     even_in_log_snr,
     every,
-    everyday,
     noise_ratios,
     quotient_law,
     shipped,
@@ -44,7 +44,7 @@ def test_gaussian_data_need_one_evaluation() -> None:
     """Isotropic Gaussians: the law is exact, so a single evaluation serves the whole chain."""
     conditional = GaussianMixture.isotropic([1.0], [[0.8, 0.1]], 0.4)
     data = Toy("gaussian", (conditional,), GaussianMixture.isotropic([1.0], [[0.0, 0.0]], 1.0))
-    ways = {"law": (every(100), quotient_law), "auto": (every(100), shipped), "Δ": (every(100), everyday)}
+    ways = {"law": (every(100), quotient_law), "auto": (every(100), shipped), "Δ": (every(100), cfg)}
     results = carry_results(data, ways, steps=12, count=60)
     assert results["auto"].share == pytest.approx(1 / 12)
     for name in ("law", "auto"):
