@@ -16,10 +16,11 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(min(4, os.cpu_count() or 1))
 
-# No deadline: a busy machine is no failure. In CI the examples are the same in every run.
-hypothesis.settings.register_profile("default", deadline=None, max_examples=50)
-hypothesis.settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True, print_blob=True)
-hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+# No deadline: a busy machine is no failure. The examples are the same in every run, so that a change is what a failure
+# comes from; HYPOTHESIS_PROFILE=search looks for new ones.
+hypothesis.settings.register_profile("fixed", deadline=None, max_examples=50, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=500)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 # pyproject.toml limits a test until it fails or is over. What it leaves behind, servers and threads, may hang as well.
 PATIENCE = 300  # seconds

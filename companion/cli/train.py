@@ -17,6 +17,7 @@ from companion.cli import cards
 from companion.minis import adm, classifier, clip, edm2, guides, recipes, scene_regressor, text_conditional
 from companion.minis.latents import SceneWindow
 from companion.minis.shipping import WEIGHTS
+from companion.minis.training import TrainingConfig
 from companion.networks.adm import NoisyClassifier
 from companion.networks.edm2 import EDM2UNet
 from companion.pipelines.registry import load
@@ -32,6 +33,8 @@ class Job:
         out: folder that receives the finished model's folder.
         from_shipped: whether training continues from the shipped weights, with the shipped parts.
         first_scene: number of the first scene that latent models learn from.
+        steps: of the optimiser, in all; None is the model's own number.
+        learning_rate: peak; None is the model's own.
     """
 
     name: str
@@ -39,6 +42,13 @@ class Job:
     out: Path
     from_shipped: bool = False
     first_scene: int = 0
+    steps: int | None = None
+    learning_rate: float | None = None
+
+    def config(self, own: TrainingConfig) -> TrainingConfig:
+        """The model's own settings, with this job's steps and learning rate where it names them."""
+        named = {"steps": self.steps, "learning_rate": self.learning_rate}
+        return replace(own, **{name: value for name, value in named.items() if value is not None})
 
     @property
     def folder(self) -> Path:
@@ -68,21 +78,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--runs", type=Path, default=Path("runs"), help="checkpoints and logs; default: runs")
     add("--out", type=Path, default=None, help="where the shipped folder goes; default: RUNS/shipped")
     add("--from-shipped", action="store_true", help="continue from the weights in the package, with its other models")
+    add("--steps", type=int, default=None, help="optimiser steps; default: the model's own number")
+    add("--learning-rate", type=float, default=None, metavar="RATE", help="peak; default: the model's own")
     add("--first-scene", type=int, default=0, metavar="N", help="first scene that a latent model sees; default: 0")
 
 
 def run(options: argparse.Namespace) -> int:
     """Train, measure and write one model; the exit status. Errors are one line on the standard error."""
     try:
-        target = _train(
-            Job(
-                options.name,
-                options.runs,
-                options.out or options.runs / "shipped",
-                options.from_shipped,
-                options.first_scene,
-            )
-        )
+        job = Job(options.name, options.runs, options.out or options.runs / "shipped")
+        settings = ("from_shipped", "first_scene", "steps", "learning_rate")
+        target = _train(replace(job, **{name: getattr(options, name) for name in settings}))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -94,6 +100,8 @@ def _train(job: Job) -> Path:
     needs, train_and_ship = _MODELS[job.name]
     if job.from_shipped and job.name not in CONTINUED:
         raise ValueError(f"--from-shipped continues {', '.join(CONTINUED)}; leave it out for {job.name}")
+    if job.name not in CONTINUED and (job.steps, job.learning_rate) != (None, None):
+        raise ValueError(f"--steps and --learning-rate are for {', '.join(CONTINUED)}; leave them out for {job.name}")
     if job.first_scene < 0:
         raise ValueError(f"--first-scene must be at least 0, got {job.first_scene}")
     for needed in needs:
@@ -122,7 +130,7 @@ def _clip(job: Job) -> Path:
 
 def _adm(job: Job) -> Path:
     start = None if job.start is None else job.start.unet
-    return cards.ship_adm(*adm.train_adm(job.folder, start=start), job.out, job.parts)
+    return cards.ship_adm(*adm.train_adm(job.folder, job.config(adm.TRAINING), start=start), job.out, job.parts)
 
 
 def _adm_resnet(job: Job) -> Path:
@@ -153,13 +161,16 @@ def _calibrated(name: str, job: Job) -> Path:
 
 def _dit(job: Job) -> Path:
     autoencoder = job.autoencoder()
-    trained = recipes.train_dit(job.folder, autoencoder, start=job.start, window=job.window(autoencoder))
+    settings = {"start": job.start, "window": job.window(autoencoder)}
+    trained = recipes.train_dit(job.folder, autoencoder, job.config(recipes.DIT_TRAINING), **settings)
     return cards.ship_dit(*trained, job.out, job.parts)
 
 
 def _sd(job: Job) -> Path:
     autoencoder = job.autoencoder()
-    trained = text_conditional.train_sd(job.folder, autoencoder, start=job.start, window=job.window(autoencoder))
+    config = job.config(text_conditional.SD_TRAINING["epsilon"])
+    settings = {"start": job.start, "window": job.window(autoencoder)}
+    trained = text_conditional.train_sd(job.folder, autoencoder, config, **settings)
     return cards.ship_text_conditional(job.name, *trained, job.out, job.parts)
 
 
@@ -167,16 +178,19 @@ def _sd_v(job: Job) -> Path:
     """From mini-sd, unless it is continued itself."""
     autoencoder = job.autoencoder()
     start = job.start or StableDiffusionPipeline.from_pretrained(job.parts / "mini-sd", dtype=torch.float32)
-    pipe, record = text_conditional.train_sd(
-        job.folder, autoencoder, prediction="v_prediction", start=start, window=job.window(autoencoder)
-    )
+    config = job.config(text_conditional.SD_TRAINING["v_prediction"])
+    settings = {"prediction": "v_prediction", "start": start, "window": job.window(autoencoder)}
+    pipe, record = text_conditional.train_sd(job.folder, autoencoder, config, **settings)
     record["started from"] = job.name if job.from_shipped else "mini-sd"
     return cards.ship_text_conditional(job.name, pipe, record, job.out, job.parts)
 
 
 def _flow(job: Job) -> Path:
     autoencoder = job.autoencoder()
-    trained = text_conditional.train_flow(job.folder, autoencoder, start=job.start, window=job.window(autoencoder))
+    settings = {"start": job.start, "window": job.window(autoencoder)}
+    trained = text_conditional.train_flow(
+        job.folder, autoencoder, job.config(text_conditional.FLOW_TRAINING), **settings
+    )
     return cards.ship_text_conditional(job.name, *trained, job.out, job.parts)
 
 
@@ -184,7 +198,7 @@ def _edm2(job: Job) -> Path:
     """Both networks: the guide's run lies beside the network's."""
     autoencoder, start = job.autoencoder(), job.start
     own = _edm2_network(job, autoencoder, edm2.MINI_EDM2, edm2.TRAINING, start and start.unet)
-    beside = replace(job, name=f"{job.name}-guide")
+    beside = replace(job, name=f"{job.name}-guide", steps=None, learning_rate=None)  # it stays weak on purpose
     guide = _edm2_network(beside, autoencoder, edm2.MINI_EDM2_GUIDE, edm2.GUIDE_TRAINING, start and start.guide)
     return cards.ship_edm2((own[0], guide[0]), autoencoder, (own[1], guide[1]), job.out, job.parts)
 
@@ -196,7 +210,9 @@ def _edm2_network(
     network = EDM2UNet(**settings)
     if start is not None:
         network.load_state_dict(start.state_dict())
-    return network, edm2.train_edm2(job.folder, network, autoencoder, config, window=job.window(autoencoder))
+    return network, edm2.train_edm2(
+        job.folder, network, autoencoder, job.config(config), window=job.window(autoencoder)
+    )
 
 
 CONTINUED = ("mini-adm", "mini-dit", "mini-edm2", "mini-sd", "mini-sd-v", "mini-flow")

@@ -110,8 +110,11 @@ def variance_loss(
     return divergence.mean(dim=(1, 2, 3)) * (timestep > 0) / math.log(2)
 
 
+TRAINING = TrainingConfig(steps=4000, batch_size=64, learning_rate=2e-3, ema_decay=0.998, optimiser="muon")
+
+
 def train_adm(
-    folder: Path, config: TrainingConfig | None = None, *, start: UNet2DModel | None = None
+    folder: Path, config: TrainingConfig = TRAINING, *, start: UNet2DModel | None = None
 ) -> tuple[UNet2DModel, dict]:
     """Train mini-adm's U-Net, on new scenes every step.
 
@@ -122,7 +125,6 @@ def train_adm(
         folder: checkpoints and log.
         start: a trained U-Net to continue from; None trains from scratch.
     """
-    config = config or TrainingConfig(steps=4000, batch_size=64, learning_rate=2e-3, ema_decay=0.998, optimiser="muon")
     torch.manual_seed(config.seed)
     unet = build_unet()
     if start is not None:

@@ -86,6 +86,9 @@ SCHEDULE = {
 }
 
 
+DIT_TRAINING = TrainingConfig(steps=10_500, batch_size=64, learning_rate=2e-3, ema_decay=0.9995, optimiser="muon")
+
+
 def build_dit() -> DiTTransformer2DModel:
     """Class-conditional diffusion transformer on 16x16x4 latents: 64 tokens, width 192, six blocks; predicts ε."""
     return DiTTransformer2DModel(
@@ -103,7 +106,7 @@ def build_dit() -> DiTTransformer2DModel:
 def train_dit(
     folder: Path,
     autoencoder: AutoencoderKL,
-    config: TrainingConfig | None = None,
+    config: TrainingConfig = DIT_TRAINING,
     *,
     start: DiTPipeline | None = None,
     window: SceneWindow | None = None,
@@ -118,9 +121,6 @@ def train_dit(
         start: a trained pipeline to continue from; None trains from scratch.
         window: the scenes; None begins with the first.
     """
-    config = config or TrainingConfig(
-        steps=10_500, batch_size=64, learning_rate=2e-3, ema_decay=0.9995, optimiser="muon"
-    )
     window = window or SceneWindow(autoencoder)
     alphas_cumprod = DDPMScheduler(**SCHEDULE).alphas_cumprod
     torch.manual_seed(config.seed)

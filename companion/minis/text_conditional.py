@@ -41,6 +41,12 @@ Prediction = Literal["epsilon", "v_prediction"]
 
 DROPPED = 0.1  # share of captions replaced by the empty one
 
+SD_TRAINING = {
+    "epsilon": TrainingConfig(steps=3700, batch_size=64, learning_rate=2e-3, ema_decay=0.998, optimiser="muon"),
+    "v_prediction": TrainingConfig(steps=1100, batch_size=64, learning_rate=1e-3, ema_decay=0.998, optimiser="muon"),
+}
+FLOW_TRAINING = TrainingConfig(steps=5400, batch_size=64, learning_rate=2e-3, ema_decay=0.998, optimiser="muon")
+
 _WIDTH = 96
 
 
@@ -131,9 +137,7 @@ def train_sd(
         start: a trained pipeline, of either prediction, to continue from; None trains from scratch.
         window: the scenes; None begins with the first.
     """
-    if config is None:
-        steps, rate = (3700, 2e-3) if prediction == "epsilon" else (1100, 1e-3)
-        config = TrainingConfig(steps=steps, batch_size=64, learning_rate=rate, ema_decay=0.998, optimiser="muon")
+    config = config or SD_TRAINING[prediction]
     window = window or SceneWindow(autoencoder)
     tokenizer = caption_tokenizer()
     torch.manual_seed(config.seed)
@@ -237,7 +241,7 @@ def picture_sizes(count: int) -> dict[str, Float[Tensor, "count 2"]]:
 def train_flow(
     folder: Path,
     autoencoder: AutoencoderKL,
-    config: TrainingConfig | None = None,
+    config: TrainingConfig = FLOW_TRAINING,
     *,
     start: CogView4Pipeline | None = None,
     window: SceneWindow | None = None,
@@ -252,7 +256,6 @@ def train_flow(
         start: a trained pipeline to continue from; None trains from scratch.
         window: the scenes; None begins with the first.
     """
-    config = config or TrainingConfig(steps=5400, batch_size=64, learning_rate=2e-3, ema_decay=0.998, optimiser="muon")
     window = window or SceneWindow(autoencoder)
     tokenizer = caption_tokenizer(padding_side="left", longest=1024)
     torch.manual_seed(config.seed)

@@ -58,7 +58,8 @@ def test_blur_of_gaussians_is_exact_however_steep_or_narrow(a, b, std):
     x = grid.points[:, 0]
     scale = 1 + a * std**2
     expected = (-a * x**2 / 2 + b * x + b**2 * std**2 / 2) / scale - 0.5 * math.log(scale)
-    torch.testing.assert_close(log_blur(grid, -a * x**2 / 2 + b * x, std), expected, atol=1e-9, rtol=1e-11)
+    # Samples of up to 180 are extrapolated beyond the ends: rounding, times the weights there, is about 1e-8.
+    torch.testing.assert_close(log_blur(grid, -a * x**2 / 2 + b * x, std), expected, atol=1e-7, rtol=1e-10)
 
 
 def test_blur_of_a_mixture():

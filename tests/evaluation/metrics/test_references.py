@@ -123,7 +123,7 @@ def broken_json(coco: Path) -> None:
         (lambda coco: (coco / "annotations").rename(coco / "x"), "captions are missing: neither .*captions_val2017"),
         (broken_json, r"captions_val2017.json, line \d+, is damaged, it is not JSON"),
         (spoil(lambda d: d["annotations"].pop(0) and d["annotations"].pop(0)), "has no caption of image 0"),
-        (spoil(lambda d: d["images"][4].update(file_name="z.png")), "caption of z.png, which is not in .*val2017"),
+        (spoil(lambda d: d["images"][4].update(file_name="z.png")), "caption of 'z.png', which is not in .*val2017"),
         (spoil(lambda d: (d["images"].pop(), d["annotations"].pop(), d["annotations"].pop())),
          "has no caption of .*000000000004.png"),
         (lambda coco: (coco / "val2017" / "000000000003.png").write_bytes(b"no picture"),
