@@ -21,21 +21,23 @@ def draw(
     num_inference_steps: int = 50,
     seed: int = 0,
     batch_size: int = 50,
+    first: int = 0,
     **call: Any,
 ) -> Float[Tensor, "samples 3 height width"]:
-    """Pictures in [-1, 1] of the captions or classes; sample i draws from the generator (seed, i).
+    """Pictures in [-1, 1] of the captions or classes; sample i draws from the generator (seed, first + i).
 
     Args:
+        first: number of the first sample; 0 by default.
         call: further arguments of the pipeline.
     """
     pictures = []
-    for first in range(0, len(conditions), batch_size):
-        batch = list(conditions[first : first + batch_size])
+    for start in range(0, len(conditions), batch_size):
+        batch = list(conditions[start : start + batch_size])
         images = pipe(
             batch,
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
-            generator=sample_generators(seed, range(first, first + len(batch))),
+            generator=sample_generators(seed, range(first + start, first + start + len(batch))),
             output_type="pt",
             **call,
         ).images

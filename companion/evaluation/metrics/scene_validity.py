@@ -15,7 +15,7 @@ import numpy as np
 import scipy.stats
 import torch
 from diffusers import AutoencoderKL
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from companion.evaluation.metrics.figures import Figure, over_seeds
@@ -100,8 +100,7 @@ def law_distances(found: Inversion, *, seed: int = 0) -> dict[str, LawDistance]:
     Raises:
         ValueError: every picture shows a plain circle or ring, so there is no rotation to compare.
     """
-    round_shapes = torch.tensor([SHAPES.index("circle"), SHAPES.index("ring")])
-    turned = found.rotation[~(torch.isin(found.shape, round_shapes) & (found.texture == TEXTURES.index("plain")))]
+    turned = found.rotation[_has_rotation(found)]
     if not len(turned):
         raise ValueError("every picture shows a plain circle or ring: they have no rotation to compare with the law")
     low, high = SINGLE_RADIUS
@@ -113,6 +112,36 @@ def law_distances(found: Inversion, *, seed: int = 0) -> dict[str, LawDistance]:
         "y": _kolmogorov(found.place[:, 1]),
         "rotation": _kolmogorov((turned + ROTATION) / (2 * ROTATION)),
     }
+
+
+def mean_law_distance(found: Inversion) -> float:
+    """The mean of the six `law_distances`: how far a run's variety is from that of the scenes, 0 to 1.
+
+    Fast, for resampling; a set of n pictures drawn from the law itself is at about 1/√n.
+    """
+    low, high = SINGLE_RADIUS
+    turned = found.rotation[_has_rotation(found)]
+    uniform = ((found.radius - low) / (high - low), found.place[:, 0], found.place[:, 1])
+    parts = [_variation(found.colour, len(COLOURS)), _variation(found.texture, len(TEXTURES))]
+    parts += [_largest_gap(values) for values in (*uniform, (turned + ROTATION) / (2 * ROTATION)) if len(values)]
+    return sum(parts) / len(parts)
+
+
+def _has_rotation(found: Inversion) -> Bool[Tensor, " samples"]:
+    round_shapes = torch.tensor([SHAPES.index("circle"), SHAPES.index("ring")])
+    return ~(torch.isin(found.shape, round_shapes) & (found.texture == TEXTURES.index("plain")))
+
+
+def _variation(chosen: Int[Tensor, " samples"], kinds: int) -> float:
+    shares = chosen.bincount(minlength=kinds).double() / len(chosen)
+    return float((shares - 1 / kinds).abs().sum() / 2)
+
+
+def _largest_gap(uniform: Float[Tensor, " samples"]) -> float:
+    """Kolmogorov's distance from the uniform law on [0, 1]."""
+    ordered, number = uniform.double().clamp(0, 1).sort().values, len(uniform)
+    steps = torch.arange(number + 1, dtype=torch.float64) / number
+    return float(torch.maximum(steps[1:] - ordered, ordered - steps[:-1]).max())
 
 
 def _total_variation(chosen: Int[Tensor, " samples"], kinds: int, seed: int) -> LawDistance:

@@ -1,237 +1,260 @@
-"""How valid guided pictures are: mini-sd under CFG and under REG, scale by scale, from the same noise.
+"""How valid guided pictures are: embedded models under CFG, REG and other rules, scale by scale, from the same noise.
 
 Every picture is compared with the nearest scene that the renderer could have drawn. `python -m
-companion.evaluation.studies.validity draw` draws the pictures (resuming a killed run), `measure` inverts them and
-writes the figures, `threshold` measures which residual is still valid.
+companion.evaluation.studies.validity draw` draws the pictures and measures each (resuming a killed run), `measure`
+writes the figures and the paired differences, `threshold` measures which residual is still valid.
 """
 
 import argparse
+import csv
 import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from jaxtyping import Bool, Float
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from companion.evaluation.metrics.evaluators import REFERENCE_SEED
 from companion.evaluation.metrics.figures import Figure
-from companion.evaluation.metrics.inversion import attributes_met, invert, joined
+from companion.evaluation.metrics.inversion import Inversion
 from companion.evaluation.metrics.metrics import share
-from companion.evaluation.metrics.paired_statistics import Comparison, holm, mcnemar, paired_means
+from companion.evaluation.metrics.paired_statistics import Comparison, holm, mcnemar, paired_bootstrap, paired_means
 from companion.evaluation.metrics.scene_validity import (
     THRESHOLD_FILE,
     VALID_SHARE,
-    LawDistance,
     law_distances,
     load_autoencoder,
+    mean_law_distance,
     percentile,
     valid_residual,
     weights_digest,
 )
+from companion.evaluation.sampling.evaluations import evaluations, heun_levels, scheduler_levels
 from companion.evaluation.sampling.folder import write_json
-from companion.minis.drawing import draw
+from companion.evaluation.studies.validity_pictures import (
+    FOUND,
+    PART,
+    Scorer,
+    Scores,
+    asked_scenes,
+    draw_rows,
+    parts_there,
+    read_row,
+)
+from companion.evaluation.studies.validity_rows import METHODS, MODELS, Row, rows_of
 from companion.minis.scene_regressor import reconstructed
-from companion.minis.scenes import Scene, labels, render, scene
-from companion.pipelines.configuration import RectifiedGuidanceConfig, SamplingProduct
-from companion.pipelines.hook import rectified_guidance
+from companion.minis.scenes import render, scene
+from companion.pipelines.configuration import RectifiedGuidanceConfig
 from companion.pipelines.registry import load
 from companion.provenance import provenance
 
 COMMAND = ("python", "-m", "companion.evaluation.studies.validity")
-STEPS, SAMPLES = 25, 60
-SCALES = (2.0, 4.0, 7.5, 12.0)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way to guide.
-
-    Args:
-        product: of K with the guidance direction; `none` is CFG, and at scale 1 no guidance.
-        guidance_scale: diffusers' s = 1 + w.
-        steps: of DDIM.
-    """
-
-    product: SamplingProduct
-    guidance_scale: float
-    steps: int = STEPS
-
-    @property
-    def name(self) -> str:
-        return f"{self.product},scale={self.guidance_scale:g},steps={self.steps}"
-
-
-UNGUIDED = Row("none", 1.0)
-PAIRS = tuple((Row("none", scale), Row("finite_difference", scale)) for scale in SCALES)
+SAMPLES = 100
 RESULTS = Path("notebooks/results/validity.json")
+ATTRIBUTES = ("shape", "colour", "texture", "size")
+CEILINGS = ("real scenes", "autoencoder")
+_RESAMPLES = 400  # of the law distance's paired bootstrap
 _HELD_OUT_SEED = 99  # scenes that no model has learned from
 _CHUNK = 100
-ROWS = (UNGUIDED, *(row for pair in PAIRS for row in pair))
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one row's pictures: residuals to the nearest scene and to the nearest of the asked-for shape, attributes that
-    are as asked for, and the scenes' distances from their law.
+    """A row's pictures, by the scores of each.
+
+    Args:
+        scores: of `Scorer`, one value a picture.
+        captions: whether the model was asked for colour, texture and size too; else for the shape alone.
     """
 
-    residual: Float[Tensor, " samples"]
-    class_residual: Float[Tensor, " samples"]
-    attributes: Mapping[str, Bool[Tensor, " samples"]]
-    distances: Mapping[str, LawDistance]
+    scores: Scores
+    captions: bool = True
 
+    @property
     def numbers(self) -> dict[str, Float[Tensor, " samples"]]:
-        return {"residual": self.residual, "class_residual": self.class_residual}
+        """Residual to the nearest scene and to the nearest of the asked-for shape; of captions, the CLIP score."""
+        names = ("residual", "class_residual", *(("clip_score",) if self.captions else ()))
+        return {name: self.scores[name] for name in names}
 
     def shares(self, largest: float) -> dict[str, Bool[Tensor, " samples"]]:
-        """Whether each picture is valid, has each attribute, and has all of them."""
-        every = torch.stack(list(self.attributes.values())).all(dim=0)
-        return {"valid": self.residual < largest, **self.attributes, "all attributes": every}
+        """Whether each picture is valid, is recognised, and has every asked-for attribute of its nearest scene."""
+        asked = ATTRIBUTES if self.captions else ATTRIBUTES[:1]
+        met = torch.stack([self.scores[name] > 0.5 for name in asked]).all(dim=0)
+        return {
+            "valid": self.scores["residual"] < largest,
+            "recognised": self.scores["recognised"] > 0.5,
+            "attributes": met,
+        }
+
+    @cached_property
+    def found(self) -> Float[Tensor, "samples 7"]:
+        """The nearest scenes, in `FOUND`'s order."""
+        return torch.stack([self.scores[f"found_{name}"] for name in FOUND], dim=1)
 
 
-def asked_scenes(samples: int) -> list[Scene]:
-    """Held-out scenes of one object, whose captions are drawn."""
-    return [scene(REFERENCE_SEED, index, 1) for index in range(samples)]
-
-
-def drawn(pipe: StableDiffusionPipeline, row: Row, captions: Sequence[str]) -> Float[Tensor, "samples 3 64 64"]:
-    """Pictures in [-1, 1]; picture i has the same noise in every row."""
-    call: dict[str, Any] = {"guidance_scale": row.guidance_scale, "num_inference_steps": row.steps}
-    if row.product == "none":
-        return draw(pipe, captions, **call)
-    with rectified_guidance(pipe, RectifiedGuidanceConfig(product=row.product)):
-        return draw(pipe, captions, **call)
-
-
-def draw_rows(rows: Sequence[Row], folder: Path, samples: int = SAMPLES) -> None:
-    """Draw the rows' pictures into `folder`, one file each; those that are there are not drawn again."""
-    pipe = load("mini-sd")
-    pipe.set_progress_bar_config(disable=True)
-    captions = [each.caption for each in asked_scenes(samples)]
-    folder.mkdir(parents=True, exist_ok=True)
-    source = provenance(command=[*COMMAND, "draw", "--samples", str(samples)])
-    for row in rows:
-        file = picture_file(folder, row, samples)
-        if file.exists():
-            continue
-        begun = time.monotonic()
-        images = drawn(pipe, row, captions)
-        seconds = round(time.monotonic() - begun, 1)
-        pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        told = {"row": json.dumps(asdict(row)), "provenance": json.dumps(source), "seconds": str(seconds)}
-        part = file.with_suffix(".part")
-        save_file({"images": pixels}, part, metadata=told)
-        part.replace(file)
-        print(f"{row.name}: {seconds:.0f} s", flush=True)
-
-
-def picture_file(folder: Path, row: Row, samples: int) -> Path:
-    return folder / f"{row.name},samples={samples}.safetensors"
-
-
-def read_pictures(file: Path) -> tuple[Float[Tensor, "samples 3 64 64"], dict[str, Any]]:
-    """Pictures in [-1, 1] and what drew them.
-
-    Raises:
-        ValueError: the file is not there.
-    """
-    if not file.exists():
-        raise ValueError(f"{file} is not there; draw it first: {' '.join(COMMAND)} draw")
-    with safe_open(file, "pt") as stored:
-        told = stored.metadata()
-        return stored.get_tensor("images").float() / 127.5 - 1, json.loads(told["provenance"])
-
-
-def measured(images: Float[Tensor, "samples 3 64 64"], asked: Sequence[Scene]) -> Measured:
-    """What the nearest scene of each picture says."""
-    parts = [
-        (invert(images[first : first + _CHUNK], asked=labels(asked[first : first + _CHUNK])), first)
-        for first in range(0, len(images), _CHUNK)
-    ]
-    met = [attributes_met(found, asked[first : first + _CHUNK]) for found, first in parts]
-    attributes = {name: torch.cat([each[name] for each in met]) for name in met[0]}
-    residuals = [(found.residual, found.class_residual) for found, _ in parts]
-    return Measured(
-        residual=torch.cat([nearest for nearest, _ in residuals]),
-        class_residual=torch.cat([in_class for _, in_class in residuals if in_class is not None]),
-        attributes=attributes,
-        distances=law_distances(joined([found for found, _ in parts])),
+def nearest(found: Float[Tensor, "samples 7"]) -> Inversion:
+    """The nearest scenes in `FOUND`'s order, as `law_distances` takes them."""
+    shape, texture, colour, x, y, radius, rotation = found.unbind(dim=1)
+    return Inversion(
+        shape=shape.long(),
+        texture=texture.long(),
+        colour=colour.long(),
+        place=torch.stack([x, y], dim=1),
+        radius=radius,
+        rotation=rotation,
+        residual=torch.zeros_like(radius),
+        class_residual=None,
+        scenes=(),
     )
 
 
-def row_figures(found: Measured, largest: float) -> dict[str, Figure]:
+def law_distance(found: Float[Tensor, "samples 7"]) -> float:
+    """Mean distance of the nearest scenes from the law that scenes are drawn from, 0 to 1."""
+    return mean_law_distance(nearest(found))
+
+
+def row_figures(row: Measured, largest: float) -> dict[str, Figure]:
     """Means with Student's intervals, shares with Wilson's."""
-    none = torch.zeros_like(found.residual)
-    figures = {name: paired_means(values, none).figure for name, values in found.numbers().items()}
-    return figures | {name: share(right) for name, right in found.shares(largest).items()}
+    figures = {name: paired_means(values, torch.zeros_like(values)).figure for name, values in row.numbers.items()}
+    return figures | {name: share(right) for name, right in row.shares(largest).items()}
 
 
 def comparisons(first: Measured, second: Measured, largest: float) -> dict[str, Comparison]:
     """First less second, pair by pair."""
-    others, right = second.numbers(), second.shares(largest)
-    found = {name: paired_means(values, others[name]) for name, values in first.numbers().items()}
-    return found | {name: mcnemar(values, right[name]) for name, values in first.shares(largest).items()}
+    found = {name: paired_means(values, second.numbers[name]) for name, values in first.numbers.items()}
+    shares = second.shares(largest)
+    found |= {name: mcnemar(values, shares[name]) for name, values in first.shares(largest).items()}
+    law = paired_bootstrap(first.found, second.found, law_distance, resamples=_RESAMPLES)
+    return found | {"law_distance": law}
 
 
-def measure_rows(folder: Path, samples: int = SAMPLES) -> dict[str, Any]:
-    """Figures of every row that is drawn, and every paired difference, as plain JSON.
+def adjusted(pairs: Sequence[tuple[Row, Row, Mapping[str, Comparison]]]) -> list[dict[str, Any]]:
+    """Paired differences as plain JSON, p-values adjusted by Holm's method.
 
-    p-values are adjusted for the number of comparisons of one metric, those with CFG and with no guidance together.
+    A family is one method against one other in one metric, over all models and scales.
     """
-    source = provenance(command=[*COMMAND, "measure", "--samples", str(samples)])
-    largest, asked = valid_residual(), asked_scenes(samples)
-    found: dict[Row, Measured] = {}
-    rows = {}
-    for row in ROWS:
-        if not picture_file(folder, row, samples).exists():
-            continue
-        images, drawing = read_pictures(picture_file(folder, row, samples))
-        found[row] = measured(images, asked)
-        rows[row.name] = {
-            "settings": asdict(row),
-            "figures": {name: asdict(figure) for name, figure in row_figures(found[row], largest).items()},
-            "law_distances": {name: distance._asdict() for name, distance in found[row].distances.items()},
-            "residuals": [round(value, 5) for value in found[row].residual.tolist()],
-            "drawn_by": drawing,
-        }
-        print(f"{row.name}: residual {row_figures(found[row], largest)['residual'].text(4)}", flush=True)
-    if not rows:
-        raise ValueError(f"{folder} holds no pictures of {samples} captions; draw them first: {' '.join(COMMAND)} draw")
-    wanted = [(reg, cfg) for cfg, reg in PAIRS] + [(row, UNGUIDED) for row in ROWS[1:]]
-    pairs = [
-        (one, other, comparisons(found[one], found[other], largest))
-        for one, other in wanted
-        if {one, other} <= set(found)
-    ]
-    adjusted = {
-        name: holm([compared[name].p_value for _, _, compared in pairs]) for name in (pairs[0][2] if pairs else ())
-    }
-    differences = [
+    families: dict[tuple[str, str, str], list[int]] = {}
+    for index, (one, other, compared) in enumerate(pairs):
+        for name in compared:
+            families.setdefault((one.method, other.method, name), []).append(index)
+    result = [
         {
             "first": one.name,
             "second": other.name,
-            "figures": {
-                name: {**asdict(each.figure), "p_value": each.p_value, "p_value_holm": adjusted[name][index]}
-                for name, each in compared.items()
-            },
+            "figures": {name: {**asdict(each.figure), "p_value": each.p_value} for name, each in compared.items()},
         }
-        for index, (one, other, compared) in enumerate(pairs)
+        for one, other, compared in pairs
     ]
+    for (_, _, name), members in families.items():
+        for index, value in zip(members, holm([pairs[i][2][name].p_value for i in members]), strict=True):
+            result[index]["figures"][name]["p_value_holm"] = value
+    return result
+
+
+def wanted_pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """Every method against CFG at the same scale, and every guided row against no guidance."""
+    there, guided = set(rows), [row for row in rows if row.method != "no guidance"]
+    pairs = [(row, row.cfg) for row in guided if row.method != "CFG"] + [(row, row.unguided) for row in guided]
+    return [(one, other) for one, other in pairs if other in there]
+
+
+def planned_evaluations(row: Row) -> int:
+    """Evaluations of the network for one picture."""
+    model = MODELS[row.model]
+    pipe = load(row.model)
+    levels = heun_levels(model.steps) if row.model == "mini-edm2" else scheduler_levels(pipe.scheduler, model.steps)
+    if row.method == "no guidance":
+        return len(levels)
+    return evaluations(row.config or RectifiedGuidanceConfig(product="none"), levels)
+
+
+def ceilings(samples: int) -> dict[str, Measured]:
+    """The asked-for scenes themselves, and what the autoencoder makes of them: the best that a model could draw."""
+    asked, scorer = asked_scenes(samples), Scorer()
+    real = render(asked)
+    pictures = {"real scenes": real, "autoencoder": reconstructed(load_autoencoder(), real)}
+    return {name: Measured(scorer(pictures[name], asked)) for name in CEILINGS}
+
+
+def measure_rows(folder: Path, table: Path, models: Sequence[str], samples: int = SAMPLES) -> dict[str, Any]:
+    """Figures of every row and every paired difference, as plain JSON; the scores of each picture go into `table`.
+
+    Raises:
+        ValueError: a row has fewer pictures than `samples`.
+    """
+    source = provenance(command=[*COMMAND, "measure", "--models", ",".join(models), "--samples", str(samples)])
+    largest, rows, found = valid_residual(), {}, {}
+    for row in (row for model in models for row in rows_of(model)):
+        if parts_there(folder, row) * PART < samples:
+            raise ValueError(
+                f"{folder} holds fewer than {samples} pictures of {row.name}; draw them: {' '.join(COMMAND)}"
+            )
+        scores, told = read_row(folder, row, samples // PART)
+        found[row] = Measured(scores, MODELS[row.model].captions)
+        rows[row.name] = {
+            **asdict(row),
+            "evaluations": planned_evaluations(row),
+            "cpu_seconds": round(sum(part["cpu_seconds"] for part in told), 1),
+            "figures": {name: asdict(figure) for name, figure in row_figures(found[row], largest).items()},
+            "law_distance": law_distance(found[row].found),
+            "law_distances": {k: v._asdict() for k, v in law_distances(nearest(found[row].found)).items()},
+            "drawn_by": told[0]["provenance"],
+            "commits": sorted({str(part["provenance"]["commit"]) for part in told}),
+        }
+        print(f"{row.name}: residual {row_figures(found[row], largest)['residual'].text(4)}", flush=True)
+    perfect = ceilings(samples)
+    write_scores(table, {**{row.name: each.scores for row, each in found.items()}, **_scores_of(perfect)})
+    pairs = [(one, other, comparisons(found[one], found[other], largest)) for one, other in wanted_pairs(list(found))]
     return {
-        "model": "mini-sd",
+        "models": {name: {**asdict(MODELS[name]), "scales": list(MODELS[name].scales)} for name in models},
+        "methods": dict(METHODS),
         "samples": samples,
         "valid_residual": largest,
+        "weights_sha256": weights_digest(),
         "provenance": source,
+        "ceilings": {
+            name: {
+                "figures": {key: asdict(value) for key, value in row_figures(each, largest).items()},
+                "law_distance": law_distance(each.found),
+            }
+            for name, each in perfect.items()
+        },
         "rows": rows,
-        "differences": differences,
+        "differences": adjusted(pairs),
+    }
+
+
+def _scores_of(cells: Mapping[str, Measured]) -> dict[str, Scores]:
+    return {name: each.scores for name, each in cells.items()}
+
+
+def write_scores(file: Path, rows: Mapping[str, Scores]) -> None:
+    """Every picture's scores as CSV."""
+    columns = list(next(iter(rows.values())))
+    part = file.with_suffix(".part")
+    with part.open("w", newline="") as stored:
+        writer = csv.writer(stored, lineterminator="\n")
+        writer.writerow(("row", "picture", *columns))
+        for name, scores in rows.items():
+            values = zip(*(scores[column].tolist() for column in columns), strict=True)
+            writer.writerows((name, i, *(f"{value:.5g}" for value in line)) for i, line in enumerate(values))
+    part.replace(file)
+
+
+def read_scores(file: Path) -> dict[str, dict[str, Tensor]]:
+    """Row -> scores of its pictures, as `write_scores` keeps them."""
+    rows: dict[str, list[dict[str, str]]] = {}
+    with file.open(newline="") as stored:
+        for line in csv.DictReader(stored):
+            rows.setdefault(line["row"], []).append(line)
+    return {
+        name: {key: torch.tensor([float(line[key]) for line in lines]) for key in list(lines[0])[2:]}
+        for name, lines in rows.items()
     }
 
 
@@ -244,16 +267,18 @@ def measure_threshold(samples: int = 2000) -> dict[str, Any]:
         images = render(scenes)
         if kind == "reconstructed":
             images = reconstructed(load_autoencoder(), images)
-        begun = time.process_time()
-        found = measured(images, scenes)
+        scorer, begun = Scorer(), time.process_time()
+        parts = [scorer(images[i : i + _CHUNK], scenes[i : i + _CHUNK]) for i in range(0, number, _CHUNK)]
         spent = (time.process_time() - begun) / number
-        right = torch.stack(list(found.attributes.values()))
+        scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        right = {name: scores[name] > 0.5 for name in ATTRIBUTES}
+        distances = law_distances(nearest(Measured(scores).found))
         result[kind] = {
-            "residual": {**asdict(percentile(found.residual)), "quantile": VALID_SHARE},
-            "median_residual": float(found.residual.median()),
-            "attributes_right": float(right.double().mean()),
-            **{f"{name}_right": asdict(share(values)) for name, values in found.attributes.items()},
-            "law_distances": {name: distance._asdict() for name, distance in found.distances.items()},
+            "residual": {**asdict(percentile(scores["residual"])), "quantile": VALID_SHARE},
+            "median_residual": float(scores["residual"].median()),
+            "attributes_right": float(torch.stack(list(right.values())).double().mean()),
+            **{f"{name}_right": asdict(share(values)) for name, values in right.items()},
+            "law_distances": {name: distance._asdict() for name, distance in distances.items()},
             "milliseconds_a_picture": round(1000 * spent, 1),
         }
         print(f"{kind}: {json.dumps(result[kind], indent=2)}", flush=True)
@@ -263,15 +288,21 @@ def measure_threshold(samples: int = 2000) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=" ".join(COMMAND), description=__doc__)
     parser.add_argument("step", choices=("draw", "measure", "threshold"))
+    parser.add_argument("--models", default=",".join(MODELS), metavar="NAMES", help=f"default: {','.join(MODELS)}")
     parser.add_argument("--pictures", type=Path, default=Path("runs/validity"), metavar="FOLDER")
-    parser.add_argument("--samples", type=int, help=f"captions: {SAMPLES}; scenes of the threshold: 2000")
+    parser.add_argument("--samples", type=int, help=f"pictures a row: {SAMPLES}; scenes of the threshold: 2000")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON; default: where the package reads it")
     options = parser.parse_args(arguments)
+    models, samples = options.models.split(","), options.samples or SAMPLES
     try:
+        if wrong := [name for name in models if name not in MODELS]:
+            raise ValueError(f"--models must be of {', '.join(MODELS)}, got {wrong[0]!r}")
         if options.step == "draw":
-            draw_rows(ROWS, options.pictures, options.samples or SAMPLES)
+            source = provenance(command=[*COMMAND, "draw", "--models", options.models, "--samples", str(samples)])
+            draw_rows([row for name in models for row in rows_of(name)], options.pictures, samples, source)
         elif options.step == "measure":
-            write_json(options.out or RESULTS, measure_rows(options.pictures, options.samples or SAMPLES))
+            out = options.out or RESULTS
+            write_json(out, measure_rows(options.pictures, out.with_suffix(".csv"), models, samples))
         else:
             write_json(options.out or THRESHOLD_FILE, measure_threshold(options.samples or 2000))
     except ValueError as error:
