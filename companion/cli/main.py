@@ -12,6 +12,7 @@ COMMANDS = {
     "sample": "draw many samples into a folder (resuming a killed run), on any number of processes",
     "table": "draw and measure a grid of runs (resuming a killed one), print the table",
     "pipelines": "run and check every pipeline of diffusers that can be built small, write docs/pipelines.md",
+    "card": "draw unpicked samples of embedded models, measure them, bring their cards up to date",
     "rank": "rank guidance rules, yours too, against the exact optimum",
 }
 """Command -> its line of help. `companion/cli/COMMAND.py` has `add_arguments(parser)` and `run(options) -> status`."""
