@@ -1,4 +1,4 @@
-"""`python -m companion card NAME ...`: draw unpicked samples of an embedded model, measure it, bring its card up to date.
+"""`python -m companion card NAME ...`: draw samples of an embedded model, measure it, bring its card up to date.
 
 The card's section "Samples" is written anew; the rest of it comes from the training.
 """
