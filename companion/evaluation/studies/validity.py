@@ -54,7 +54,7 @@ from companion.pipelines.registry import load
 from companion.provenance import provenance
 
 COMMAND = ("python", "-m", "companion.evaluation.studies.validity")
-SAMPLES = 100
+SAMPLES = 60
 RESULTS = Path("notebooks/results/validity.json")
 ATTRIBUTES = ("shape", "colour", "texture", "size")
 CEILINGS = ("real scenes", "autoencoder")
@@ -182,18 +182,22 @@ def ceilings(samples: int) -> dict[str, Measured]:
 
 
 def measure_rows(folder: Path, table: Path, models: Sequence[str], samples: int = SAMPLES) -> dict[str, Any]:
-    """Figures of every row and every paired difference, as plain JSON; the scores of each picture go into `table`.
+    """Figures of every row that is drawn, and every paired difference, as plain JSON.
+
+    The scores of each picture go into `table`. Rows with fewer pictures are named in `not_measured`.
 
     Raises:
-        ValueError: a row has fewer pictures than `samples`.
+        ValueError: no row has that many pictures, or they were measured with other weights.
     """
     source = provenance(command=[*COMMAND, "measure", "--models", ",".join(models), "--samples", str(samples)])
-    largest, rows, found = valid_residual(), {}, {}
-    for row in (row for model in models for row in rows_of(model)):
-        if parts_there(folder, row) * PART < samples:
-            raise ValueError(
-                f"{folder} holds fewer than {samples} pictures of {row.name}; draw them: {' '.join(COMMAND)}"
-            )
+    largest = valid_residual()
+    rows: dict[str, Any] = {}
+    found: dict[Row, Measured] = {}
+    planned = [row for model in models for row in rows_of(model)]
+    drawn = [row for row in planned if parts_there(folder, row) * PART >= samples]
+    if not drawn:
+        raise ValueError(f"{folder} holds no row of {samples} pictures; draw them first: {' '.join(COMMAND)} draw")
+    for row in drawn:
         scores, told = read_row(folder, row, samples // PART)
         found[row] = Measured(scores, MODELS[row.model].captions)
         rows[row.name] = {
@@ -213,6 +217,7 @@ def measure_rows(folder: Path, table: Path, models: Sequence[str], samples: int 
     return {
         "models": {name: {**asdict(MODELS[name]), "scales": list(MODELS[name].scales)} for name in models},
         "methods": dict(METHODS),
+        "not_measured": [row.name for row in planned if row not in found],
         "samples": samples,
         "valid_residual": largest,
         "weights_sha256": weights_digest(),

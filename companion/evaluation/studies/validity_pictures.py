@@ -28,7 +28,7 @@ from companion.pipelines.hook import rectified_guidance
 from companion.pipelines.registry import load
 from companion.pixels import to_uint8
 
-PART = 50
+PART = 60
 """Pictures a file: a part of every row is drawn before any has the next part."""
 
 Scores = Mapping[str, Tensor]
@@ -85,7 +85,7 @@ def pictures(pipe: DiffusionPipeline, row: Row, asked: Sequence[Scene], first: i
     model = MODELS[row.model]
     conditions = [each.caption for each in asked] if model.captions else labels(asked).tolist()
     with nullcontext() if row.config is None else rectified_guidance(pipe, row.config):
-        return draw(pipe, conditions, guidance_scale=row.guidance_scale, first=first, **model.call)
+        return draw(pipe, conditions, guidance_scale=row.guidance_scale, first=first, batch_size=PART, **model.call)
 
 
 def part_file(folder: Path, row: Row, first: int, part: int = PART) -> Path:

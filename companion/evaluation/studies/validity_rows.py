@@ -57,8 +57,8 @@ few-step users of text models do, and for EDM2 all but the published interval.
 METHODS: Mapping[str, Preset] = {
     "CFG": "none",
     "REG": "finite_difference",
-    "REG, ones": "ones",
     "REG, auto": "auto",
+    "REG, ones": "ones",
     "interval": "none",
     "covariance": "covariance",
 }
@@ -101,6 +101,6 @@ class Row:
 
 
 def rows_of(model: str) -> tuple[Row, ...]:
-    """A model's cells: no guidance, then every method at every scale."""
+    """A model's cells: no guidance, then every method at every scale, in the order of what they are worth."""
     scales = MODELS[model].scales
-    return (Row(model, "no guidance", 1.0), *(Row(model, method, scale) for scale in scales for method in METHODS))
+    return (Row(model, "no guidance", 1.0), *(Row(model, method, scale) for method in METHODS for scale in scales))

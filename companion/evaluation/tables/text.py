@@ -4,7 +4,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+import scipy.stats
+
 from companion.evaluation.metrics.figures import Figure, over_seeds
+from companion.evaluation.metrics.paired_statistics import holm
 from companion.evaluation.tables.results import Cell
 from companion.markdown import table
 
@@ -105,23 +108,53 @@ def _best(name: str, lines: Sequence[Line]) -> Line | None:
     return min(there, key=lambda line: sign * line.figures[name].value)
 
 
-def as_markdown(cells: Iterable[Cell]) -> str:
-    """All cells, one line a row, seeds together; the best of each guidance is bold where it has several rows."""
+def p_value(difference: Figure) -> float:
+    """Two-sided, of no difference, from a 95 % interval taken for a normal one."""
+    end = difference.low if difference.value > 0 else difference.high
+    half = abs(difference.value - end)
+    if half == 0:
+        return float(difference.value == 0)
+    return 2 * float(scipy.stats.norm.sf(abs(difference.value) / half * scipy.stats.norm.ppf(0.975)))
+
+
+def _winner(name: str, lines: Sequence[Line]) -> Line | None:
+    """The best line if it differs from every other, by Holm's method; else None: undecided.
+
+    Cells hold no figures of single samples, so rows are taken for independent. They begin with the same noise, which
+    makes the true intervals of differences narrower: a winner is found too seldom rather than too often.
+    """
+    best = _best(name, lines)
+    others = [line for line in lines if line is not best and name in line.figures]
+    if best is None or not others:
+        return None
+    p_values = holm([p_value(_less(best.figures[name], line.figures[name])) for line in others])
+    return best if max(p_values) < 0.05 else None
+
+
+def as_markdown(cells: Iterable[Cell], ceilings: Mapping[str, Mapping[str, Figure]] | None = None) -> str:
+    """All cells, one line a row, seeds together; a guidance's best row is bold where it beats each of the others.
+
+    Args:
+        cells: of one table.
+        ceilings: rows of perfect pictures by their label, of `studies.ceilings`, listed below the cells.
+    """
     lines = lines_of(cells)
     names = _shown(lines)
     headings = ["model", "guidance", "method", "scale", "steps", "NFE", *(METRICS[name][0] for name in names)]
     groups: dict[tuple[str, str], list[Line]] = {}
     for line in lines:
         groups.setdefault(line.group, []).append(line)
-    best = {(group, name): _best(name, own) for group, own in groups.items() for name in names}
+    winners = {(group, name): _winner(name, own) for group, own in groups.items() for name in names}
     rows = []
     for line in lines:
-        several = len(groups[line.group]) > 1
-        texts = [_text(name, line.figures.get(name), several and best[line.group, name] is line) for name in names]
+        texts = [_text(name, line.figures.get(name), winners[line.group, name] is line) for name in names]
         row, seconds = line.row, "?" if line.seconds is None else f"{line.seconds:.0f}"
         number = str(sum(cell.figures["fid"].samples for cell in line.cells))
         first = [row["model"], row["guidance"], line.method, f"{row['guidance_scale']:g}", str(row["steps"])]
         rows.append([*first, f"{line.cells[0].nfe:g}", *texts, number, seconds])
+    for label, figures in (ceilings or {}).items():
+        draws = f"{next(iter(figures.values())).samples} draws"
+        rows.append([label, *["–"] * 5, *(_text(name, figures.get(name)) for name in names), draws, "–"])
     return table([*headings, "samples", "seconds"], rows)
 
 
@@ -134,7 +167,8 @@ def best_of_fronts(cells: Iterable[Cell], second: str, methods: Sequence[str] = 
         methods: columns; a method without cells has empty ones.
 
     Returns:
-        Markdown; each figure with the scale that it was reached at, the best of a line bold.
+        Markdown; each figure with the scale that it was reached at; the best of a line is bold where it beats the
+        others, by Holm's method. The scales were chosen by the same figures, which makes the bests too good, all alike.
     """
     lines = lines_of(cells)
     headings = ["model", "guidance"]
@@ -147,7 +181,7 @@ def best_of_fronts(cells: Iterable[Cell], second: str, methods: Sequence[str] = 
         texts = []
         for name in ("fid", second):
             bests = {method: _best(name, own[method]) for method in methods}
-            winner = _best(name, [line for line in bests.values() if line is not None])
+            winner = _winner(name, [line for line in bests.values() if line is not None])
             for line in bests.values():
                 if line is None:
                     texts.append("")
@@ -162,9 +196,10 @@ def differences(cells: Iterable[Cell], second: str, method: str = "REG") -> list
     """A method against CFG at equal steps and at as many evaluations, for every guidance and scale that has both.
 
     Returns:
-        A dict for each: model, guidance, scale, against, and for `fid` and the second figure a `Figure` of the
-        difference, the method less CFG. Its interval takes the two runs for independent; they begin with the same
-        noise, which makes it wider than it need be.
+        A dict for each: model, guidance, scale, against, for `fid` and the second figure a `Figure` of the
+        difference, the method less CFG, and `verdicts` on both. The interval takes the two runs for independent; they
+        begin with the same noise, which makes it wider than it need be. A verdict counts the rows of the table (Holm),
+        so it may be `undecided` where an interval by itself leaves out 0.
     """
     lines = lines_of(cells)
     found = []
@@ -180,7 +215,19 @@ def differences(cells: Iterable[Cell], second: str, method: str = "REG") -> list
                     found.append(
                         entry | {name: _less(line.figures[name], other.figures[name]) for name in ("fid", second)}
                     )
+    _add_verdicts(found, ("fid", second))
     return found
+
+
+def _add_verdicts(found: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+    """Put into every entry its verdicts; p-values of one figure against one other method are adjusted together."""
+    for entry in found:
+        entry["verdicts"] = {}
+    for name in names:
+        for against in dict.fromkeys(entry["against"] for entry in found):
+            own = [entry for entry in found if entry["against"] == against]
+            for entry, adjusted in zip(own, holm([p_value(entry[name]) for entry in own]), strict=True):
+                entry["verdicts"][name] = verdict(name, entry[name]) if adjusted < 0.05 else "undecided"
 
 
 def _less(first: Figure, second: Figure) -> Figure:
@@ -203,7 +250,7 @@ def differences_markdown(found: Sequence[Mapping[str, Any]], second: str) -> str
     headings = ["model", "guidance", "scale", "against", f"Δ {METRICS['fid'][0]}", "", f"Δ {METRICS[second][0]}", ""]
     rows = []
     for entry in found:
-        texts = [text for name in ("fid", second) for text in (_text(name, entry[name]), verdict(name, entry[name]))]
+        texts = [text for name in ("fid", second) for text in (_text(name, entry[name]), entry["verdicts"][name])]
         rows.append([entry["model"], entry["guidance"], f"{entry['scale']:g}", entry["against"], *texts])
     return table(headings, rows)
 
@@ -213,7 +260,7 @@ def counted(found: Sequence[Mapping[str, Any]], name: str) -> dict[str, dict[str
     counts: dict[str, dict[str, int]] = {}
     for entry in found:
         own = counts.setdefault(entry["against"], {"better": 0, "undecided": 0, "worse": 0})
-        own[verdict(name, entry[name])] += 1
+        own[entry["verdicts"][name]] += 1
     return counts
 
 

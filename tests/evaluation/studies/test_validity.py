@@ -103,6 +103,6 @@ def test_scores_survive_their_file(tmp_path) -> None:
 def test_measuring_says_what_is_missing(tmp_path, capsys) -> None:
     assert main(["measure", "--pictures", str(tmp_path), "--models", "mini-sd"]) == 2
     message = capsys.readouterr().err
-    assert message.startswith("error: ") and "draw them" in message and message.count("\n") == 1
+    assert message.startswith("error: ") and "draw them first" in message and message.count("\n") == 1
     assert main(["draw", "--models", "mini-sx"]) == 2
     assert "got 'mini-sx'" in capsys.readouterr().err

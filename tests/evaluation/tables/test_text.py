@@ -18,6 +18,7 @@ from companion.evaluation.tables.text import (
     differences,
     differences_markdown,
     method_of,
+    p_value,
     provenance_markdown,
     verdict,
 )
@@ -61,8 +62,41 @@ def test_all_cells_in_the_order_of_reading():
         ("linear", "CFG", "2"),
     ]
     bold = [[text.startswith("**") for text in row[6:8]] for row in rows]
-    assert bold == [[False, False], [False, False], [True, False], [False, True], [False, False], [False, False]]
-    assert rows[2][6] == "**2.80 ± 0.50**" and rows[2][-2:] == ["100", "2"]
+    assert not any(any(row) for row in bold), "2.8 ± 0.5 and 3.0 ± 0.5 are not told apart, nor are 7.9 and 8.0"
+    assert rows[2][6] == "2.80 ± 0.50" and rows[2][-2:] == ["100", "2"]
+
+
+def test_the_best_is_bold_only_where_it_beats_each_of_the_others():
+    better = [*CELLS[1:], cell("vanilla", "finite_difference", 2.0, 1.0, 8.3)]
+    rows = rows_of(as_markdown(better))[1:]
+    bold = {(row[2], row[3]): [text.startswith("**") for text in row[6:8]] for row in rows if row[1] == "vanilla"}
+    assert bold.pop(("REG", "2")) == [True, True] and not any(any(row) for row in bold.values())
+    close = [*CELLS[1:], cell("vanilla", "finite_difference", 2.0, 2.15, 8.3)]  # 0.65 ± 0.71
+    assert [row[6][:2] for row in rows_of(as_markdown(close))[1:] if row[2] == "REG"] == ["2."]
+
+
+def test_ceilings_are_rows_without_a_guidance():
+    best = {"real scenes": {"fid": Figure(0.3, 0.2, 0.4, "t, 3 seeds", 3), "agreement": Figure(1, 1, 1, "", 3)}}
+    last = rows_of(as_markdown(CELLS, best))[-1]
+    assert last[0] == "real scenes" and last[6:] == ["0.30 ± 0.10", "", "3 draws", "–"]
+
+
+def test_p_values_fit_the_intervals():
+    assert p_value(Figure(1.0, 0.0, 2.0, "", 9)) == pytest.approx(0.05)
+    assert p_value(Figure(-1.0, -1.5, 0.5, "", 9)) == pytest.approx(2 * 0.0955, abs=1e-3)  # 1.96 · 1 / 1.5 = 1.307
+    assert p_value(Figure(0.0, 0.0, 0.0, "", 9)) == 1 and p_value(Figure(1.0, 1.0, 1.0, "", 9)) == 0
+
+
+def test_verdicts_count_the_rows():
+    rows = [
+        cell("vanilla", product, s, fid, 7.0)
+        for s in (2.0, 3.0, 4.0)
+        for product, fid in (("none", 4.0), ("finite_difference", 3.25))
+    ]
+    alone = differences(rows[:2], "inception_score")
+    together = differences(rows, "inception_score")  # 0.75 ± 0.71 three times over
+    assert [entry["verdicts"]["fid"] for entry in alone] == ["better"]
+    assert [entry["verdicts"]["fid"] for entry in together] == ["undecided"] * 3
 
 
 def test_seeds_are_one_line():
@@ -76,8 +110,8 @@ def test_seeds_are_one_line():
 def test_the_best_of_each_front():
     heading, *rows = rows_of(best_of_fronts(CELLS, "inception_score"))
     assert len(heading) == 2 + 2 * 3 and [row[1] for row in rows] == ["vanilla", "linear"]
-    assert rows[0][2:5] == ["4.50 ± 0.50 (s = 2)", "**2.80 ± 0.50** (s = 2)", "3.00 ± 0.50 (s = 2)"]
-    assert rows[0][7] == "**8.00 ± 0.20** (s = 2)" and rows[1][3:5] == ["", ""]
+    assert rows[0][2:5] == ["4.50 ± 0.50 (s = 2)", "2.80 ± 0.50 (s = 2)", "3.00 ± 0.50 (s = 2)"]
+    assert rows[0][7] == "8.00 ± 0.20 (s = 2)" and rows[1][3:5] == ["", ""]
 
 
 def test_differences_and_verdicts():
