@@ -304,7 +304,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"--models must be of {', '.join(MODELS)}, got {wrong[0]!r}")
         if options.step == "draw":
             source = provenance(command=[*COMMAND, "draw", "--models", options.models, "--samples", str(samples)])
-            draw_rows([row for name in models for row in rows_of(name)], options.pictures, samples, source)
+            order = ("no guidance", *METHODS)  # of all models one method after the other
+            rows = sorted((row for name in models for row in rows_of(name)), key=lambda row: order.index(row.method))
+            draw_rows(rows, options.pictures, samples, source)
         elif options.step == "measure":
             out = options.out or RESULTS
             write_json(out, measure_rows(options.pictures, out.with_suffix(".csv"), models, samples))
