@@ -137,6 +137,46 @@ def classifier_guided(data: Toy, label: int, guidance: ClassifierGuidance, sched
     return prediction
 
 
+@dataclass(frozen=True)
+class GradientErrors:
+    """Three gradients at one noise level, averaged over p(x_t): `optimal`, ∇log p(y|x_t); `clean`, g at x̂_0; and
+    `rectified`, Kᵀg/α.
+
+    Attributes:
+        sizes: mean norms.
+        errors: mean distances to `optimal`, in units of its mean norm.
+        chain_rule: largest difference of `rectified`, by automatic differentiation, from the closed form of K.
+    """
+
+    sizes: dict[str, float]
+    errors: dict[str, float]
+    chain_rule: float
+
+
+def gradient_errors(
+    data: Toy, label: int, schedule: NoiseSchedule, t: int, *, count: int = 2000, seed: int | None = None
+) -> GradientErrors:
+    """The plain score's gradients at step t.
+
+    Args:
+        count: points x_t.
+        seed: of the points; None takes t.
+    """
+    alpha, sigma = schedule.level(t)
+    unconditional = data.unconditional
+    x = unconditional.sample(count, torch.Generator().manual_seed(t if seed is None else seed), alpha, sigma)
+    optimal = classifier_gradient(bayes_logits(data.classes, alpha, sigma), x, label).gradient
+    found = rectified_classifier_gradient(
+        lambda z: unconditional.noise(z, alpha, sigma), bayes_logits(data.classes), x, label, alpha=alpha, sigma=sigma
+    )
+    k = unconditional.rectification_matrix(x, alpha, sigma)
+    closed = (k.mT @ found.clean_gradient[..., None])[..., 0] / alpha
+    fields = {"optimal": optimal, "clean": found.clean_gradient, "rectified": found.gradient}
+    sizes = {name: float(field.norm(dim=1).mean()) for name, field in fields.items()}
+    errors = {n: float((f - optimal).norm(dim=1).mean()) / sizes["optimal"] for n, f in fields.items()}
+    return GradientErrors(sizes, errors, float((found.gradient - closed).abs().max()))
+
+
 def high_density_level(mixture: GaussianMixture, grid: Grid, share: float = 0.95) -> float:
     """The log-density above which so much of the mixture's mass lies: the edge of its smallest region of that mass.
 

@@ -13,8 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from companion.guidance.classifier.scores import Classifier, ClassifierScore, classifier_gradient
-from companion.guidance.parametrization import clean_from_output
+from companion.evaluation.metrics.metrics import share
+from companion.guidance.classifier.scores import PLAIN, Classifier, ClassifierScore, classifier_gradient
+from companion.guidance.parametrization import clean_from_output, rectification_coefficients
+from companion.guidance.rectification import apply_k
 from companion.pipelines.adm.classifier import is_noise_aware, logits_of
 from companion.pipelines.adm.pipeline import ADMPipeline
 from companion.pipelines.hook import GuidanceStep, RectifiedGuidanceConfig, rectified_guidance
@@ -113,6 +115,68 @@ def _row(slope: Tensor, through: Tensor, logits: Tensor, labels: Tensor) -> tupl
     norm, k_norm = g.norm(dim=1), k_g.norm(dim=1)
     cosine = (g * k_g).sum(dim=1) / (norm * k_norm)
     return norm, k_norm, cosine, p.amax(dim=1), p.gather(1, labels[:, None])[:, 0]
+
+
+def norm_summary(found: Mapping[str, Gradients], *, base: str = "raw", gone: float = 0.01) -> dict[str, list[float]]:
+    """Of every score: the median ‖g‖ at the first step, at its largest and at the last step; then the share of pictures
+    whose last gradient is below `gone` times the largest median of `base`, with its 95 % interval (Wilson)."""
+    limit = gone * float(found[base].norm.median(dim=1).values.max())
+    rows = {}
+    for name, gradients in found.items():
+        median = gradients.norm.median(dim=1).values
+        below = share(gradients.norm[-1] < limit)
+        rows[name] = [float(v) for v in (median[0], median.max(), median[-1], below.value, below.low, below.high)]
+    return rows
+
+
+@dataclass(frozen=True)
+class KError:
+    """How far the network's K is from what an exact one must be: symmetric and without a negative direction.
+
+    Every tensor is (steps, samples), float64; v is the classifier's gradient g at x̂_0.
+
+    Attributes:
+        timesteps: of the steps, descending.
+        along: `⟨v, Kv⟩ / ‖v‖²`; of an exact network a weighted posterior variance, so never negative.
+        asymmetry: `‖Kv - Kᵀv‖ / ‖Kᵀv‖`; of an exact network 0.
+    """
+
+    timesteps: tuple[int, ...]
+    along: Float[Tensor, "steps samples"]
+    asymmetry: Float[Tensor, "steps samples"]
+
+
+def k_error(
+    pipe: ADMPipeline,
+    states: Sequence[GuidanceStep],
+    labels: Int[Tensor, " samples"],
+    network: nn.Module,
+    score: ClassifierScore = PLAIN,
+) -> KError:
+    """K of the pipeline's network along g, for a classifier of clean pictures: one backward and one forward-mode pass
+    a state. Arguments as of `gradients_along`."""
+    null = pipe.config.null_class
+    class_labels = None if null is None else torch.full_like(labels, null)
+    along, asymmetry = [], []
+    for state in states:
+        level, x = state.level, state.sample.detach()
+
+        def predicted(z: Tensor, state: GuidanceStep = state) -> Tensor:
+            return pipe.unet(z, state.timestep, class_labels=class_labels, return_dict=False)[0][:, : z.shape[1]]
+
+        with torch.no_grad():
+            output = predicted(x)
+            clean = clean_from_output(level.prediction_type, output, x, level.alpha, level.sigma).clamp(-1, 1)
+        slope = classifier_gradient(lambda pictures: logits_of(network(pictures)), clean, labels, score).gradient
+        coefficients = rectification_coefficients(level.prediction_type, level.alpha, level.sigma)
+        forward, backward = (
+            apply_k(predicted, x, slope, coefficients, product=product).double().flatten(1)
+            for product in ("jvp", "vjp")
+        )
+        v = slope.double().flatten(1)
+        along.append((v * forward).sum(dim=1) / v.square().sum(dim=1))
+        asymmetry.append((forward - backward).norm(dim=1) / backward.norm(dim=1))
+    return KError(tuple(int(state.timestep) for state in states), torch.stack(along), torch.stack(asymmetry))
 
 
 @torch.no_grad()

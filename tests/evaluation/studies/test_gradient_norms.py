@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from companion.evaluation.studies.gradient_norms import estimates, gradients_along, visited_states
+from companion.evaluation.studies.gradient_norms import (
+    Gradients,
+    estimates,
+    gradients_along,
+    k_error,
+    norm_summary,
+    visited_states,
+)
 from companion.guidance.classifier.scores import ClassifierScore, score_logits
 from tests.pipelines.adm.test_pipeline import BayesClean, BayesNoisy, mixture_pipe
 
@@ -75,3 +82,34 @@ def test_estimates_are_posterior_means():
     oracle = mixture_pipe()  # without classes
     epsilon = oracle.unet(noisy, 500, return_dict=False)[0]
     torch.testing.assert_close(got, ((noisy - (1 - kept) ** 0.5 * epsilon) / kept**0.5).clamp(-1, 1))
+
+
+def test_an_exact_network_s_k_is_symmetric_and_has_no_negative_direction():
+    pipe, states = visited(BayesClean)
+    found = k_error(pipe, states, LABELS, pipe.classifier)
+    gradients = gradients_along(pipe, states, LABELS, {"raw": (pipe.classifier, ClassifierScore())})["raw"]
+    assert found.timesteps == gradients.timesteps
+    assert (found.along >= 0).all() and (found.asymmetry < 1e-5).all()
+    alpha = torch.tensor([state.level.alpha for state in states], dtype=torch.float64)
+    expected = gradients.cosine * alpha[:, None] * gradients.through / gradients.norm  # ⟨g, Kᵀg⟩ / ‖g‖²
+    torch.testing.assert_close(found.along, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_a_network_that_is_no_gradient_is_noticed():
+    pipe, states = visited(BayesClean)
+    exact = pipe.unet.forward
+
+    def sheared(x, *args, **kwargs):  # a Jacobian that is not symmetric
+        output = exact(x, *args, **kwargs)[0]
+        return (output + 0.3 * x.cumsum(dim=-1),)
+
+    pipe.unet.forward = sheared
+    assert (k_error(pipe, states, LABELS, pipe.classifier).asymmetry > 1e-3).any()
+
+
+def test_the_summary_counts_vanished_gradients():
+    norm = torch.tensor([[4.0, 2.0], [8.0, 6.0], [0.05, 3.0]], dtype=torch.float64)
+    found = norm_summary({"raw": Gradients((2, 1, 0), norm, norm, norm, norm, norm)})
+    first, largest, last, gone, low, high = found["raw"]
+    assert (first, largest, gone) == (2.0, 6.0, 0.5)  # torch's median is the lower of two
+    assert last == 0.05 and low < 0.5 < high
