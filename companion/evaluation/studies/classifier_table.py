@@ -5,17 +5,21 @@ python -m companion table imagenet128 --profile paper --data REFERENCES --source
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Self
 
+import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure as Drawing
 from torch import Tensor
 
+from companion import plotting
 from companion.evaluation.metrics.evaluators import ClassEvaluator, Evaluator, scene_reference
 from companion.evaluation.metrics.features import FeatureNetwork, Features, InceptionFeatures, SceneFeatures
+from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.metrics.references import imagenet_evaluator
 from companion.evaluation.sampling.settings import SamplingSettings
 from companion.evaluation.studies.arithmetic import cost_of
@@ -24,6 +28,7 @@ from companion.evaluation.tables.options import TableOptions
 from companion.evaluation.tables.published import published
 from companion.evaluation.tables.results import Cell
 from companion.evaluation.tables.sampled import SampledPlan
+from companion.evaluation.tables.text import pairs_markdown
 from companion.markdown import table
 from companion.minis.adm import enlarged, render_small
 from companion.pipelines.adm.loading import load_adm
@@ -151,23 +156,55 @@ def small_scene_evaluator(network: FeatureNetwork, samples: int) -> ClassEvaluat
     return ClassEvaluator(network, reference, {"reference_samples": samples})
 
 
-def as_markdown(cells: Sequence[Cell]) -> str:
+def as_markdown(cells: Sequence[Cell], ceilings: Mapping[str, Mapping[str, Figure]] | None = None) -> str:
     """One line a cell, with the published figures as far as there are any: FID, precision and recall of other pictures
-    and features.
+    and features, those of 10,000 and of 50,000 samples apart.
+
+    Args:
+        cells: of the table.
+        ceilings: rows of perfect pictures by their label, listed below the cells.
     """
     headings = [heading for heading, _, _ in METRICS.values()]
-    rows = []
-    for cell in cells:
-        row, found = cell.settings["row"], cell.figures
-        figures = [
+
+    def shown(found: Mapping[str, Figure]) -> list[str]:
+        return [
             found[name].scaled(factor).text(digits) if name in found else "–"
             for name, (_, digits, factor) in METRICS.items()
         ]
+
+    rows = []
+    for cell in cells:
+        row = cell.settings["row"]
         first = [row["method"], row["guide"] or "–", row["product"], str(row["steps"]), f"{cell.nfe:.1f}"]
         seconds = "?" if cell.seconds is None else f"{cell.seconds:.0f}"
-        rows.append([*first, *figures, seconds, published_figures(row["published"])])
-    titles = ["method", "classifier", "product", "steps", "arithmetic", *headings, "seconds", "published FID, P, R"]
+        rows.append([*first, *shown(cell.figures), seconds, *published_columns(row["published"])])
+    rows += [[label, *["–"] * 4, *shown(figures), *["–"] * 3] for label, figures in (ceilings or {}).items()]
+    titles = ["method", "classifier", "product", "steps", "arithmetic", *headings, "seconds", *PUBLISHED_COLUMNS]
     return table(titles, rows)
+
+
+PUBLISHED_COLUMNS = ("published: 10k samples, ResNet-50", "published: 50k samples, ResNet-101")
+_TABLES_OF_10K = ("cal_sampling_10k", "cal_smooth_ece")
+_ALSO = {
+    "cal_sampling_10k:baseline (Ma et al. 2023)": "ecd_imagenet128:ResNet-101 off the shelf",
+    "cal_imagenet128_50k:reverse KL": "cal_sampling_10k:reverse KL",
+}
+"""Rows whose method is published at both sizes: the line that a cell names -> the other one."""
+
+
+def published_columns(place: str | None) -> tuple[str, str]:
+    """ "FID, precision, recall" for each of `PUBLISHED_COLUMNS`; a dash where the sources give none.
+
+    A line of a row without classifier, or of another than the column's, says so.
+    """
+    columns = ["–", "–"]
+    for each in () if place is None else (place, *filter(None, [_ALSO.get(place)])):
+        name, _, method = each.partition(":")
+        other = {"cal_smooth_ece": " (fine-tuned)"}.get(name, "")
+        if method in ("unguided diffusion", "classifier-free"):
+            other = " (no classifier)"
+        columns[0 if name in _TABLES_OF_10K else 1] = published_figures(each) + other
+    return columns[0], columns[1]
 
 
 def published_figures(place: str | None) -> str:
@@ -178,3 +215,44 @@ def published_figures(place: str | None) -> str:
     given = published(name)
     line = dict(zip(given.columns, next(row for row in given.rows if row[0] == method), strict=True))
     return ", ".join(line.get(key) or "–" for key in ("fid", "precision", "recall"))
+
+
+def label_of(cell: Cell) -> str:
+    """A cell's method, rectified or not."""
+    row = cell.settings["row"]
+    return row["method"] + ("" if row["product"] == "none" else ", rectified")
+
+
+def against_markdown(cells: Sequence[Cell], base: str) -> str:
+    """Every cell without K less one of them, in every metric."""
+    found = {label_of(cell): cell.figures for cell in cells}
+    others = [label_of(cell) for cell in cells if cell.settings["row"]["product"] == "none" and label_of(cell) != base]
+    return pairs_markdown([(name, found[name], found[base]) for name in others], tuple(METRICS))
+
+
+def rectified_markdown(cells: Sequence[Cell]) -> str:
+    """Every rectified cell less the same one without K, in every metric."""
+    found = {label_of(cell): cell.figures for cell in cells}
+    names = [name for name in found if f"{name}, rectified" in found]
+    return pairs_markdown([(name, found[f"{name}, rectified"], found[name]) for name in names], tuple(METRICS))
+
+
+def draw_table(cells: Sequence[Cell], ceilings: Mapping[str, Mapping[str, Figure]] | None = None) -> Drawing:
+    """A panel a metric, a line a cell, with 95 % intervals; perfect pictures last.
+
+    Orange circles: guidance as it is; blue squares: rectified; black: no guidance and perfect pictures.
+    """
+    lines = {label_of(cell): cell.figures for cell in cells} | dict(ceilings or {})
+    figure, axes = plt.subplots(1, len(METRICS), figsize=(11, 0.27 * len(lines) + 0.8), sharey=True)
+    for axis, (name, (heading, _, factor)) in zip(axes, METRICS.items(), strict=True):
+        for place, (label, found) in enumerate(lines.items()):
+            rectified = label.endswith(", rectified")
+            colour = plotting.COLOURS["REG" if rectified else "CFG"]
+            colour = "black" if label == "unguided" or label in (ceilings or {}) else colour
+            each = found[name].scaled(factor)
+            axis.plot([each.low, each.high], [place, place], color=colour, linewidth=1.5)
+            axis.plot(each.value, place, "s" if rectified else "o", color=colour, markersize=5)
+        axis.set_xlabel(heading)
+    axes[0].set_yticks(range(len(lines)), list(lines), fontsize="small")
+    axes[0].invert_yaxis()
+    return figure

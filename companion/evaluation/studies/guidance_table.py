@@ -4,7 +4,7 @@ python -m companion table imagenet --profile mini
 python -m companion table coco --profile paper --data REFERENCES
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
@@ -16,7 +16,7 @@ from companion.evaluation.metrics.clip_score import PaperClip, SceneClip
 from companion.evaluation.metrics.evaluators import Evaluator, scene_caption_evaluator, scene_evaluator
 from companion.evaluation.metrics.features import InceptionFeatures, SceneFeatures
 from companion.evaluation.metrics.references import coco_evaluator, imagenet_evaluator
-from companion.evaluation.sampling.settings import SamplingSettings
+from companion.evaluation.sampling.settings import SamplingSettings, weights_fingerprint
 from companion.evaluation.studies.guidance_rows import (
     Row,
     mini_coco_rows,
@@ -80,6 +80,12 @@ def coco(options: TableOptions = TableOptions()) -> GuidancePlan:  # noqa: B008
     rows = paper_coco_rows()
     call = {row.model: {key: PAPER_MODELS[row.model].call[key] for key in ("height", "width")} for row in rows}
     return _plan("coco", options, rows, partial(_coco, options), call=call, num_samples=5000, batch_size=4)
+
+
+def weights_as_shipped(cells: Iterable[Cell]) -> dict[str, bool]:
+    """By model, whether its cells were drawn with the weights that the package ships today."""
+    drawn = {cell.settings["row"]["model"]: cell.settings["sampling"]["weights"] for cell in cells}
+    return {model: weights_fingerprint(load(model)) == known for model, known in drawn.items()}
 
 
 def _plan(

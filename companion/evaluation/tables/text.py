@@ -255,6 +255,47 @@ def differences_markdown(found: Sequence[Mapping[str, Any]], second: str) -> str
     return table(headings, rows)
 
 
+def method_pairs(
+    cells: Iterable[Cell], first: str, second: str
+) -> list[tuple[str, Mapping[str, Figure], Mapping[str, Figure]]]:
+    """What `pairs_markdown` takes: two methods under the same guidance at the same scale.
+
+    Args:
+        cells: of one table.
+        first, second: methods as `method_of` names them.
+    """
+    lines = lines_of(cells)
+    places = {(line.group, line.row["guidance_scale"], line.method): line.figures for line in lines}
+    pairs = []
+    for line in lines:
+        other = places.get((line.group, line.row["guidance_scale"], second))
+        if line.method == first and other is not None:
+            model, guidance = line.group
+            pairs.append((f"{model}, {guidance}, scale {line.row['guidance_scale']:g}", line.figures, other))
+    return pairs
+
+
+def pairs_markdown(
+    pairs: Sequence[tuple[str, Mapping[str, Figure], Mapping[str, Figure]]], names: Sequence[str]
+) -> str:
+    """First less second, one line a pair: bold where Holm's method over the lines of one figure decides.
+
+    Args:
+        pairs: label, and the figures of both.
+        names: of `METRICS`.
+    """
+    found = {name: [_less(first[name], second[name]) for _, first, second in pairs] for name in names}
+    decided = {name: [p < 0.05 for p in holm([p_value(each) for each in found[name]])] for name in names}
+    rows = []
+    for i, (label, _, _) in enumerate(pairs):
+        texts = [_text(name, found[name][i]) for name in names]
+        texts = [text if text.startswith("-") else f"+{text}" for text in texts]
+        rows.append(
+            [label, *(f"**{text}**" if decided[name][i] else text for name, text in zip(names, texts, strict=True))]
+        )
+    return table(["row", *(f"Δ {METRICS[name][0]}" for name in names)], rows)
+
+
 def counted(found: Sequence[Mapping[str, Any]], name: str) -> dict[str, dict[str, int]]:
     """How often `differences` are better, worse and undecided in a figure, by what is compared with."""
     counts: dict[str, dict[str, int]] = {}

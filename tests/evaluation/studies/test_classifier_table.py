@@ -2,21 +2,30 @@
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 from companion.cli.main import main as command_line
 from companion.evaluation.metrics.features import extract
+from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.sampling.runs import Diverged, draw
 from companion.evaluation.studies.arithmetic import cost_of
 from companion.evaluation.studies.classifier_rows import MINI, NO_GUIDE, Row
 from companion.evaluation.studies.classifier_table import (
+    METRICS,
     ClassifierPlan,
     SmallSceneFeatures,
+    against_markdown,
     as_markdown,
+    draw_table,
     imagenet128,
+    label_of,
+    published_columns,
     published_figures,
+    rectified_markdown,
     small_scene_evaluator,
 )
 from companion.evaluation.tables.engine import RunOptions, run_table
@@ -210,3 +219,34 @@ def test_the_command_line(tmp_path, capsys):
     assert "left out" not in said("--profile", "paper", "--list", *known, status=0).out
     assert command_line(["table", "coco", "--strength", "1"]) == 2
     assert "coco, profile mini, takes no --strength: leave it out" in capsys.readouterr().err
+
+
+def test_published_sizes_stand_in_columns_of_their_own():
+    assert published_columns("cal_sampling_10k:baseline (Ma et al. 2023)") == ("5.34, 0.78, 0.67", "2.19, 0.79, 0.58")
+    assert published_columns("cal_imagenet128_50k:reverse KL") == ("5.12, 0.78, 0.68", "2.14, 0.79, 0.59")
+    assert published_columns("cal_imagenet128_50k:classifier-free") == ("–", "2.43, –, – (no classifier)")
+    assert published_columns(None) == ("–", "–")
+    tens = [row.published for row in imagenet128().rows if row.published and row.published.startswith("cal_sampling")]
+    assert tens and all(published_columns(place)[0] != "–" for place in tens)
+
+
+def test_rows_are_compared_with_holm_over_a_column():
+    cells = read_cells(Path("notebooks/results/imagenet128-mini.json"))
+    lines = {
+        line.split(" | ")[0].strip("| "): line for line in against_markdown(cells, "off the shelf [ECD]").splitlines()
+    }
+    assert lines["unguided"].split(" | ")[1] == "**+2.69 ± 0.47**"
+    assert "**" not in lines["Jensen-Shannon, calibrated"] and "rectified" not in "".join(lines)
+    rectified = rectified_markdown(cells).splitlines()[2:]
+    assert len(rectified) == sum(cell.settings["row"]["product"] != "none" for cell in cells)
+
+
+def test_the_figure_has_a_line_for_every_row():
+    cells = read_cells(Path("notebooks/results/imagenet128-mini.json"))
+    best = {"real scenes": {name: Figure(0.5, 0.4, 0.6, "t", 3) for name in METRICS}}
+    figure = draw_table(cells, best)
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert labels == [*(label_of(cell) for cell in cells), "real scenes"]
+    points = [line for line in figure.axes[0].lines if line.get_marker() in "os"]
+    assert [line.get_xdata()[0] for line in points[:-1]] == [cell.figures["fid"].value for cell in cells]
+    plt.close(figure)

@@ -18,7 +18,9 @@ from companion.evaluation.tables.text import (
     differences,
     differences_markdown,
     method_of,
+    method_pairs,
     p_value,
+    pairs_markdown,
     provenance_markdown,
     verdict,
 )
@@ -133,6 +135,17 @@ def test_differences_and_verdicts():
     _, *rows = rows_of(differences_markdown(found, "inception_score"))
     assert rows[0][4:6] == ["-1.50 ± 0.71", "better"]
     assert not differences(CELLS, "inception_score", "REG, ones")
+
+
+def test_pairs_are_differences_with_their_sign():
+    pairs = method_pairs(CELLS, "REG", "CFG")
+    assert [label for label, _, _ in pairs] == ["m, vanilla, scale 2"]
+    heading, row = rows_of(pairs_markdown(pairs, ("fid", "inception_score")))
+    assert heading == ["row", "Δ FID", "Δ IS"]
+    assert row[1:] == ["**-1.50 ± 0.71**", "**+1.00 ± 0.22**"]  # hypot(0.5, 0.5), hypot(0.1, 0.2)
+    assert method_pairs(CELLS, "REG, ones", "CFG") == []
+    close = [("a", CELLS[0].figures, CELLS[3].figures)] * 2
+    assert [line[1] for line in rows_of(pairs_markdown(close, ("fid",)))[1:]] == ["+0.20 ± 0.71"] * 2
 
 
 @given(st.floats(-5, 5), st.floats(0, 3), st.floats(0, 3), st.sampled_from(["fid", "inception_score"]))

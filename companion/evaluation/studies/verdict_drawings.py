@@ -1,0 +1,120 @@
+"""Figures of the verdict: paired differences from CFG over all models, and every figure over the guidance scale."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from companion import plotting
+from companion.evaluation.studies.validity_rows import Row
+from companion.evaluation.studies.verdict import METRICS, Study, differences
+
+_STYLES = {
+    "CFG": "CFG",
+    "REG": "REG",
+    "REG, auto": "auto",
+    "REG, ones": "ones",
+    "interval": "interval",
+    "covariance": "covariance",
+}
+_MARKERS = {"CFG": "o", "REG": "o", "REG, auto": "P", "REG, ones": "v", "interval": "D", "covariance": "*"}
+PANELS = ("residual", "valid", "recognised", "attributes", "law_distance")
+
+
+def draw_verdict(study: Study, metrics: Sequence[str] = PANELS, methods: Sequence[str] | None = None) -> Figure:
+    """Method less CFG at the same scale, from the same noise, by model and scale: a panel a metric, and the cost.
+
+    Bars are 95 % intervals. A marker is filled where Holm's method, over a method's models and scales, decides.
+
+    Args:
+        study: the committed figures.
+        metrics: of `verdict.METRICS`.
+        methods: which; None is all that are measured.
+    """
+    shown = study.methods if methods is None else list(methods)
+    places = {(row.model, row.guidance_scale): 0.0 for row in study.rows if row.method == "CFG"}
+    for number, (model, scale) in enumerate(sorted(places, key=lambda at: (study.models.index(at[0]), at[1]))):
+        places[model, scale] = number + 0.4 * study.models.index(model)
+    figure, axes = plt.subplots(
+        1, len(metrics) + 1, figsize=(2.3 * (len(metrics) + 1), 0.52 * len(places) + 1.6), sharey=True
+    )
+    for axis, metric in zip(axes, metrics, strict=False):
+        about = METRICS[metric]
+        for method in shown:
+            shift = 0.14 * (shown.index(method) - (len(shown) - 1) / 2)
+            colour = plotting.COLOURS[_STYLES[method]]
+            for each in differences(study, metric, method):
+                found = each.figure.scaled(about.factor)
+                at = places[each.row.model, each.row.guidance_scale] + shift
+                axis.plot([found.low, found.high], [at, at], color=colour, linewidth=1.4)
+                face = "white" if each.verdict == "undecided" else colour
+                axis.plot(found.value, at, _MARKERS[method], color=colour, markerfacecolor=face, markersize=5)
+        axis.axvline(0, color="black", linewidth=0.8)
+        arrow = "← better" if about.better == "low" else "better →"
+        axis.set_title(f"Δ {about.heading}{', ' * bool(about.unit)}{about.unit}\n{arrow}", fontsize="small")
+    _draw_cost(axes[-1], study, shown, places)
+    axes[0].set_yticks(list(places.values()), [f"{model}, scale {scale:g}" for model, scale in places])
+    axes[0].invert_yaxis()
+    handles = [_handle(method) for method in shown]
+    figure.legend(handles, shown, loc="outside lower center", ncols=len(shown), fontsize="small")
+    return figure
+
+
+def _draw_cost(axis: Axes, study: Study, methods: Sequence[str], places: dict[tuple[str, float], float]) -> None:
+    for method in methods:
+        colour, shift = plotting.COLOURS[_STYLES[method]], 0.14 * (methods.index(method) - (len(methods) - 1) / 2)
+        own = [row for row in study.rows if row.method == method and row.cfg in study.rows]
+        at = [places[row.model, row.guidance_scale] + shift for row in own]
+        axis.plot([study.cost(row) for row in own], at, _MARKERS[method], color=colour, markersize=5)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_title("evaluations, CFG = 1\n← cheaper", fontsize="small")
+    axis.set_xlim(left=0)
+
+
+def _handle(method: str) -> Line2D:
+    return Line2D([], [], color=plotting.COLOURS[_STYLES[method]], marker=_MARKERS[method])
+
+
+def draw_scales(
+    study: Study,
+    metrics: Sequence[str] = ("residual", "recognised", "clip_score"),
+    methods: Sequence[str] = ("CFG", "REG"),
+) -> Figure:
+    """A row a metric, a column a model: the figure over the guidance scale, with 95 % intervals of the row itself.
+
+    At scale 1 there is no guidance, so all methods begin in one point.
+    """
+    models = study.models
+    figure, axes = plt.subplots(
+        len(metrics), len(models), figsize=(3.1 * len(models) + 0.4, 2.1 * len(metrics) + 0.5), squeeze=False,
+        sharex=True, sharey="row",
+    )  # fmt: skip
+    for line, metric in zip(axes, metrics, strict=True):
+        about = METRICS[metric]
+        for axis, model in zip(line, models, strict=True):
+            rows = {name: [Row(model, name, s) for s in study.scales(model, name)] for name in methods}
+            for place, (method, own) in enumerate(rows.items()):
+                _draw_curve(axis, study, [Row(model, "no guidance", 1.0), *own], metric, method, place)
+            if study.figure(Row(model, "no guidance", 1.0), metric) is None:
+                axis.text(0.5, 0.5, "classes: no captions", transform=axis.transAxes, ha="center", fontsize="small")
+        line[0].set_ylabel(f"{about.heading}{', ' * bool(about.unit)}{about.unit}")
+    for axis, model in zip(axes[0], models, strict=True):
+        axis.set_title(model)
+    for axis in axes[-1]:
+        axis.set_xlabel("guidance scale")
+    figure.legend([_handle(name) for name in methods], methods, loc="outside lower center", ncols=len(methods))
+    return figure
+
+
+def _draw_curve(axis: Axes, study: Study, rows: Sequence[Row], metric: str, method: str, place: int) -> None:
+    found = [(row.guidance_scale, study.figure(row, metric)) for row in rows]
+    shown = [(scale, each.scaled(METRICS[metric].factor)) for scale, each in found if each is not None]
+    if not shown:
+        return
+    at = [scale + 0.12 * place for scale, _ in shown]
+    look, values = plotting.line_of(_STYLES[method]), [each.value for _, each in shown]
+    axis.plot(at, values, **look, marker=_MARKERS[method], markersize=4)
+    for x, (_, each) in zip(at, shown, strict=True):
+        axis.plot([x, x], [each.low, each.high], color=look["color"], linewidth=1)
