@@ -47,8 +47,9 @@ class Job:
 
     def config(self, own: TrainingConfig) -> TrainingConfig:
         """The model's own settings, with this job's steps and learning rate where it names them."""
-        named = {"steps": self.steps, "learning_rate": self.learning_rate}
-        return replace(own, **{name: value for name, value in named.items() if value is not None})
+        steps = own.steps if self.steps is None else self.steps
+        rate = own.learning_rate if self.learning_rate is None else self.learning_rate
+        return replace(own, steps=steps, learning_rate=rate)
 
     @property
     def folder(self) -> Path:

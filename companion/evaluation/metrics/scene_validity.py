@@ -8,6 +8,7 @@ that it was measured with are others.
 
 import hashlib
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -154,14 +155,19 @@ def _total_variation(chosen: Int[Tensor, " samples"], kinds: int, seed: int) -> 
 
 
 def _kolmogorov(uniform: Float[Tensor, " samples"]) -> LawDistance:
-    number = len(uniform)
-    law = scipy.stats.kstwo(number)
     value = float(scipy.stats.kstest(uniform.double().clamp(0, 1).numpy(), "uniform").statistic)
-    return LawDistance(value, float(law.mean()), float(law.ppf(0.95)), number)
+    return LawDistance(value, *_kolmogorov_by_chance(len(uniform)), len(uniform))
+
+
+@cache
+def _kolmogorov_by_chance(number: int) -> tuple[float, float]:
+    """Mean and 95th percentile of the distance of independent draws; cached, because the mean is a slow integral."""
+    law = scipy.stats.kstwo(number)
+    return float(law.mean()), float(law.ppf(0.95))
 
 
 Ceiling = Literal["real", "reconstructed"]
-_CEILING_SEED = 200  # of the first draw; no model, reference or judge has other scenes of these seeds
+_CEILING_SEED = 200  # of the first draw; no model, reference or evaluator has other scenes of these seeds
 
 
 def ceiling_pictures(
