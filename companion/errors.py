@@ -11,13 +11,13 @@ _LONGEST = 300
 
 
 def printable(text: object) -> str:
-    """A text for a message or a terminal: no escape codes, no control characters, no lone surrogates."""
+    """A text for a message, in one line: without escape codes, control characters and lone surrogates."""
     plain = _ESCAPE.sub("", str(text)).encode("utf-8", "backslashreplace").decode()
-    return "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in plain)
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in plain)
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line: its first one, or its class's name where it says nothing.
+    """The first line of an error's message, or the name of its class if it has no message.
 
     PyTorch colours its messages and adds advice on how to load a file without checks; both are left out.
     """
@@ -27,22 +27,24 @@ def reason(error: BaseException) -> str:
         return "it needs more memory than there is"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    lines = [line.strip() for line in printable(error).splitlines() if line.strip()]
+    lines = [line for part in str(error).split("\n") if (line := printable(part.strip()).strip())]
     if not lines:
         return type(error).__name__
-    said = lines[0]
-    if "weights_only" in said or "Weights only load failed" in said:
-        said = next((line for line in lines if line.startswith("WeightsUnpickler error")), "it holds more than tensors")
+    message = lines[0]
+    if "weights_only" in message or "Weights only load failed" in message:
+        message = next(
+            (line for line in lines if line.startswith("WeightsUnpickler error")), "it holds more than tensors"
+        )
     if isinstance(error, KeyError):
-        said = f"{said} is missing"
-    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}…"
+        message = f"{message} is missing"
+    return message if len(message) <= _LONGEST else f"{message[:_LONGEST]}…"
 
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Whatever is raised inside becomes one `ValueError`: `what`, a colon, and the reason.
+    """Turn any exception raised inside into a `ValueError`: `what`, a colon, and the reason.
 
-    For code that reads a file or builds something from one, where a damaged file can raise anything.
+    For code that reads a file or builds something from one: a damaged file can raise anything.
     """
     try:
         yield
@@ -51,7 +53,7 @@ def explained(what: str) -> Iterator[None]:
 
 
 def check_name(path: str | Path, what: str) -> Path:
-    """A path whose name can be printed and written to a file.
+    """The path itself, if its name can be printed and written to a file.
 
     Raises:
         ValueError: its name is not UTF-8, is longer than a file's name can be, or holds a null character.
@@ -65,10 +67,10 @@ def check_name(path: str | Path, what: str) -> Path:
 
 
 def run_command(work: Callable[[], int], *, traceback: bool = False) -> int:
-    """The exit status of a command, whose errors are one line on the standard error.
+    """Run a command and return its exit status; an error becomes one line on the standard error.
 
-    What a user or a file can cause is a `ValueError` and ends with 2. Anything else is a fault of this program and ends
-    with 1; `traceback` shows where it is.
+    Errors that a user or a file can cause are `ValueError`, `OSError` or `MemoryError` and give 2. Anything else is a
+    fault of this program and gives 1; `traceback` shows where.
     """
     try:
         return work()

@@ -141,13 +141,26 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         Unwritable: the disk is full, or the file cannot be written for another reason.
     """
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; the file is moved to `path` when the block ends, and removed if it fails.
+
+    Raises:
+        Unwritable: as `write_bytes`.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_bytes(content)
+        yield temporary
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise Unwritable(
             f"{printable(path)} cannot be written ({error.strerror}): make room and give the same command again, "
             "it goes on where it was"

@@ -1,4 +1,4 @@
-"""One look for every figure: sizes that print, one colour and one line style a method, told apart by the colour-blind.
+"""One look for every figure: sizes that print, one colour and one line style a method, distinct for the colour-blind.
 
 REG is blue, CFG orange, the optimum green, this package's own rules purple, no guidance grey and the target black. The
 products of K are shades of REG's blue. Nothing else may use these colours: other series take `OTHER_COLOURS`, which
@@ -15,6 +15,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image
 
+from companion.arguments import check_choice
 from companion.guidance.products import PRODUCT_TABLE
 
 
@@ -71,8 +72,7 @@ def line_of(name: str) -> dict[str, Any]:
     Raises:
         ValueError: the method has no style; the message lists those that have.
     """
-    if name not in STYLES:
-        raise ValueError(f"name must be one of {', '.join(STYLES)}, got {name!r}")
+    check_choice("name", name, STYLES)
     return {"color": STYLES[name].colour, "linestyle": STYLES[name].line}
 
 

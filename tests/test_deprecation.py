@@ -6,6 +6,7 @@ import pytest
 
 import companion
 from companion import exact
+from companion.evaluation.studies import reuse_errors
 from companion.exact import comparison, methods
 
 
@@ -16,6 +17,7 @@ from companion.exact import comparison, methods
         (exact, "MonteCarloGolden", "MonteCarloOptimum"),
         (exact, "monte_carlo_golden", "monte_carlo_optimum"),
         (methods, "WAYS", "ALL_METHODS"),
+        (reuse_errors, "carry_results", "reuse_results"),
         (methods, "way", "method_direction"),
         (methods, "ways_to_guide", "method_chains"),
         (methods, "ways_on_grid", "method_fields"),

@@ -205,6 +205,8 @@ def test_what_errors_say():
     )
     assert len(reason(ValueError("x" * 5000))) < 400
     assert printable("a\x07\udcffb") == "a\\x07\\udcffb"
+    assert printable("two\nlines\x1b[31m in red\x1b[0m") == "two\\nlines in red"
+    assert reason(ValueError("\x1b[31m\x1b[0m\n the cause\r\nadvice")) == "the cause"
 
 
 def test_one_boundary_for_commands(capsys):

@@ -131,10 +131,10 @@ def _integral(coefficients: np.ndarray, width: float) -> float:
 
 
 def check_pairs(confidence: Float[Tensor, " samples"], correct: Bool[Tensor, " samples"]) -> None:
-    """Refuse what is not one confidence in [0, 1] and one correctness per sample.
+    """Check that there is one confidence in [0, 1] and one correctness per sample.
 
     Raises:
-        ValueError: as said.
+        ValueError: there is not, or there are no samples.
     """
     if confidence.ndim != 1 or confidence.shape != correct.shape or not len(confidence):
         raise ValueError(

@@ -3,11 +3,10 @@ improving.
 
 One loop serves classifiers of clean images, `model(images)`, and noise-aware ones, `model(noisy, timesteps)`. It is the
 embedded models' own training loop, so a killed run resumes where it stopped; the validations that early stopping
-depends on are kept beside the checkpoint.
+depends on are stored next to the checkpoint.
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from companion.calibration.errors import Calibration, calibration
 from companion.calibration.loss import calibrated_cross_entropy
+from companion.files import read_json, whole_file, write_json
 from companion.minis.training import TrainingConfig, train
 from companion.seeding import sample_seed
 
@@ -64,8 +64,8 @@ class FineTuned:
     """What a run did.
 
     Attributes:
-        before, after: calibration on the held-out data; `after` is of the weights that were kept.
-        step: optimiser steps behind the weights that were kept; 0 if nothing improved.
+        before, after: calibration on the held-out data; `after` is of the best weights.
+        step: optimiser steps behind the best weights; 0 if nothing improved.
         stopped_at: steps that were run.
         record: what a model card needs, from the training loop.
     """
@@ -160,24 +160,18 @@ def fine_tune(
 
     first, done = folder / "first.pt", folder / "record.json"
     if not first.exists():
-        save_atomically(model.state_dict(), first)
+        with whole_file(first) as file:
+            torch.save(model.state_dict(), file)
     model.load_state_dict(torch.load(first, weights_only=True))
     before = calibration(*held_out_logits(model, held_out, alphas_cumprod))
     rounds.add(0, objective(), model)
     if not done.exists():
-        done.write_text(json.dumps(train(model, loss, config.training, folder, until=until)))
+        write_json(done, train(model, loss, config.training, folder, until=until))
     record = json.loads(done.read_text())
     step = rounds.restore(model)
     model.eval()
     after = calibration(*held_out_logits(model, held_out, alphas_cumprod))
     return FineTuned(before, after, step, record["steps"], record)
-
-
-def save_atomically(state: dict, path: Path) -> None:
-    """A file that is whole or not there."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
 
 
 class _Validations:
@@ -193,8 +187,9 @@ class _Validations:
     def add(self, step: int, value: float, model: nn.Module) -> None:
         self.values[step] = value
         if _lowest(self.values) == step:
-            save_atomically({"step": step, "model": model.state_dict()}, self.weights)
-        self.path.write_text(json.dumps(self.values))
+            with whole_file(self.weights) as file:
+                torch.save({"step": step, "model": model.state_dict()}, file)
+        write_json(self.path, self.values)
 
     def exhausted(self, step: int) -> bool:
         seen = {other: value for other, value in self.values.items() if other <= step}
@@ -216,9 +211,9 @@ def _objective(logits: Tensor, labels: Tensor, config: FineTuning) -> Float[Tens
 
 def _check_settings(folder: Path, config: FineTuning) -> None:
     path, settings = folder / "finetuning.json", json.loads(json.dumps(asdict(config)))
-    if path.exists() and json.loads(path.read_text()) != settings:
-        raise ValueError(f"{folder} holds a run with other settings: {path.read_text()}; choose another folder")
-    path.write_text(json.dumps(settings))
+    if path.exists() and (found := read_json(path)) != settings:
+        raise ValueError(f"{folder} holds a run with other settings: {json.dumps(found)}; choose another folder")
+    write_json(path, settings)
 
 
 def _inputs(images: Tensor, alphas_cumprod: Tensor | None, generator: torch.Generator) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.arguments import check_choice
 from companion.exact.chain import DDPMChain, NoiseSchedule, Prediction
 from companion.exact.grids import Grid
 from companion.exact.mixtures import GaussianMixture, mixture_of
@@ -49,8 +50,7 @@ class ClassifierGuidance:
     batch: int = 16
 
     def __post_init__(self) -> None:
-        if self.classifier not in CLASSIFIERS:
-            raise ValueError(f"classifier must be one of {', '.join(CLASSIFIERS)}, got {self.classifier!r}")
+        check_choice("classifier", self.classifier, CLASSIFIERS)
         if not self.sharpness > 0:
             raise ValueError(f"sharpness must be positive, got {self.sharpness}")
         if self.batch < 1:

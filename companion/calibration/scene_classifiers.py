@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from companion.arguments import check_choice
 from companion.calibration.errors import Calibration, calibration
 from companion.calibration.finetuning import FineTuned, FineTuning, fine_tune, held_out_logits
 from companion.minis.adm import build_scheduler
@@ -56,8 +57,7 @@ def fine_tune_form(
     Raises:
         ValueError: an unknown form.
     """
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    check_choice("form", form, FORMS)
     chosen = config or FORMS[form]
     alphas_cumprod = build_scheduler().alphas_cumprod if noise_aware else None
     held_out = [scene_batches(VALIDATION_SEED, 50)(step) for step in range(validation // 50)]

@@ -1,6 +1,6 @@
 """Which temperature a loss asks for.
 
-softmax(f/T) is the one-parameter family in which losses of calibration can be told apart: T moves confidences and
+softmax(f/T) is the one-parameter family that tells losses of calibration apart: T moves confidences and
 leaves every decision as it is (Guo et al. 2017).
 """
 

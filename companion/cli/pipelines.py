@@ -15,6 +15,7 @@ from typing import Any
 
 import diffusers
 
+from companion.files import write_text
 from companion.pipelines.pipeline_check import check
 from companion.pipelines.support import page, support_table
 from companion.pipelines.tiny_components import recorded, tiny_pipeline
@@ -26,7 +27,12 @@ class _OutOfTime(BaseException):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", help="pipeline classes; default: all that can be built small")
-    parser.add_argument("--data", type=Path, default=Path("docs/pipelines.json"), help="results; others in it are kept")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path("docs/pipelines.json"),
+        help="file of results; results of other pipelines in it stay",
+    )
     parser.add_argument("--page", type=Path, default=Path("docs/pipelines.md"), help="the page, written anew")
     parser.add_argument("--seconds", type=float, default=60.0, help="of processor time for one pipeline; default: 60")
     parser.add_argument(
@@ -53,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"{name}: {_summary(data['checked'][name])}", flush=True)
         write_data(options.data, data)
     write_data(options.data, data)
-    options.page.write_text(page(support_table(), data["run"], data["checked"]), encoding="utf-8")
+    write_text(options.page, page(support_table(), data["run"], data["checked"]))
     return 0
 
 
@@ -102,4 +108,4 @@ def write_data(file: Path, data: dict[str, Any]) -> None:
         f'"diffusers": {json.dumps(data["diffusers"])},\n"run": {json.dumps(data["run"], indent=1, ensure_ascii=False)}'
     )
     text = f'{{{head},\n"checked": {{\n' + ",\n".join(rows) + "\n}}\n"
-    file.write_text(text, encoding="utf-8")
+    write_text(file, text)

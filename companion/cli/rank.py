@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from companion.files import write_text
 from companion.ranking.document import document
 from companion.ranking.ranking import find_rule, load_ranking, rank
 from companion.ranking.rules.catalogue import RULES
@@ -15,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rule", action="append", default=[], metavar="MODULE:FUNCTION", help="your own; repeatable")
     parser.add_argument("--suite", choices=SUITES, default="quick", help="quick takes under a minute; default: quick")
     parser.add_argument("--against", nargs="*", metavar="NAME", help=f"of {', '.join(RULES)}; default: all")
-    parser.add_argument("--folder", type=Path, help="where problems are kept as they are measured, to resume")
+    parser.add_argument("--folder", type=Path, help="where measured problems are stored, so that a run can be resumed")
     parser.add_argument("--out", type=Path, help="write everything as JSON")
     parser.add_argument("--read", type=Path, help="a file that --out wrote: show it, and measure nothing")
     parser.add_argument("--docs", type=Path, help="write the tables as a document; docs/ranking.md is one")
@@ -27,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
         if options.read is not None:
             ranking = load_ranking(options.read)
         else:
-            sys.path.insert(0, "")  # so that --rule finds modules beside the reader
+            sys.path.insert(0, "")  # so that --rule finds modules in the working directory
             ranking = rank(
                 *map(find_rule, options.rule),
                 suite=options.suite,
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
         if options.out is not None:
             ranking.save(options.out)
         if options.docs is not None:
-            options.docs.write_text(document(ranking))
+            write_text(options.docs, document(ranking))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

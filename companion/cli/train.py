@@ -148,7 +148,7 @@ def _adm_noisy(job: Job) -> Path:
 
 
 def _calibrated(name: str, job: Job) -> Path:
-    """One of mini-adm's classifiers, fine-tuned in each form; the one by bins is kept."""
+    """Fine-tune one of mini-adm's classifiers in each form; the form with bins is shipped."""
     kind = NoisyClassifier if name == "mini-adm-noisy" else ResNetForImageClassification
     figures = {}
     for form in scene_classifiers.FORMS:
@@ -196,11 +196,11 @@ def _flow(job: Job) -> Path:
 
 
 def _edm2(job: Job) -> Path:
-    """Both networks: the guide's run lies beside the network's."""
+    """Train both networks; the guide's run has a folder of its own next to the network's."""
     autoencoder, start = job.autoencoder(), job.start
     own = _edm2_network(job, autoencoder, edm2.MINI_EDM2, edm2.TRAINING, start and start.unet)
-    beside = replace(job, name=f"{job.name}-guide", steps=None, learning_rate=None)  # it stays weak on purpose
-    guide = _edm2_network(beside, autoencoder, edm2.MINI_EDM2_GUIDE, edm2.GUIDE_TRAINING, start and start.guide)
+    guide_job = replace(job, name=f"{job.name}-guide", steps=None, learning_rate=None)  # it stays weak on purpose
+    guide = _edm2_network(guide_job, autoencoder, edm2.MINI_EDM2_GUIDE, edm2.GUIDE_TRAINING, start and start.guide)
     return cards.ship_edm2((own[0], guide[0]), autoencoder, (own[1], guide[1]), job.out, job.parts)
 
 

@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.arguments import check_choice
 from companion.exact.chain import NoiseSchedule, Prediction
 from companion.exact.directions import Direction
 from companion.guidance.covariance import covariance_direction as along_direction
@@ -84,8 +85,7 @@ def covariance_direction(
     Raises:
         ValueError: unknown estimate, or a floor that is not positive.
     """
-    if estimate not in ESTIMATES:
-        raise ValueError(f"estimate must be one of {', '.join(ESTIMATES)}, got {estimate!r}")
+    check_choice("estimate", estimate, ESTIMATES)
     if floor is not None and not floor > 0:
         raise ValueError(f"floor must be positive, or None to cap, got {floor}")
     k_c, k_u = (0.5 * (k + k.mT) for k in (conditional, reference))

@@ -385,7 +385,7 @@ def _interpolate_lines(
 
 
 def _combine(weights: list[Tensor], taps: list[Tensor]) -> Tensor:
-    """The weighted sum of six taps, kept from ringing where they are not smooth.
+    """The weighted sum of six taps, clamped so that it does not ring where they are not smooth.
 
     Between the two middle taps a function leaves their range by an eighth of its curvature. The result may leave it by
     four times that, the curvature being the smaller of the two taps' own: nothing changes where the function is

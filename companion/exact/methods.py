@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.arguments import check_choice
 from companion.deprecation import renamed_names
 from companion.exact.chain import DDPMChain
 from companion.exact.comparison import CHUNK, METHODS, Comparison, multiply
@@ -46,8 +47,7 @@ def method_direction(name: str, comparison: Comparison) -> Direction:
     Raises:
         ValueError: the name is unknown.
     """
-    if name not in ALL_METHODS:
-        raise ValueError(f"name must be one of {', '.join(ALL_METHODS)}, got {name!r}")
+    check_choice("name", name, ALL_METHODS)
     return lambda x, t: _directions([name], comparison, t, x)[:, 0]
 
 

@@ -151,10 +151,10 @@ class GaussianMixture:
     ) -> Float[Tensor, "batch dim"]:
         """`K v` without forming K: a few products with the axes of the components, whatever the dimension."""
         shares, means, within = self._posteriors(x, alpha, sigma)
-        pulled = within * (vector @ self._flat_axes).reshape(means.shape)
+        scaled = within * (vector @ self._flat_axes).reshape(means.shape)
         centred = means - torch.einsum("nk,nkd->nd", shares, means)[:, None]
         along = shares * torch.einsum("nkd,nd->nk", centred, vector)
-        product = self._average(pulled, shares) + torch.einsum("nk,nkd->nd", along, centred)
+        product = self._average(scaled, shares) + torch.einsum("nk,nkd->nd", along, centred)
         return (_column(alpha, x) / _column(sigma, x)) ** 2 * product
 
     def rectification_diagonal(

@@ -1,7 +1,7 @@
 """Toy data as Gaussian mixtures, so that scores, optimal gradients and targets are exact.
 
 Every 2D set is scaled to about unit size (variance-preserving chains end in N(0, I)) and split into classes; the
-unconditional data mix all classes equally unless said otherwise.
+unconditional data mix all classes equally unless stated otherwise.
 """
 
 import math
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.arguments import check_choice
 from companion.exact.grids import Grid
 from companion.exact.mixtures import GaussianMixture, mixture_of
 
@@ -45,8 +46,7 @@ def toy(name: str) -> Toy:
     Raises:
         ValueError: the name is unknown; the message lists the known ones.
     """
-    if name not in TOYS:
-        raise ValueError(f"toy must be one of {', '.join(TOYS)}, got {name!r}")
+    check_choice("toy", name, TOYS)
     return TOYS[name]()
 
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.arguments import check_choice
 from companion.exact.chain import NoiseSchedule
 from companion.exact.coordinates import level
 from companion.exact.covariance import covariance_direction
@@ -108,8 +109,7 @@ def variant_samples(
     Raises:
         ValueError: unknown variant or rectification, ratios that do not fall to a positive end.
     """
-    if rectification not in RECTIFICATIONS:
-        raise ValueError(f"rectification must be one of {', '.join(RECTIFICATIONS)}, got {rectification!r}")
+    check_choice("rectification", rectification, RECTIFICATIONS)
     if len(ratios) == 0 or any(a <= b for a, b in zip(ratios, [*ratios[1:], 0.0], strict=True)):
         raise ValueError(f"ratios must fall and stay positive, got {list(ratios)}")
     x = start

@@ -9,10 +9,12 @@ For every prediction type the clean estimate x̂_0 is affine in (x, output), hen
 affine images of one another, the same K acts on a guidance direction in any of them.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 from jaxtyping import Float
 from torch import Tensor
+
+from companion.arguments import check_choice
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
 PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
@@ -33,9 +35,8 @@ def check_prediction_type(prediction_type: str) -> PredictionType:
     Raises:
         ValueError: the name is unknown; the message lists the known ones.
     """
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
-    return prediction_type
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    return cast(PredictionType, prediction_type)
 
 
 def rectification_coefficients(prediction_type: PredictionType, alpha: Level, sigma: Level) -> KCoefficients:

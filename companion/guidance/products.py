@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from companion.arguments import check_choice
 from companion.guidance.parametrization import KCoefficients
 
 PROBES = 4
@@ -231,8 +232,7 @@ def check_product(product: str) -> Product:
     Raises:
         ValueError: the name is not in `PRODUCT_TABLE`; the message lists those that are.
     """
-    if product not in PRODUCT_TABLE:
-        raise ValueError(f"product must be one of {', '.join(PRODUCT_TABLE)}, got {product!r}")
+    check_choice("product", product, PRODUCT_TABLE)
     return product
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from companion.arguments import check_choice
 from companion.guidance.noise_level import LevelUnit, NoiseLevel, check_unit
 
 GuidanceWeight = Callable[[float, NoiseLevel], float]
@@ -40,8 +41,7 @@ def _finite(name: str, value: float) -> None:
 
 
 def _check_along(along: str, start: float | None, end: float) -> None:
-    if along not in get_args(Along):
-        raise ValueError(f"along must be one of {', '.join(get_args(Along))}, got {along!r}")
+    check_choice("along", along, get_args(Along))
     _finite("end", end)
     if start is not None:
         _finite("start", start)

@@ -12,7 +12,7 @@ CAPTION_TOKENS = 16  # the longest caption has ten words, and the tokenizer puts
 WORDS = tuple(
     sorted(
         {"a", "an", "small", "large", *COLOURS, *TEXTURES, *SHAPES, *(word for r in RELATIONS for word in r.split())}
-        - {"plain"}  # never said
+        - {"plain"}  # no caption names it
     )
 )
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, ResNetConfig, ResNetForImageClassification
 
+from companion.arguments import check_choice
 from companion.minis.captions import CAPTION_TOKENS, caption_tokenizer
 from companion.minis.scenes import COLOURS, LARGE, MARGIN, RELATIONS, SHAPES, SIZE, TEXTURES, Scene, render, scene
 from companion.minis.training import TrainingConfig, train
@@ -166,8 +167,7 @@ def changed(one: Scene, attribute: str, generator: torch.Generator) -> Scene:
     Raises:
         ValueError: the scene's caption says nothing of that attribute.
     """
-    if attribute not in attributes_of(one):
-        raise ValueError(f"attribute must be one of {', '.join(attributes_of(one))}, got {attribute!r}")
+    check_choice("attribute", attribute, attributes_of(one))
     if attribute == "relation":
         first, second = one.objects
         swapped = (replace(first, centre=second.centre), replace(second, centre=first.centre))

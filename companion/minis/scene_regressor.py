@@ -162,7 +162,7 @@ def train_regressor(
     """Train in float32 on batches of half fresh scenes, half reconstructions; half of all are deformed, and all noised.
 
     Args:
-        folder: of the run; the reconstructions are kept beside it.
+        folder: of the run; the reconstructions are stored next to it.
         autoencoder: of the embedded models.
         reconstructions: how many different ones.
     """

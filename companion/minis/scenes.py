@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from companion.arguments import check_choice
 from companion.seeding import sample_generators
 
 SIZE = 64
@@ -285,8 +286,7 @@ def render_parameters(
         ValueError: shape or texture is unknown, or softness or stride is not positive.
     """
     for name, value, known in (("shape", shape, SHAPES), ("texture", texture, TEXTURES)):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        check_choice(name, value, known)
     if not softness > 0 or stride < 1:
         raise ValueError(f"softness must be above 0 and stride at least 1, got {softness} and {stride}")
     x, y = _pixel_centres(stride)

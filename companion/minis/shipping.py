@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
+from companion.files import read_json, write_text
+
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -22,7 +24,7 @@ class Saveable(Protocol):
 
 
 SHARED_PARTS: Mapping[str, str] = {"vae": "autoencoder", "classifier": "mini-adm-resnet"}
-"""Parts of pipelines that are models of their own: shipped beside them once, and put in when they are loaded."""
+"""Parts of pipelines that are models of their own: each is shipped once and inserted when a pipeline is loaded."""
 
 
 def _leave_out_shared_parts(target: Path) -> None:
@@ -49,15 +51,16 @@ def ship(
     model.to(torch.float16).save_pretrained(target)
     _leave_out_shared_parts(target)
     for file in target.rglob("*.json"):  # where the model was loaded from is nobody else's business
-        settings = json.loads(file.read_text())
+        settings = read_json(file)
         if isinstance(settings, dict) and settings.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(settings, indent=2) + "\n")
+            write_text(file, json.dumps(settings, indent=2) + "\n")
     weights = sum(file.stat().st_size for file in target.rglob("*.safetensors"))
     figures = {**figures, "size of the weights": f"{weights / 1e6:.1f} MB, float16"}
     rows = "\n".join(f"| {key} | {value} |" for key, value in figures.items())
     recipe = json.dumps(dict(record), indent=2)
-    (target / "README.md").write_text(
+    write_text(
+        target / "README.md",
         f"# {name}\n\n{text.strip()}\n\n## Figures\n\n| what | measured |\n|---|---|\n{rows}\n\n"
-        f"## How it was trained\n\n```json\n{recipe}\n```\n\nLicence: MIT, like the package.\n"
+        f"## How it was trained\n\n```json\n{recipe}\n```\n\nLicence: MIT, like the package.\n",
     )
     return target

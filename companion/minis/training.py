@@ -7,7 +7,6 @@ would.
 
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable
@@ -19,6 +18,8 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+from companion.files import whole_file
 
 Loss = Callable[[int], Tensor]
 
@@ -173,9 +174,8 @@ class _Run:
             "settings": self._settings,
             "autocast": self.autocast,
         }
-        temporary = self._path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, self._path)
+        with whole_file(self._path) as file:
+            torch.save(state, file)
 
 
 def bfloat16_is_faster() -> bool:

@@ -24,10 +24,10 @@ def _with_parameters_of(parent: Callable[..., None]) -> Callable[[Callable[..., 
     """Show a constructor's `**unet` as the parent's own arguments, which is where diffusers reads a configuration."""
 
     def decorate(own: Callable[..., None]) -> Callable[..., None]:
-        kept = [p for p in inspect.signature(own).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        named = [p for p in inspect.signature(own).parameters.values() if p.kind is not p.VAR_KEYWORD]
         inherited = [p for name, p in inspect.signature(parent).parameters.items() if name != "self"]
         inherited = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in inherited]
-        own.__signature__ = inspect.Signature([*kept, *inherited])  # type: ignore[attr-defined]
+        own.__signature__ = inspect.Signature([*named, *inherited])  # type: ignore[attr-defined]
         return own
 
     return decorate

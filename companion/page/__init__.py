@@ -1,4 +1,4 @@
-"""The demo's page, in Gradio: what is asked, what is shown while it is made, and what is said when something is wrong.
+"""The demo's page, in Gradio: its controls, what it shows while it samples, and its error messages.
 
 The page samples nothing itself: a tab reads its controls into settings and shows what
 `companion.evaluation.comparison.side_by_side` yields.
@@ -98,7 +98,7 @@ def serve(models: Models, *, host: str, port: int, share: bool = False, hosts: S
         models: to choose from.
         host, port: where to listen.
         share: also make a public link.
-        hosts: names that the page is served under, beside this machine's own; requests under other names are refused.
+        hosts: host names to serve, besides this machine's own; requests under other names are refused.
 
     Raises:
         OSError: the port is in use.

@@ -1,7 +1,7 @@
 """The tab of classifier guidance: divergences, temperatures, tilt and rectification, side by side."""
 
 import html
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import gradio as gr
@@ -24,7 +24,7 @@ from companion.page.reading import (
     text,
 )
 from companion.page.running import Runs, buttons
-from companion.page.showing import Run, SideText, connect_pairs, results, show
+from companion.page.showing import Run, SideText, connect_sides, results
 from companion.page.updates import HIDDEN, sentence, status
 from companion.pipelines.adm.guidance import GRADIENT_AT
 from companion.pipelines.adm.pipeline import ADMPipeline
@@ -144,17 +144,6 @@ def classifier_tab(page: gr.Blocks, models: Models, queue: Queue) -> None:
             controls, divergence_only, pressed = _controls(models, pipe)
         with gr.Column(scale=13, min_width=320):
             runs.outputs |= results(_FIRST_SIDES, "classifier-")
-    chosen = gr.State(0)
-
-    def generate(values: dict[str, Any], request: gr.Request, progress: gr.Progress) -> Iterator[dict[Any, Any]]:
-        """Pictures of both sides from the same noise, their cost, what a classifier sees, and a script."""
-        pair = values.pop("chosen")
-        yield from runs.generate(
-            lambda: read(models, values),
-            lambda run, place: show(run, models.evaluator, place, pair, models.distances),
-            request,
-            progress,
-        )
 
     def choose_model(model: Any) -> dict[Any, Any]:
         try:
@@ -174,8 +163,8 @@ def classifier_tab(page: gr.Blocks, models: Models, queue: Queue) -> None:
         return gr.update(visible=divergence != NO_DIVERGENCE)
 
     names = ("generate_classifier_guided", "cancel_classifier_guided")
-    clicked = runs.connect(page, pressed, controls | {"chosen": chosen}, generate, names)
-    connect_pairs(clicked, runs.outputs, chosen)
+    made = "Pictures of both sides from the same noise, their cost, what a classifier sees, and a script."
+    connect_sides(page, runs, models, pressed, controls, read, names, made)
     controls["divergence"].change(choose_divergence, controls["divergence"], divergence_only, queue=False, **HIDDEN)
     controls["model"].change(
         choose_model,

@@ -2,7 +2,7 @@
 
 import html
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import gradio as gr
@@ -26,7 +26,7 @@ from companion.page.reading import (
     text,
 )
 from companion.page.running import Runs, buttons
-from companion.page.showing import Run, SideText, connect_pairs, results, show
+from companion.page.showing import Run, SideText, connect_sides, results
 from companion.page.updates import HIDDEN, sentence, status
 from companion.pipelines.capabilities import MAX_STEPS, class_names, guidance_argument, scheduler_names, takes_prompts
 
@@ -122,20 +122,8 @@ def guidance_tab(page: gr.Blocks, models: Models, queue: Queue) -> None:
             groups = _more_controls(controls, pipe)
         with gr.Column(scale=13, min_width=320):
             runs.outputs |= results(SIDES)
-    chosen = gr.State(0)
-
-    def generate(values: dict[str, Any], request: gr.Request, progress: gr.Progress) -> Iterator[dict[Any, Any]]:
-        """Pictures with CFG and with REG from the same noise, their cost, what a classifier sees, and a script."""
-        pair = values.pop("chosen")
-        yield from runs.generate(
-            lambda: read(models, values),
-            lambda run, place: show(run, models.evaluator, place, pair, models.distances),
-            request,
-            progress,
-        )
-
-    clicked = runs.connect(page, pressed, controls | {"chosen": chosen}, generate, ("generate", "cancel"))
-    connect_pairs(clicked, runs.outputs, chosen)
+    made = "Pictures with CFG and with REG from the same noise, their cost, what a classifier sees, and a script."
+    connect_sides(page, runs, models, pressed, controls, read, ("generate", "cancel"), made)
 
     def choose_schedule(schedule: Any) -> list[Any]:
         return [gr.update(visible=schedule == name) for name in groups]
@@ -176,7 +164,7 @@ def connect_model(models: Models, controls: Mapping[str, Any], line: Any, exampl
 
 
 def own_scale(pipe: DiffusionPipeline) -> float:
-    """The guidance scale at which the pipeline draws when it is not told one."""
+    """The pipeline's own default guidance scale."""
     default = inspect.signature(type(pipe).__call__).parameters[guidance_argument(pipe)].default
     return min(float(default), MAX_SCALE) if isinstance(default, int | float) else 4.0
 

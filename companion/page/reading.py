@@ -1,4 +1,4 @@
-"""Controls as values: every one is checked here, and what is wrong is said in one sentence."""
+"""Values of the controls: each is checked here, and a wrong one is reported in one sentence."""
 
 import math
 import reprlib

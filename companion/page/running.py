@@ -64,12 +64,13 @@ class Runs:
                         progress(update.progress, unit="steps")
                     yield {self.outputs[name]: value for name, value in update.changes.items()}
         except Exception as error:  # whatever it is, the page says it and goes on
-            said = sentence(error)
+            message = sentence(error)
             if not isinstance(error, ValueError):
-                said = f"the sampling failed with {run.arguments}: {said}" if run else f"a value is wrong: {said}"
-                _log.warning("a run failed: %s: %s", type(error).__name__, said)
-            yield {self.outputs["status"]: status("error", said)}
-            raise gr.Error(said, print_exception=False) from None
+                where = f"the sampling failed with {run.arguments}" if run else "a value is wrong"
+                message = f"{where}: {message}"
+                _log.warning("a run failed: %s: %s", type(error).__name__, message)
+            yield {self.outputs["status"]: status("error", message)}
+            raise gr.Error(message, print_exception=False) from None
         finally:
             self._running[session].discard(cancelled)
             if not self._running[session]:

@@ -4,7 +4,7 @@ Showing must not slow the sampling down on the same machine: pictures are sent o
 WebP files, and nothing is encoded twice.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -18,19 +18,20 @@ from companion.evaluation.comparison.colour_difference import difference_picture
 from companion.evaluation.comparison.side_by_side import Comparison, Evaluator, Side, SideBySide, View, stream
 from companion.evaluation.comparison.streaming import Cancelled
 from companion.minis.scenes import SIZE
-from companion.page.models import Distances
+from companion.page.models import Distances, Models
 from companion.page.queue import Place
+from companion.page.running import Runs
 from companion.page.updates import HIDDEN, Update, status
 
 SIDES = ("without", "with_reg")
 
 
 class SideText(NamedTuple):
-    """What a side is called: over its gallery, beside that in grey, and within sentences and tables."""
+    """Names of a side: the title over its gallery, the grey note next to it, and a phrase for sentences and tables."""
 
     title: str
     note: str
-    said: str
+    phrase: str
 
 
 class Run(NamedTuple):
@@ -150,7 +151,7 @@ def _table(state: SideBySide, sides: tuple[SideText, SideText], distances: Seque
             return "no classifier for this model"
         return f"{side.recognised} of {len(side.verdicts)}"
 
-    headings = "".join(f"<th scope='col'>{side.said}</th>" for side in sides)
+    headings = "".join(f"<th scope='col'>{side.phrase}</th>" for side in sides)
     return (
         f"<table class='measured'><thead><tr><td></td>{headings}</tr></thead><tbody>"
         + row("time", cells(lambda side: _seconds(side.seconds), lambda side: side.seconds))
@@ -205,18 +206,18 @@ def existing(chosen: int, pairs: Sequence[Any]) -> int:
 
 
 def _ending(
-    run: Run, state: SideBySide, galleries: Sequence[Gallery], chosen: int, said: str, distances: Sequence[float] = ()
+    run: Run, state: SideBySide, galleries: Sequence[Gallery], chosen: int, line: str, distances: Sequence[float] = ()
 ) -> dict[str, Any]:
     """Everything the page shows when a run has ended, finished or not; of the pairs, the chosen one if there is one."""
     pairs = list(zip(state.without.images, state.with_reg.images, strict=False))
     shown = pair(pairs, existing(chosen, pairs)) if pairs else {"slider": None, "difference": None}
-    label = " | ".join(side.said for side in run.sides)
+    label = " | ".join(side.phrase for side in run.sides)
     return {
         "without": galleries[0].value,
         "with_reg": galleries[1].value,
         "report": _report(state, distances),
         "script": run.script,
-        "status": said,
+        "status": line,
         "bar_without": bar(run.sides[0], state.without, "not begun"),
         "bar_with_reg": bar(run.sides[1], state.with_reg, "not begun"),
         "table": _table(state, run.sides, distances),
@@ -245,7 +246,7 @@ def show(
                 break
             now = sides[state.without.side is not None]
             changes: dict[str, Any] = {
-                "status": status("busy", f"Sampling {now.said} …"),
+                "status": status("busy", f"Sampling {now.phrase} …"),
                 "bar_without": bar(sides[0], state.without, "…"),
                 "bar_with_reg": bar(sides[1], state.with_reg, "next"),
             }
@@ -256,26 +257,26 @@ def show(
     except Cancelled:
         second = state.without.side is not None
         view = state.with_reg if second else state.without
-        cancelled = f"Cancelled at step {view.step} of {view.total} {sides[second].said}"
-        said = status("done", place.ended or f"{cancelled}; unfinished pictures are previews.")
-        yield Update({"status": said} if not galleries[0].value else _ending(run, state, galleries, chosen, said))
+        cancelled = f"Cancelled at step {view.step} of {view.total} {sides[second].phrase}"
+        line = status("done", place.ended or f"{cancelled}; unfinished pictures are previews.")
+        yield Update({"status": line} if not galleries[0].value else _ending(run, state, galleries, chosen, line))
         return
     finished = [view.side for view in (state.without, state.with_reg) if view.side is not None]
     took = f"both sides in {_seconds(sum(side.seconds for side in finished))}"
     measured: list[float] = []
     if distances is not None and all(side.verdicts and side.images[0].size == (SIZE, SIZE) for side in finished):
-        said = status("busy", f"Sampled {took}. Measuring the distance from valid scenes …")
-        yield Update(_ending(run, state, galleries, chosen, said), _progress(state))
+        line = status("busy", f"Sampled {took}. Measuring the distance from valid scenes …")
+        yield Update(_ending(run, state, galleries, chosen, line), _progress(state))
         measured = [sum(found) / len(found) for side in finished if (found := distances(side.images))]
-    said = status("done", f"Done: {took}.{_recognised(run, state)}")
-    yield Update(_ending(run, state, galleries, chosen, said, measured), _progress(state))
+    line = status("done", f"Done: {took}.{_recognised(run, state)}")
+    yield Update(_ending(run, state, galleries, chosen, line, measured), _progress(state))
 
 
 def _recognised(run: Run, state: SideBySide) -> str:
     """What the classifier says of both sides; nothing where it was not asked."""
     sides = [view.side for view in (state.without, state.with_reg) if view.side is not None]
     counts = [
-        f"{side.recognised} of {len(side.images)} {text.said}"
+        f"{side.recognised} of {len(side.images)} {text.phrase}"
         for side, text in zip(sides, run.sides, strict=True)
         if side.recognised is not None
     ]
@@ -284,6 +285,42 @@ def _recognised(run: Run, state: SideBySide) -> str:
 
 def _progress(state: SideBySide) -> tuple[int, int]:
     return state.without.step + state.with_reg.step, 2 * state.without.total
+
+
+def connect_sides(
+    page: gr.Blocks,
+    runs: Runs,
+    models: Models,
+    pressed: tuple[gr.Button, gr.Button],
+    controls: Mapping[str, Any],
+    read: Callable[[Models, Mapping[str, Any]], Run],
+    names: tuple[str, str],
+    description: str,
+) -> None:
+    """Let a tab's buttons sample two sides and show them.
+
+    Args:
+        page: the whole page.
+        runs: the tab's runs, with the components that `results` made among its outputs.
+        models: to choose from.
+        pressed, controls, names: as of `Runs.connect`.
+        read: makes a run of the controls' values.
+        description: what a run makes, for programs.
+    """
+    chosen = gr.State(0)
+
+    def generate(values: dict[str, Any], request: gr.Request, progress: gr.Progress) -> Iterator[dict[Any, Any]]:
+        number = values.pop("chosen")
+        yield from runs.generate(
+            lambda: read(models, values),
+            lambda run, place: show(run, models.evaluator, place, number, models.distances),
+            request,
+            progress,
+        )
+
+    generate.__doc__ = description
+    clicked = runs.connect(page, pressed, {**controls, "chosen": chosen}, generate, names)
+    connect_pairs(clicked, runs.outputs, chosen)
 
 
 def connect_pairs(clicked: Any, outputs: dict[str, Any], chosen: gr.State) -> None:
@@ -351,7 +388,7 @@ def _details(sides: tuple[SideText, SideText], prefix: str) -> tuple[Any, Any, A
     )
     with gr.Row():
         slider = gr.ImageSlider(
-            label=" | ".join(side.said for side in sides), type="pil", format="png", elem_id=f"{prefix}slider",
+            label=" | ".join(side.phrase for side in sides), type="pil", format="png", elem_id=f"{prefix}slider",
             interactive=False, height=360, buttons=["fullscreen"], min_width=280,
         )  # fmt: skip
         difference = gr.Image(

@@ -134,8 +134,8 @@ def _recognised(state: ScaleSweep) -> str:
     if any(None in counts for counts in counted.values()):
         return f"{len(state.scales)} scales, both columns"
     asked = len(state.captions) * len(state.scales)
-    said = " and ".join(f"{sum(counts)} of {asked} with {name}" for name, counts in counted.items())
-    return f"the classifier sees what was asked for in {said}"
+    text = " and ".join(f"{sum(counts)} of {asked} with {name}" for name, counts in counted.items())
+    return f"the classifier sees what was asked for in {text}"
 
 
 def _report(state: ScaleSweep) -> list[dict[str, Any]]:

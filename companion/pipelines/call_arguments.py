@@ -1,6 +1,6 @@
-"""Arguments that the calls of this package's own pipelines share: labels, generators, first noise."""
+"""Arguments that the calls of this package's own pipelines share: labels, generators, first noise, callback."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -86,3 +86,18 @@ def first_noise(
         got = tuple(latents.shape) if isinstance(latents, Tensor) else shortened(latents)
         raise ValueError(f"latents must be of shape {shape}, got {got}")
     return latents.to(device=device, dtype=dtype)
+
+
+def step_callback(
+    pipe: Any, callback: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None] | None, progress_bar: Any
+) -> Callable[[int, Any, Float[Tensor, "batch ..."]], Float[Tensor, "batch ..."]]:
+    """What a sampler calls after each step with (step, level, x): `callback_on_step_end`, which may replace x, and the
+    progress bar."""
+
+    def after_step(step: int, level: Any, x: Tensor) -> Tensor:
+        if callback is not None:
+            x = (callback(pipe, step, level, {"latents": x}) or {}).get("latents", x)
+        progress_bar.update()
+        return x
+
+    return after_step

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from companion.arguments import shortened
+from companion.arguments import check_choice, shortened
 from companion.guidance.noise_level import NoiseLevel
 from companion.guidance.products import (
     PROBES,
@@ -119,8 +119,7 @@ class RectifiedGuidanceConfig:
                 )
             self._set(product="finite_difference", cost=1.0)
         check_product(self.product)
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        check_choice("method", self.method, METHODS)
         if self.weight is not None and not callable(self.weight):
             if not isinstance(self.weight, (int, float)):
                 raise ValueError(

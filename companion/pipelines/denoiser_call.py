@@ -208,15 +208,15 @@ def branches(
     """The conditional and the reference branch of a stacked call, each to be called on its own; a `guide` is called in
     the place of the reference branch, on the conditional one's arguments.
 
-    Which dimension of an argument is its batch is not said anywhere. The first call of its kind is therefore compared:
+    Nothing says which dimension of an argument is its batch. The first call of its kind is therefore compared:
     the conditional branch alone must give what the whole batch gives for it. Where no cut does, every evaluation of a
     branch evaluates the whole batch. The comparison costs an evaluation of both branches and one of the conditional,
     once per pipeline and shape.
     """
     key = (call.structure, conditional.start)
     if key not in _CUTS:
-        cut, told = _find_cut(call, conditional, reference)
-        if told:  # branches that agree tell nothing about later calls
+        cut, decided = _find_cut(call, conditional, reference)
+        if decided:  # branches that agree say nothing about later calls
             _CUTS[key] = cut
     else:
         cut = _CUTS[key]

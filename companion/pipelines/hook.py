@@ -117,7 +117,7 @@ class _Run:
 class _Rectifier:
     """What the hooks of one pipeline share.
 
-    The state of a run is kept among the local variables of the pipeline's running `__call__`: it begins with the run
+    The state of a run is stored among the local variables of the pipeline's running `__call__`: it begins with the run
     and is gone with it, however the run ends, and two runs at once do not meet.
     """
 

@@ -41,8 +41,14 @@ class PaperModel:
     note: str = ""
 
 
-_TEXT = {"num_inference_steps": 50, "guidance_scale": 1 + 7.5}
 _EDM2 = {"num_inference_steps": 32, "guidance_scale": 1 + 2.0}
+_EDM2_INTERVAL = IntervalWeight(0.28, 2.90, unit="sigma")
+
+
+def _text(size: int) -> dict[str, Any]:
+    return {"num_inference_steps": 50, "guidance_scale": 1 + 7.5, "height": size, "width": size}
+
+
 _MODELS = (
     PaperModel(
         "dit-xl-2-256",
@@ -56,52 +62,23 @@ _MODELS = (
         "the published code samples with it and guides three",
     ),
     PaperModel("edm2-s-64", "edm2:edm2-img64-s", None, _EDM2, 2.0, "sigma"),
-    PaperModel(
-        "edm2-s-512",
-        "edm2:edm2-img512-s",
-        None,
-        _EDM2,
-        2.0,
-        "sigma",
-        IntervalWeight(0.28, 2.90, unit="sigma"),
+    *(
+        PaperModel(f"edm2-{size}-512", f"edm2:edm2-img512-{size}", None, _EDM2, 2.0, "sigma", _EDM2_INTERVAL)
+        for size in ("s", "xxl")
     ),
-    PaperModel(
-        "edm2-xxl-512",
-        "edm2:edm2-img512-xxl",
-        None,
-        _EDM2,
-        2.0,
-        "sigma",
-        IntervalWeight(0.28, 2.90, unit="sigma"),
-    ),
-    PaperModel(
-        "sd-v1-4", "CompVis/stable-diffusion-v1-4", "PNDMScheduler", {**_TEXT, "height": 512, "width": 512}, 7.5
-    ),
-    PaperModel(
-        "sd-v2-1", "stabilityai/stable-diffusion-2-1", "PNDMScheduler", {**_TEXT, "height": 768, "width": 768}, 7.5
-    ),
-    PaperModel(
-        "sd-xl",
-        "stabilityai/stable-diffusion-xl-base-1.0",
-        "EulerDiscreteScheduler",
-        {**_TEXT, "height": 1024, "width": 1024},
-        7.5,
-    ),
-    PaperModel(
-        "sd-3",
-        "stabilityai/stable-diffusion-3-medium-diffusers",
-        "FlowMatchEulerDiscreteScheduler",
-        {**_TEXT, "height": 1024, "width": 1024},
-        7.5,
-        note="not in the paper; its published code offers it, and a reviewer asked for it",
-    ),
-    PaperModel(
-        "sd-3.5-large",
-        "stabilityai/stable-diffusion-3.5-large",
-        "FlowMatchEulerDiscreteScheduler",
-        {**_TEXT, "height": 1024, "width": 1024},
-        7.5,
-        note="not in the paper; its published code offers it, and a reviewer asked for it",
+    PaperModel("sd-v1-4", "CompVis/stable-diffusion-v1-4", "PNDMScheduler", _text(512), 7.5),
+    PaperModel("sd-v2-1", "stabilityai/stable-diffusion-2-1", "PNDMScheduler", _text(768), 7.5),
+    PaperModel("sd-xl", "stabilityai/stable-diffusion-xl-base-1.0", "EulerDiscreteScheduler", _text(1024), 7.5),
+    *(
+        PaperModel(
+            name,
+            f"stabilityai/stable-diffusion-{repository}",
+            "FlowMatchEulerDiscreteScheduler",
+            _text(1024),
+            7.5,
+            note="not in the paper; its published code offers it, and a reviewer asked for it",
+        )
+        for name, repository in (("sd-3", "3-medium-diffusers"), ("sd-3.5-large", "3.5-large"))
     ),
 )
 PAPER_MODELS: Mapping[str, PaperModel] = MappingProxyType({model.name: model for model in _MODELS})

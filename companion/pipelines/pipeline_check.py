@@ -116,8 +116,9 @@ def _guided(pipe: DiffusionPipeline, layout: GuidanceLayout, arguments: Mapping[
         value = given.get(scale, accepted[scale].default)
         if not isinstance(value, (int, float)) or value <= 1:
             given[scale] = 3.0
-    said = given.get("negative_prompt") is not None or any("negative" in name and "embeds" in name for name in given)
-    if "negative_prompt" in accepted and "prompt" in given and not said:
+    embedded = any("negative" in name and "embeds" in name for name in given)
+    has_negative = given.get("negative_prompt") is not None or embedded
+    if "negative_prompt" in accepted and "prompt" in given and not has_negative:
         prompt = given["prompt"]
         given["negative_prompt"] = "blurred" if isinstance(prompt, str) else ["blurred"] * len(prompt)
     return given

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.arguments import check_choice
 from companion.exact.densities import normalise, sample_density
 from companion.exact.grids import Grid, evaluate
 from companion.exact.mixtures import GaussianMixture, mixture_of
@@ -167,8 +168,7 @@ def imperfect(data: Toy, weight: float, kind: str, *, autoguided: bool) -> Probl
     Raises:
         ValueError: unknown kind.
     """
-    if kind not in IMPERFECTIONS:
-        raise ValueError(f"kind must be one of {', '.join(IMPERFECTIONS)}, got {kind!r}")
+    check_choice("kind", kind, IMPERFECTIONS)
     degrade, amount, more = IMPERFECTIONS[kind]
     classes = [degrade(mixture, amount) for mixture in data.classes]
     weaker = degrade(data.classes[0], more)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from companion.files import write_text
 from companion.provenance import provenance
 from companion.ranking.report import text_table
 from companion.ranking.rules.catalogue import RULES, Rule
@@ -52,7 +53,7 @@ class Ranking:
         """Write everything as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(_rounded(problem)) for problem in self.problems)
-        path.write_text(f'{{"provenance": {json.dumps(self.provenance)},\n"problems": [\n{lines}\n]}}\n')
+        write_text(path, f'{{"provenance": {json.dumps(self.provenance)},\n"problems": [\n{lines}\n]}}\n')
 
 
 def load_ranking(path: Path) -> Ranking:
@@ -75,12 +76,12 @@ def rank(
     folder: Path | None = None,
     report: Callable[[str], None] = print,
 ) -> Ranking:
-    """Measure your rules beside the catalogue's.
+    """Measure your own rules against those of the catalogue.
 
     Args:
         functions: each takes a `companion.ranking.Step` and returns a noise prediction of x's shape.
         suite: "quick" (under a minute) or "full".
-        against: names of the rules to run beside them; None runs all. "none" and "CFG" are always run.
+        against: names of the catalogue's rules to run as well; None runs all. "none" and "CFG" are always run.
         folder: keeps a file for every problem, so that a run that was stopped goes on where it was.
         report: called with a line for every problem, and with a sentence for every rule that failed on it.
 

@@ -50,9 +50,9 @@ def rules_table() -> str:
     lines = ["| rule | source | what it does |", "|---|---|---|"]
     for rule in RULES.values():
         function = rule.function
-        said = " ".join((function.__doc__ or "").split("\n\n")[0].split()).replace("|", "\\|")
+        summary = " ".join((function.__doc__ or "").split("\n\n")[0].split()).replace("|", "\\|")
         source = f"[{rule.source}](https://arxiv.org/abs/{rule.source})" if rule.source[:4].isdigit() else rule.source
-        lines.append(f"| {rule.name} | {source} | {said}{f' ({rule.note})' if rule.note else ''} |")
+        lines.append(f"| {rule.name} | {source} | {summary}{f' ({rule.note})' if rule.note else ''} |")
     return "\n".join(lines)
 
 

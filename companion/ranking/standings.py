@@ -121,8 +121,8 @@ class Duel:
     """Two rules on the same problems.
 
     Attributes:
-        wins, ties, losses: problems on which the first is nearer to the truth, cannot be told from the other, is
-            farther.
+        wins, ties, losses: numbers of problems on which the first is nearer to the truth, indistinguishable from the
+            second, or farther.
         ratio: median over problems of first distance over second, as scores take them, 95 % bootstrap interval.
     """
 

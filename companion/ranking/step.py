@@ -91,7 +91,7 @@ class Step:
 
     @property
     def memory(self) -> dict:
-        """A dictionary that is kept through a run; empty at its first step."""
+        """A dictionary that persists through a run; empty at its first step."""
         if self.history is None:
             raise NeedsHistoryError
         return self.history

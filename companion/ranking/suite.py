@@ -1,7 +1,7 @@
 """Measuring rules on a suite of problems: resumable, one file a problem, and nothing that a broken rule can stop.
 
 Every rule is run at the problem's own w (its *nominal* strength) and at multiples of it, of which an oracle then
-chooses the best for every problem. On samples the oracle chooses by the first half of them and is judged by the second.
+chooses the best for every problem. With samples, the oracle chooses on one half of them and is evaluated on the other.
 """
 
 import json
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from companion.exact.densities import kl, wasserstein1
+from companion.files import write_text
 from companion.provenance import provenance
 from companion.ranking.problems import Problem
 from companion.ranking.rulers import LINE_FLOOR, SampleRuler, line_wasserstein
@@ -251,8 +252,6 @@ def measure_suite(
         report(f"{number + 1}: {problem.name}")
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            partly = file.with_suffix(".part")
-            partly.write_text(json.dumps({"for": wanted, "measured": measured, "provenance": provenance()}))
-            partly.replace(file)
+            write_text(file, json.dumps({"for": wanted, "measured": measured, "provenance": provenance()}))
         found.append(measured)
     return found

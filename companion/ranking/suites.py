@@ -4,6 +4,7 @@ from dataclasses import replace
 from itertools import chain, zip_longest
 from typing import Literal, get_args
 
+from companion.arguments import check_choice
 from companion.exact.toys import Toy, scattered, toy
 from companion.ranking.imperfect import IMPERFECTIONS
 from companion.ranking.problems import Problem, imperfect, low_rank, perfect
@@ -25,8 +26,7 @@ def suite_problems(suite: Suite) -> list[Problem]:
     Raises:
         ValueError: unknown suite.
     """
-    if suite not in SUITES:
-        raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {suite!r}")
+    check_choice("suite", suite, SUITES)
     groups = _quick() if suite == "quick" else _full()
     return [problem for problem in chain.from_iterable(zip_longest(*groups)) if problem is not None]
 

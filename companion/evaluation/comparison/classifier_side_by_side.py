@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from companion.arguments import check_choice
 from companion.evaluation.comparison.side_by_side import Method, SideName
 from companion.guidance.classifier.scores import PLAIN, ClassifierScore
 from companion.pipelines.adm.classifier import class_count
@@ -35,7 +36,7 @@ class ClassifierSettings:
             a tilt, and `score`, both with the product.
         score: what guidance climbs.
         classifier_scale: of its gradient, at least 0.
-        gradient_at: where the classifier judges; None is where it was trained.
+        gradient_at: where the classifier is evaluated; None is where it was trained.
         tilt: t of the tilted batch weights.
         product: of K with the gradient, "none" or one of the products through x̂_0.
         sampler, steps: of ADM's.
@@ -62,8 +63,7 @@ class ClassifierSettings:
         object.__setattr__(self, "conditions", tuple(self.conditions))
         if not self.conditions:
             raise ValueError("conditions must hold at least one class, one for each picture")
-        if self.compared not in COMPARED:
-            raise ValueError(f"compared must be one of {', '.join(COMPARED)}, got {self.compared!r}")
+        check_choice("compared", self.compared, COMPARED)
         for name, lowest in (("classifier_scale", 0.0), ("tilt", -math.inf)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest <= value < math.inf:
@@ -139,8 +139,8 @@ def classifier_guided(pipe: DiffusionPipeline) -> ADMPipeline:
 
 def with_classifier(pipe: ADMPipeline, classifier: nn.Module) -> ADMPipeline:
     """The same network under another guide; the pipeline itself is left as it was."""
-    kept = ("null_class", "classifier_size", "classifier_mean", "classifier_std")
-    config = {name: pipe.config[name] for name in kept}
+    names = ("null_class", "classifier_size", "classifier_mean", "classifier_std")
+    config = {name: pipe.config[name] for name in names}
     guided = ADMPipeline(pipe.unet, classifier.to(pipe.device), pipe.scheduler, **config)
     guided.labels = {name: number for number, name in class_names(pipe).items()}  # a classifier may know no names
     return guided

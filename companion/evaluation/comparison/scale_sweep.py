@@ -164,6 +164,6 @@ def _draw_row(axes: Sequence[Axes], view: View, captions: Sequence[str]) -> None
             continue
         axis.imshow(side.images[place], interpolation="nearest")
         verdict = None if side.verdicts is None else side.verdicts[place]
-        said = caption if verdict is None else f"✓ {verdict.shape}" if verdict.right else f"✗ {verdict.shape}"
+        label = caption if verdict is None else f"✓ {verdict.shape}" if verdict.right else f"✗ {verdict.shape}"
         wrong = verdict is not None and not verdict.right
-        axis.set_xlabel(said, fontsize=8, labelpad=2, color="#b00020" if wrong else "0.35")
+        axis.set_xlabel(label, fontsize=8, labelpad=2, color="#b00020" if wrong else "0.35")

@@ -82,7 +82,7 @@ def classifier_as_python(
         for name, value in methods["with_reg"].call.items()
         if all(method.call[name] == value for method in methods.values())
     }
-    # `ClassifierScore` is always in it: the score is said even where it is the plain one.
+    # `ClassifierScore` is always in it: the score is written even if it is the plain one.
     names = ["ClassifierScore", "RectifiedGuidanceConfig", "rectified_guidance", "sample_generators"]
     shared = "".join(f", {name}={_written(value)}" for name, value in common.items())
     guide = f"off_the_shelf_classifier({_quoted(classifier or '')}{_options('cpu', dtype)})"
@@ -135,8 +135,8 @@ def _written(value: object) -> str:
     """A value in Python; of a score, what differs from the plain one."""
     if not isinstance(value, ClassifierScore):
         return repr(value) if not isinstance(value, str) else _quoted(value)
-    told = [(field.name, getattr(value, field.name)) for field in fields(value)]
-    different = [f"{name}={_written(each)}" for name, each in told if each != getattr(PLAIN, name)]
+    values = [(field.name, getattr(value, field.name)) for field in fields(value)]
+    different = [f"{name}={_written(each)}" for name, each in values if each != getattr(PLAIN, name)]
     return f"ClassifierScore({', '.join(different)})"
 
 

@@ -60,7 +60,7 @@ class Method:
         call: arguments of the pipeline's call, but for conditions, steps and noise; `guidance_scale` is the scale of
             CFG, whatever the pipeline calls it (`guidance_argument`).
         clean_scale: what `GuidanceStep.clean` needs for the guided estimate.
-        kind: what decides the peak memory of a step beside the product and the number of pictures.
+        kind: what decides the peak memory of a step, besides the product and the number of pictures.
     """
 
     config: RectifiedGuidanceConfig

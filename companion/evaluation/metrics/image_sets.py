@@ -1,6 +1,6 @@
 """Sets of pictures to measure: a sampling run, a folder of image files, or an array in a npz file; checked when opened.
 
-Everything wrong with a set is said in one sentence that names the file, before anything is sampled or measured.
+Everything wrong with a set is reported in one sentence that names the file, before anything is sampled or measured.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from companion.errors import check_name, explained
+from companion.errors import check_name, explained, printable
 from companion.evaluation.sampling.folder import MANIFEST, Pixels, read_batches, read_manifest
 from companion.evaluation.sampling.settings import coco_captions
 from companion.files import array_names, open_file, read_arrays, read_text
@@ -56,14 +56,14 @@ class ImageSet:
 
 
 def open_images(path: Path, *, at_least: int = 1) -> ImageSet:
-    """Look through a set: it is there, every picture can be read, all have one size, there are enough.
+    """Open a set and check it: it exists, every picture can be read, all have one size, and there are enough.
 
     Args:
         path: see `ImageSet`. The npz files of ADM hold their pictures as `arr_0`.
         at_least: how many pictures the metrics need.
 
     Raises:
-        ValueError: as said; the message names the file.
+        ValueError: it is not; the message names the file.
     """
     found = _opened(path)
     if found.number < at_least:
@@ -98,8 +98,8 @@ def _array(path: Path) -> Pixels:
     """The pictures of a npz file."""
     found = read_arrays(path, ("images", "arr_0"))
     if not found:
-        held = ", ".join(repr(name)[1:-1] for name in array_names(path))  # the file's own names
-        raise ValueError(f"{path} holds {held[:300] or 'nothing'}, and no images or arr_0")
+        held = printable(", ".join(array_names(path)))[:300]
+        raise ValueError(f"{path} holds {held or 'nothing'}, and no images or arr_0")
     images = next(iter(found.values()))
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(
@@ -138,23 +138,23 @@ def captioned_files(captions: Path, folder: Path) -> list[tuple[Path, str]]:
     """
     text = read_text(captions, "caption file")
     if captions.suffix == ".json":
-        pairs = [(f"caption file {captions}", name, said) for name, said in coco_captions(captions, text)]
+        pairs = [(f"caption file {captions}", name, caption) for name, caption in coco_captions(captions, text)]
     else:
         pairs = []
         for number, row in enumerate(text.removesuffix("\n").split("\n"), start=1):
-            name, tab, said = row.partition("\t")
-            if not (name.strip() and tab and said.strip()):
+            name, tab, caption = row.partition("\t")
+            if not (name.strip() and tab and caption.strip()):
                 raise ValueError(f"caption file {captions}, line {number}, is not NAME<tab>CAPTION: {row[:60]!r}")
             check_name(name.strip(), f"caption file {captions}, line {number}: picture")
-            pairs.append((f"caption file {captions}, line {number},", name.strip(), said.strip()))
+            pairs.append((f"caption file {captions}, line {number},", name.strip(), caption.strip()))
     known: dict[str, str] = {}
-    for where, name, said in pairs:
+    for where, name, caption in pairs:
         if name in known:
             raise ValueError(f"{where} has a second caption of {name!r}")
         if not (folder / name).is_file():
             raise ValueError(f"{where} has a caption of {name!r}, which is not in {folder}")
-        known[name] = said
+        known[name] = caption
     for file in image_files(folder):
         if str(file.relative_to(folder)) not in known:
             raise ValueError(f"caption file {captions} has no caption of {file}")
-    return [(folder / name, said) for name, said in known.items()]
+    return [(folder / name, caption) for name, caption in known.items()]

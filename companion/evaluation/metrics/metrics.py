@@ -2,7 +2,7 @@
 
 Every figure comes with a 95 % interval for a new run of as many samples, the reference staying what it is. FID and the
 Inception score are biased in small samples, and a resample holds fewer different pictures than the sample: percentiles
-of resampled values would lie beside the figure. So the interval is the figure ± 1.96 standard deviations of the
+of resampled values would lie away from the figure. So the interval is the figure ± 1.96 standard deviations of the
 resampled values, or of the figure's linear expansion in the sample (the infinitesimal jackknife, Efron 1982).
 Calibration errors are `companion.calibration.errors`' measures; here they get their interval.
 """
@@ -150,7 +150,7 @@ def precision_recall(
     """Improved precision and recall (Kynkäänniemi et al. 2019): the share of each set inside the other's manifold.
 
     A set's manifold is the union of balls around its members that reach to their k-th nearest neighbour in the set.
-    Intervals are Wilson's, for the pictures that are judged; the manifold is taken as it is.
+    Intervals are Wilson's, for the pictures that are tested; the manifold is taken as it is.
 
     Raises:
         ValueError: a set has no more members than there are neighbours, or the dimensions differ.
@@ -181,8 +181,8 @@ def _radii(members: Tensor, neighbours: int) -> Tensor:
     return torch.cat(found)
 
 
-def _inside(judged: Tensor, members: Tensor, radii: Tensor) -> Bool[Tensor, " judged"]:
-    return torch.cat([(_distances(part, members) <= radii).any(dim=1) for part in judged.split(_CHUNK)])
+def _inside(points: Tensor, members: Tensor, radii: Tensor) -> Bool[Tensor, " points"]:
+    return torch.cat([(_distances(part, members) <= radii).any(dim=1) for part in points.split(_CHUNK)])
 
 
 def _distances(first: Tensor, second: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ def class_agreement(logits: Float[Tensor, "samples classes"], asked: Int[Tensor,
 def calibration_error(
     logits: Float[Tensor, "samples classes"], asked: Int[Tensor, " samples"], *, resamples: int = 100, seed: int = 0
 ) -> Figure:
-    """The smooth calibration error of the classifier that judges, on the samples.
+    """The smooth calibration error of the evaluating classifier on the samples.
 
     Raises:
         ValueError: see `companion.calibration.errors`.

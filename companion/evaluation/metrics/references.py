@@ -122,7 +122,7 @@ def coco_evaluator(network: FeatureNetwork, clip: ClipNetwork, data: Path, capti
         return Reference(statistics_of(features), None, {"coco": file.name, "pictures": len(pictures)})
 
     described = {"reference": file.name, "pictures": len(pictures), "square": COCO_SIZE}
-    return CaptionEvaluator(network, clip, [said for _, said in pairs[:captions]], reference, described)
+    return CaptionEvaluator(network, clip, [caption for _, caption in pairs[:captions]], reference, described)
 
 
 def _check_folder(data: Path) -> None:

@@ -132,7 +132,7 @@ def _digest(identity: dict[str, Any]) -> str:
 def _compare(folder: Path, manifest: Any, identity: dict[str, Any]) -> None:
     there = manifest.get("settings") if isinstance(manifest, dict) else None
     if not isinstance(there, dict) or manifest.get("settings_sha256") != _digest(there):
-        raise ValueError(f"{folder / MANIFEST} is damaged: its settings do not have the checksum written beside them")
+        raise ValueError(f"{folder / MANIFEST} is damaged: its settings do not have the checksum written with them")
     if manifest.get("version") != _VERSION:
         raise ValueError(f"{folder / MANIFEST} is of version {manifest.get('version')!r}, this program's is {_VERSION}")
     given = json.loads(json.dumps(identity))

@@ -69,11 +69,11 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[PeakMemory]:
 @contextmanager
 def _unheard() -> Iterator[None]:
     """The recorder announces itself on the standard error, from C++, with no switch once torch is imported."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(saved, 2)
+        os.close(saved)
         os.close(nowhere)

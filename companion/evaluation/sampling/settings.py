@@ -258,7 +258,9 @@ def coco_captions(file: Path, text: str) -> list[tuple[str, str]]:
     described = parse_json(text, f"caption file {file}")
     try:
         names = {_id(image["id"]): _text(image["file_name"]) for image in described["images"]}
-        said = [(_id(a["id"]), _id(a["image_id"]), _text(a["caption"]).strip()) for a in described["annotations"]]
+        annotations = [
+            (_id(a["id"]), _id(a["image_id"]), _text(a["caption"]).strip()) for a in described["annotations"]
+        ]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f'caption file {file} is not of COCO\'s form, {{"images": [{{"id", "file_name"}}], '
@@ -267,7 +269,7 @@ def coco_captions(file: Path, text: str) -> list[tuple[str, str]]:
     for name in names.values():
         check_name(name, f"caption file {file}: picture")
     captions: dict[int, str] = {}
-    for _, image, caption in sorted(said):
+    for _, image, caption in sorted(annotations):
         if image not in names:
             raise ValueError(f"caption file {file} has a caption of image {image}, which it does not list")
         captions.setdefault(image, caption)

@@ -18,7 +18,7 @@ from companion.pipelines.hook import SamplingProduct
 
 MINI, PAPER = "mini-adm", "adm-imagenet-128"
 NO_GUIDE = "no-classifier"
-Budget = Literal["everyday", "rectified"]
+Budget = Literal["standard", "rectified"]
 
 MINI_STEPS = 20
 MINI_SCALE, MINI_NOISY_SCALE, MINI_FREE_SCALE = 1.0, 1.0, 2.0
@@ -39,8 +39,8 @@ class Row:
         call: further arguments of the pipeline's call, plain JSON.
         score: what is climbed.
         budget: the number of steps is chosen for as much arithmetic as the off-the-shelf classifier's row takes,
-            standard ("everyday") or rectified; None is `steps` themselves.
-        published: CSV and line of the figures beside it ("cal_sampling_10k:baseline (Ma et al. 2023)"), if any.
+            standard or rectified; None is `steps` themselves.
+        published: CSV file and line of its published figures ("cal_sampling_10k:baseline (Ma et al. 2023)"), if any.
         missing: fields of the score that the sources do not give.
     """
 
@@ -106,7 +106,7 @@ def mini_rows() -> tuple[Row, ...]:
     scaled += [_at_scale(free, 4.0)]
     published = [reverse, noisy, noisy_calibrated, plain, _rectified(plain), forward]
     new = [_rectified(ecd_calibrated), reverse_calibrated, _rectified(reverse_calibrated), _rectified(reverse)]
-    rest = [_rectified(noisy), tilted, entropy, _with_budget(free, "everyday", "off the shelf"), hellinger]
+    rest = [_rectified(noisy), tilted, entropy, _with_budget(free, "standard", "off the shelf"), hellinger]
     rest += [_rectified(each) for each in (forward, hellinger, tilted, entropy)]
     return tuple(first + scaled + published + new + rest)
 

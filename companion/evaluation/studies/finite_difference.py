@@ -123,9 +123,9 @@ def random_problem(sigma: float = 0.8, *, batch: int = 4, seed: int = 0) -> Diff
         return deepcopy(conditional).to(weights).to(dtype)
 
     with torch.no_grad():
-        beside = reference.double()(x)
+        prediction = reference.double()(x)
     coefficients = rectification_coefficients("epsilon", (1 - sigma**2) ** 0.5, sigma)
-    return DifferenceProblem(f"random network, σ = {sigma:g}", denoiser, x, beside, coefficients)
+    return DifferenceProblem(f"random network, σ = {sigma:g}", denoiser, x, prediction, coefficients)
 
 
 def pipeline_problems(

@@ -22,13 +22,13 @@ from companion.pipelines.adm.pipeline import ADMPipeline
 from companion.pipelines.hook import GuidanceStep, RectifiedGuidanceConfig, rectified_guidance
 from companion.seeding import sample_generators
 
-Way = tuple[nn.Module, ClassifierScore]
-"""A classifier, and what of its logits is climbed."""
+Method = tuple[nn.Module, ClassifierScore]
+"""A classifier and the score of its logits that guidance climbs."""
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """What was measured of one way, step by step; every tensor is (steps, samples), float64.
+    """What was measured for one method, step by step; every tensor is (steps, samples), float64.
 
     Attributes:
         timesteps: of the steps, descending.
@@ -70,7 +70,7 @@ def visited_states(
 
 
 def gradients_along(
-    pipe: ADMPipeline, states: Sequence[GuidanceStep], labels: Int[Tensor, " samples"], ways: Mapping[str, Way]
+    pipe: ADMPipeline, states: Sequence[GuidanceStep], labels: Int[Tensor, " samples"], methods: Mapping[str, Method]
 ) -> dict[str, Gradients]:
     """Every method's gradients at the states, through the pipeline's network under the null class (or none).
 
@@ -79,13 +79,13 @@ def gradients_along(
     """
     null = pipe.config.null_class
     class_labels = None if null is None else torch.full_like(labels, null)
-    rows: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in ways}
+    rows: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in methods}
     for state in states:
         level, x = state.level, state.sample.detach().requires_grad_()
         with torch.enable_grad():
             output = pipe.unet(x, state.timestep, class_labels=class_labels, return_dict=False)[0][:, : x.shape[1]]
             clean = clean_from_output(level.prediction_type, output, x, level.alpha, level.sigma)
-        for name, (network, score) in ways.items():
+        for name, (network, score) in methods.items():
             aware = is_noise_aware(network)
             place = x.detach() if aware else clean.detach().clamp(-1, 1)
             seen: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Ways to go below one extra evaluation a step, compared where K is a closed form.
+"""Methods that need less than one extra evaluation a step, compared where K is a closed form.
 
 A way is a plan, which says at what steps `K Δ` is evaluated, and a rule, which says what is followed at the others. The
 chain is deterministic (DDIM), so that a way's samples and the fully rectified ones are pairs from the same noise.
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.deprecation import renamed_names
 from companion.exact.mixtures import GaussianMixture
 from companion.exact.sampling import energy_distance
 from companion.exact.toys import Toy
@@ -45,7 +46,7 @@ def repeated(last: Evaluation, direction: Tensor, log_snr: float) -> Tensor:
 
 
 def elementwise(last: Evaluation, direction: Tensor, log_snr: float) -> Tensor:
-    """Δ times the last K Δ over the last Δ, element by element, kept between 0 and 1."""
+    """Δ times the last K Δ over the last Δ, element by element, clamped to [0, 1]."""
     return direction * (last.rectified / last.direction).nan_to_num(0.0).clamp(0.0, 1.0)
 
 
@@ -109,8 +110,8 @@ PLANS: dict[str, Plan] = {
 
 
 @dataclass(frozen=True)
-class CarryResult:
-    """What one way costs and misses.
+class ReuseResult:
+    """Cost and error of one method.
 
     Attributes:
         share: of the steps at which K Δ was evaluated.
@@ -148,19 +149,19 @@ def noise_ratios(steps: int, largest: float = 30.0, smallest: float = 0.02) -> l
     return (powers**7).tolist()
 
 
-def carry_results(
+def reuse_results(
     data: Toy,
-    ways: dict[str, tuple[Plan, Rule]],
+    methods: dict[str, tuple[Plan, Rule]],
     *,
     steps: int = 30,
     weight: float = 1.0,
     count: int = 500,
     seed: int = 0,
-) -> dict[str, CarryResult]:
-    """Compare ways on the first class of a toy, `full` and `CFG` first.
+) -> dict[str, ReuseResult]:
+    """Compare methods on the first class of a toy, `full` and `CFG` first.
 
     Args:
-        ways: name -> (plan, rule).
+        methods: name -> (plan, rule).
         weight: the paper's w.
         count: number of samples.
     """
@@ -203,12 +204,12 @@ def carry_results(
     # CFG but for the first step, where K is nearly zero and so is what its rectification changes.
     _, base_error, base_distance, base_energy = measure(never, cfg)
     results = {
-        "full": CarryResult(1.0, 0.0, 0.0, energy_distance(full[-1], target)),
-        "CFG": CarryResult(0.0, 1.0, 1.0, base_energy),
+        "full": ReuseResult(1.0, 0.0, 0.0, energy_distance(full[-1], target)),
+        "CFG": ReuseResult(0.0, 1.0, 1.0, base_energy),
     }
-    for name, (plan, rule) in ways.items():
+    for name, (plan, rule) in methods.items():
         share, error, distance, energy = measure(plan, rule)
-        results[name] = CarryResult(share, error / base_error, distance / base_distance, energy)
+        results[name] = ReuseResult(share, error / base_error, distance / base_distance, energy)
     return results
 
 
@@ -225,3 +226,6 @@ def _target(
     logs = weight * (conditional.log_prob(pool) - unconditional.log_prob(pool))
     chosen = torch.multinomial((logs - logs.max()).exp(), count, replacement=True, generator=generator)
     return pool[chosen]
+
+
+__getattr__ = renamed_names(__name__, {"carry_results": "reuse_results", "CarryResult": "ReuseResult"})

@@ -1,4 +1,4 @@
-"""Tables from a grid of cells: every cell is made, measured and kept on its own, and a stopped grid goes on.
+"""Tables from a grid of cells: every cell is made, measured and stored on its own, and a stopped run can be resumed.
 
     python -m companion table imagenet --profile mini --out runs/imagenet
     python -m companion table imagenet --profile mini --out runs/imagenet --resume
@@ -109,7 +109,7 @@ class RunOptions:
 
     Args:
         out: receives `cells/NAME.json`, and `samples/NAME` while a cell is made.
-        resume: whether cells that are there already are kept; without it, they are an error.
+        resume: whether to reuse cells that exist already; without it, they are an error.
         only: the name of the one cell to make; None makes all.
         collected: one file of all cells, written anew whenever a cell is finished; with `resume`, the cells it has
             already count as made, too.

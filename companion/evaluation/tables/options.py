@@ -25,7 +25,7 @@ class TableOptions:
         source: folder of OpenAI's checkpoints.
         strength, smoothing, entropy: numbers that the sources of the published guidance do not give.
         runs: folder in which classifiers were fine-tuned.
-        collect: file of all cells, beside which a table may keep more.
+        collect: file of all cells; a table may write more files next to it.
         device: where the models run.
         dtype: of their weights, a name of `DTYPES`.
 
@@ -69,7 +69,7 @@ class TableOptions:
 
         Args:
             table: its name, for the message.
-            taken: names of the fields that it takes beside profile, seeds, sizes, collected file, device and dtype.
+            taken: names of the fields that it takes besides profile, seeds, sizes, collected file, device and dtype.
 
         Raises:
             ValueError: another option is given.

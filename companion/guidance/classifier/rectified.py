@@ -1,6 +1,6 @@
 """Rectified classifier guidance: a clean-image classifier's score at x̂_0(x_t), with the chain rule through x̂_0.
 
-A classifier of clean images judges the estimate x̂_0(x_t), so what guidance climbs is S(x̂_0(x_t)), and
+A classifier of clean images is evaluated at the estimate x̂_0(x_t), so guidance climbs S(x̂_0(x_t)), and
 
     ∇_{x_t} S(x̂_0(x_t)) = (∂x̂_0/∂x_t)ᵀ g = Kᵀ g / α,        g = ∇S at x̂_0,   K = α ∂x̂_0/∂x_t,
 

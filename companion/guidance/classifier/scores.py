@@ -51,7 +51,7 @@ def check_divergence(divergence: DivergenceName | Generator, smoothing: float) -
     """Refuse a divergence that is unknown, not zero at p = q, or infinite for the smoothing.
 
     Raises:
-        ValueError: as said.
+        ValueError: it is.
     """
     if not callable(divergence) and divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, or a function f, got {divergence!r}")

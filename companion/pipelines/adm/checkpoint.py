@@ -1,6 +1,6 @@
 """OpenAI's ADM checkpoints (`.pt`), read as plain tensors and brought into diffusers' form.
 
-A checkpoint is a state dict and nothing else. Which network it belongs to is therefore said by the caller
+A checkpoint is a state dict and nothing else. The caller therefore says which network it belongs to
 (`ADMArchitecture`), and every name and shape in the file must then agree with it. Two things leave no trace in the
 file: the number of attention heads, and whether an attention's rows are ordered (head, qkv, channel), the older way, or
 (qkv, head, channel); those are part of the architecture.

@@ -36,10 +36,10 @@ class Guide:
         labels: towards which to guide.
         scale: of the gradient.
         score: whose gradient it is.
-        at: whether the classifier judges x_t or x̂_0.
+        at: whether the classifier is evaluated at x_t or at x̂_0.
         chain_rule: divide the gradient at x̂_0 by α, as the chain rule through x̂_0 does.
         tilt: t of the tilted batch weights; 0 is none.
-        clip: the classifier judges x̂_0 cut to [-1, 1]; its gradient passes the cut unchanged.
+        clip: clip x̂_0 to [-1, 1] before the classifier; the gradient passes the clipping unchanged.
     """
 
     logits: NoisyLogits

@@ -46,7 +46,7 @@ def load_adm(
         preset: one of `ADM_PRESETS`, or "mini-adm"; None needs a saved pipeline as source.
         source: the diffusion network's `.pt` file, a folder that holds it under its published name, or a folder that a
             pipeline was saved in; None is the folder that downloads go to.
-        classifier: "noise-aware", the preset's own, beside the source; an off-the-shelf one, its folder or its hub name
+        classifier: "noise-aware", the preset's own, by the source; an off-the-shelf one, its folder or its hub name
             (see `off_the_shelf_classifier`); one of `EMBEDDED_CLASSIFIERS`; or None.
         imagenet_input: resize to 224 and normalise for the off-the-shelf classifier, as those are trained; without, it
             sees x̂_0 as it is, as in the published rows.

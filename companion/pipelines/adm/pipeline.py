@@ -48,6 +48,7 @@ from companion.pipelines.call_arguments import (
     checked_generators,
     checked_labels,
     first_noise,
+    step_callback,
 )
 from companion.pipelines.configuration import RectifiedGuidanceConfig
 from companion.pipelines.levels import alpha_bar_table, noise_level
@@ -166,13 +167,7 @@ class ADMPipeline(DiffusionPipeline):
             labels = torch.full((batch,), self.config.null_class, device=device)
         smoothed = smooth_activations(self.classifier, softplus_beta) if softplus_beta is not None else nullcontext()
         with smoothed, self.progress_bar(total=len(chain)) as progress_bar:
-
-            def after_step(step: int, timestep: int, x: Tensor) -> Tensor:
-                if callback_on_step_end is not None:
-                    x = (callback_on_step_end(self, step, timestep, {"latents": x}) or {}).get("latents", x)
-                progress_bar.update()
-                return x
-
+            after_step = step_callback(self, callback_on_step_end, progress_bar)
             x = self._sample(x, labels, guidance, settings, chain, variance, lambda: draw(None), after_step)
         images = x
         if output_type != "latent":

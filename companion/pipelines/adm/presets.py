@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
+from companion.arguments import check_choice
 from companion.guidance.classifier.scores import PLAIN, ClassifierScore, DivergenceName
 from companion.pipelines.adm.checkpoint import ADMArchitecture
 
@@ -102,8 +103,7 @@ def adm_preset(name: str) -> ADMPreset:
     Raises:
         ValueError: the name is unknown; the message lists the known ones.
     """
-    if name not in ADM_PRESETS:
-        raise ValueError(f"ADM preset must be one of {', '.join(ADM_PRESETS)}, got {name!r}")
+    check_choice("ADM preset", name, ADM_PRESETS)
     return ADM_PRESETS[name]
 
 
@@ -204,7 +204,7 @@ PUBLISHED_GUIDANCE: Mapping[str, PublishedGuidance] = MappingProxyType(
         },
     }
 )
-"""Rows of Dhariwal & Nichol 2021, Ma et al. 2024 ([ECD]) and Javid et al. 2025, of 50,000 samples unless said."""
+"""Rows of Dhariwal & Nichol 2021, Ma et al. 2024 ([ECD]) and Javid et al. 2025, of 50,000 samples unless stated."""
 
 
 def published_guidance(name: str) -> PublishedGuidance:
@@ -213,6 +213,5 @@ def published_guidance(name: str) -> PublishedGuidance:
     Raises:
         ValueError: the name is unknown; the message lists the known ones.
     """
-    if name not in PUBLISHED_GUIDANCE:
-        raise ValueError(f"published guidance must be one of {', '.join(PUBLISHED_GUIDANCE)}, got {name!r}")
+    check_choice("published guidance", name, PUBLISHED_GUIDANCE)
     return PUBLISHED_GUIDANCE[name]

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.arguments import check_choice
 from companion.guidance.classifier.scores import sine_variance
 
 Sampler = Literal["ddpm", "ddim"]
@@ -29,8 +30,7 @@ def sampling_timesteps(trained: int, steps: int, sampler: Sampler) -> list[int]:
     Raises:
         ValueError: an unknown sampler, or not from 1 to `trained` steps.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    check_choice("sampler", sampler, SAMPLERS)
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= trained:
         raise ValueError(f"num_inference_steps must be an integer from 1 to {trained}, got {steps!r}")
     if sampler == "ddim":
@@ -47,15 +47,15 @@ class Chain:
 
     Attributes:
         timesteps: descending, as the network knows them.
-        kept: ᾱ at each.
-        kept_after: ᾱ that each step leads to; 1 at the last.
+        alpha_bar: ᾱ at each timestep.
+        alpha_bar_after: ᾱ that each step leads to; 1 at the last.
         beta: variance of the forward step between the two, the larger of the reverse step's two bounds.
         posterior: β̃, the smaller; at the last step, where it is 0, the one before.
     """
 
     timesteps: tuple[int, ...]
-    kept: Float[Tensor, " steps"]
-    kept_after: Float[Tensor, " steps"]
+    alpha_bar: Float[Tensor, " steps"]
+    alpha_bar_after: Float[Tensor, " steps"]
     beta: Float[Tensor, " steps"]
     posterior: Float[Tensor, " steps"]
 
@@ -74,12 +74,12 @@ class Chain:
 
 def sampling_chain(alphas_cumprod: Float[Tensor, " trained"], timesteps: Sequence[int]) -> Chain:
     """The chain over descending timesteps."""
-    kept = alphas_cumprod.detach().to("cpu", torch.float64)[list(timesteps)]
-    kept_after = torch.cat([kept[1:], kept.new_ones(1)])
-    beta = 1 - kept / kept_after
-    posterior = beta * (1 - kept_after) / (1 - kept)
-    posterior[-1] = posterior[-2] if len(kept) > 1 else beta[-1]
-    return Chain(tuple(int(t) for t in timesteps), kept, kept_after, beta, posterior)
+    alpha_bar = alphas_cumprod.detach().to("cpu", torch.float64)[list(timesteps)]
+    alpha_bar_after = torch.cat([alpha_bar[1:], alpha_bar.new_ones(1)])
+    beta = 1 - alpha_bar / alpha_bar_after
+    posterior = beta * (1 - alpha_bar_after) / (1 - alpha_bar)
+    posterior[-1] = posterior[-2] if len(alpha_bar) > 1 else beta[-1]
+    return Chain(tuple(int(t) for t in timesteps), alpha_bar, alpha_bar_after, beta, posterior)
 
 
 def log_variance(
@@ -117,8 +117,8 @@ def ddpm_step(
         gradient: scaled, of log p(y|x); None adds nothing.
         added_variance: of the sine schedule; the noise keeps Σ.
     """
-    kept, after, beta = (float(values[i]) for values in (chain.kept, chain.kept_after, chain.beta))
-    mean = beta * math.sqrt(after) / (1 - kept) * clean + (1 - after) * math.sqrt(kept / after) / (1 - kept) * x
+    before, after, beta = (float(values[i]) for values in (chain.alpha_bar, chain.alpha_bar_after, chain.beta))
+    mean = beta * math.sqrt(after) / (1 - before) * clean + (1 - after) * math.sqrt(before / after) / (1 - before) * x
     if gradient is not None:
         mean = mean + (log_variances.exp() + added_variance).to(x) * gradient
     return mean if noise is None else mean + (0.5 * log_variances).exp().to(x) * noise
@@ -142,12 +142,12 @@ def ddim_step(
         gradient: scaled, of log p(y|x); None adds nothing.
         eta: η, 0 for the deterministic sampler.
     """
-    kept, after, beta = (float(values[i]) for values in (chain.kept, chain.kept_after, chain.beta))
-    sigma = math.sqrt(1 - kept)
-    epsilon = (x - math.sqrt(kept) * clean) / sigma
+    before, after, beta = (float(values[i]) for values in (chain.alpha_bar, chain.alpha_bar_after, chain.beta))
+    sigma = math.sqrt(1 - before)
+    epsilon = (x - math.sqrt(before) * clean) / sigma
     if gradient is not None:
         epsilon = epsilon - sigma * gradient
-        clean = (x - sigma * epsilon) / math.sqrt(kept)
-    spread = eta * math.sqrt((1 - after) / (1 - kept) * beta)
+        clean = (x - sigma * epsilon) / math.sqrt(before)
+    spread = eta * math.sqrt((1 - after) / (1 - before) * beta)
     moved = math.sqrt(after) * clean + math.sqrt(max(0.0, 1 - after - spread**2)) * epsilon
     return moved if noise is None or spread == 0 else moved + spread * noise

@@ -34,7 +34,7 @@ def load_edm2(
         preset: one of `EDM2_PRESETS`; None needs a source.
         source: a `.pkl` file, a folder with the preset's, or a folder that a pipeline was saved in; None is the folder
             that the preset was downloaded to.
-        guide: `.pkl` file of the reference network; None is the preset's, if it lies beside the source.
+        guide: `.pkl` file of the reference network; None is the preset's, if it lies next to the source.
         vae: decoder of networks in latents: the autoencoder, its folder or its hub name; None leaves the pipeline with
             `output_type="latent"`. A saved pipeline has its own.
         download: whether to fetch what is missing: checkpoints (S: 0.6 GB, XXL: 3 GB) and the autoencoder.
@@ -66,11 +66,11 @@ def load_edm2(
             if known is None:
                 raise ValueError(f"folder {str(source)!r} holds no saved pipeline; name the preset that its files make")
             files = [source / known.network]
-        beside = None if known is None else files[0].parent / known.guide
+        guide_file = None if known is None else files[0].parent / known.guide
         if guide is not None:
             files.append(Path(guide))
-        elif beside is not None and (beside.is_file() or source.is_dir()):
-            files.append(beside)
+        elif guide_file is not None and (guide_file.is_file() or source.is_dir()):
+            files.append(guide_file)
         pipe = _assemble([read_edm2_checkpoint(file) for file in files], vae, download, kind)
     for network in (pipe.unet, pipe.guide):
         if network is not None:

@@ -25,6 +25,7 @@ from companion.pipelines.call_arguments import (
     checked_generators,
     checked_labels,
     first_noise,
+    step_callback,
 )
 from companion.pipelines.configuration import RectifiedGuidanceConfig
 from companion.pipelines.edm2.sampler import Churn, heun
@@ -149,13 +150,7 @@ class EDM2Pipeline(DiffusionPipeline):
             return self._guided_denoise(x, sigma, labels, guide=guide, settings=settings, run=run, index=next(index))
 
         with self.progress_bar(total=settings.steps) as progress_bar:
-
-            def after_step(step: int, sigma: float, x: Tensor) -> Tensor:
-                if callback_on_step_end is not None:
-                    x = (callback_on_step_end(self, step, sigma, {"latents": x}) or {}).get("latents", x)
-                progress_bar.update()
-                return x
-
+            after_step = step_callback(self, callback_on_step_end, progress_bar)
             draw = partial(first_noise, None, shape, generators, device, dtype)
             x = heun(denoise, x, settings.levels, churn=churn, noise_like=lambda x: draw(), after_step=after_step)
         images = x

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from companion.arguments import check_choice
+
 CHECKPOINTS = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions"
 """Where NVIDIA keeps the files (CC BY-NC-SA 4.0)."""
 
@@ -71,6 +73,5 @@ def edm2_preset(name: str) -> EDM2Preset:
     Raises:
         ValueError: the name is unknown; the message lists the known ones.
     """
-    if name not in EDM2_PRESETS:
-        raise ValueError(f"EDM2 preset must be one of {', '.join(EDM2_PRESETS)}, got {name!r}")
+    check_choice("EDM2 preset", name, EDM2_PRESETS)
     return EDM2_PRESETS[name]

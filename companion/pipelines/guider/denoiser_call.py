@@ -71,7 +71,7 @@ def as_function(call: RecordedCall, prediction: Tensor) -> tuple[Denoiser, Tenso
     if whole is None and (stacked.shape[:1], stacked.shape[2:]) != (shape[:1], shape[2:]):
         raise ValueError(
             f"{name} is given latents of shape {tuple(stacked.shape)}, out of which those of its prediction, "
-            f"{tuple(shape)}, cannot be told"
+            f"{tuple(shape)}, cannot be determined"
         )
     # Diffusers puts what else the network is given (a mask, image tokens) behind the latents on dimension 1, unless
     # the block reads its prediction off the end.

@@ -69,14 +69,14 @@ def guider_from(given: BaseGuidance | dict[str, Any], guidance_scale: float | No
 @contextmanager
 def rescale_postponed(guider: BaseGuidance) -> Iterator[float]:
     """The guider without its `guidance_rescale` of the whole prediction, which is yielded, to be applied later."""
-    kept: Any = getattr(guider, "guidance_rescale", 0.0)
-    rescale: float = kept
+    original: Any = getattr(guider, "guidance_rescale", 0.0)
+    rescale: float = original
     without: Any = 0.0
-    if isinstance(kept, list):  # frequency-decoupled guidance: one for each frequency, or the first for the whole
+    if isinstance(original, list):  # frequency-decoupled guidance: one for each frequency, or the first for the whole
         whole = guider.guidance_rescale_space == "data"
-        rescale, without = (kept[0], [0.0] * len(kept)) if whole else (0.0, kept)
+        rescale, without = (original[0], [0.0] * len(original)) if whole else (0.0, original)
     guider.guidance_rescale = without
     try:
         yield rescale
     finally:
-        guider.guidance_rescale = kept
+        guider.guidance_rescale = original

@@ -52,7 +52,7 @@ class Rule:
 
 
 INTERVALS = ((0.2, 1.5), (0.2, 5.8), (0.56, 1.5))
-"""σ/α between which the oracle's interval guidance may guide, beside the published one."""
+"""σ/α between which the oracle's interval guidance may guide, in addition to the published one."""
 
 _RULES = (
     Rule("none", "", schedules.unguided, scaled=False),

@@ -116,7 +116,7 @@ def test_what_is_wrong_with_pictures_is_said(tmp_path):
     with pytest.raises(ValueError, match="holds mu, and no images or arr_0"):
         open_images(tmp_path / "other.npz")
     np.savez(tmp_path / "odd.npz", **{"\n\x1b[31m": np.zeros(3)})
-    with pytest.raises(ValueError, match=r"holds \\n\\x1b\[31m, and no images or arr_0"):
+    with pytest.raises(ValueError, match=r"holds \\n, and no images or arr_0"):
         open_images(tmp_path / "odd.npz")
     (tmp_path / "text.npz").write_text("hello")
     with pytest.raises(ValueError, match=r"text\.npz cannot be read as a npz file"):

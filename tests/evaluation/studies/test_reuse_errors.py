@@ -8,12 +8,12 @@ from companion.evaluation.studies.reuse_errors import (
     RULES,
     Evaluation,
     blobs,
-    carry_results,
     cfg,
     even_in_log_snr,
     every,
     noise_ratios,
     quotient_law,
+    reuse_results,
     shipped,
     third,
 )
@@ -45,7 +45,7 @@ def test_gaussian_data_need_one_evaluation() -> None:
     conditional = GaussianMixture.isotropic([1.0], [[0.8, 0.1]], 0.4)
     data = Toy("gaussian", (conditional,), GaussianMixture.isotropic([1.0], [[0.0, 0.0]], 1.0))
     ways = {"law": (every(100), quotient_law), "auto": (every(100), shipped), "Δ": (every(100), cfg)}
-    results = carry_results(data, ways, steps=12, count=60)
+    results = reuse_results(data, ways, steps=12, count=60)
     assert results["auto"].share == pytest.approx(1 / 12)
     for name in ("law", "auto"):
         assert results[name].direction < 1e-6 and results[name].samples < 1e-6
@@ -56,7 +56,7 @@ def test_gaussian_data_need_one_evaluation() -> None:
 def test_auto_misses_little_and_less_than_plain_rules(name: str) -> None:
     data = blobs(16) if name == "16D" else toy(name)
     ways = {rule: (every(3), RULES[rule]) for rule in ("Δ", "last KΔ", "auto")}
-    results = carry_results(data, ways, steps=24, count=150)
+    results = reuse_results(data, ways, steps=24, count=150)
     assert results["full"].direction == 0 and results["CFG"].direction == 1
     assert results["auto"].share == pytest.approx(1 / 3)
     assert results["auto"].direction < 0.15

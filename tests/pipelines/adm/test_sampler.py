@@ -79,7 +79,7 @@ def test_ddpm_is_diffusers(kind):
         generator = torch.Generator().manual_seed(i)
         expected = scheduler.step(output, t, x, generator=generator).prev_sample
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
-        a = float(chain.kept[i])
+        a = float(chain.alpha_bar[i])
         clean = ((x - math.sqrt(1 - a) * epsilon) / math.sqrt(a)).clamp(-1, 1)
         logs = log_variance(chain, i, values, kind)
         got = ddpm_step(chain, i, x, clean, logs, noise if i < 9 else None)
@@ -98,7 +98,7 @@ def test_ddim_is_diffusers(eta):
     for i, t in enumerate(chain.timesteps):
         epsilon, noise = drawn(2, 3, 4, 4, seed=10 + i), drawn(2, 3, 4, 4, seed=100 + i)
         expected = scheduler.step(epsilon, t, x, eta=eta, variance_noise=noise).prev_sample
-        a = float(chain.kept[i])
+        a = float(chain.alpha_bar[i])
         clean = (x - math.sqrt(1 - a) * epsilon) / math.sqrt(a)
         got = ddim_step(chain, i, x, clean, noise, eta=eta)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
@@ -109,7 +109,7 @@ def test_ddim_is_diffusers(eta):
 def test_guided_ddim_is_ddim_of_the_guided_noise(i, scale):
     chain = sampling_chain(kept(), sampling_timesteps(1000, 25, "ddim"))
     x, epsilon, gradient = drawn(2, 4), drawn(2, 4, seed=1), scale * drawn(2, 4, seed=2)
-    a = float(chain.kept[i])
+    a = float(chain.alpha_bar[i])
 
     def clean(noise: torch.Tensor) -> torch.Tensor:
         return (x - math.sqrt(1 - a) * noise) / math.sqrt(a)
@@ -131,7 +131,9 @@ def test_learned_variance_lies_between_its_bounds(steps, place, value, schedule)
     variance = float(log_variance(chain, i, torch.tensor([value], dtype=torch.float64), "learned_range").exp())
     low, high = sorted((float(chain.posterior[i]), float(chain.beta[i])))
     assert low * (1 - 1e-9) <= variance <= high * (1 + 1e-9)
-    assert math.prod((chain.kept / chain.kept_after).tolist()) == pytest.approx(float(chain.kept[0]), rel=1e-9)
+    assert math.prod((chain.alpha_bar / chain.alpha_bar_after).tolist()) == pytest.approx(
+        float(chain.alpha_bar[0]), rel=1e-9
+    )
 
 
 def test_sine_schedule():

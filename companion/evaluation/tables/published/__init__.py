@@ -1,9 +1,10 @@
-"""Published figures that are shown beside ours: CSV files whose first line names their source."""
+"""Published figures that are shown next to ours: CSV files whose first line names their source."""
 
 import csv
 from dataclasses import dataclass
 from pathlib import Path
 
+from companion.arguments import check_choice
 from companion.markdown import table
 
 TABLES = (
@@ -44,8 +45,7 @@ def published(name: str) -> Published:
     Raises:
         ValueError: the name is unknown.
     """
-    if name not in TABLES:
-        raise ValueError(f"published table must be one of {', '.join(TABLES)}, got {name!r}")
+    check_choice("published table", name, TABLES)
     source, *lines = (Path(__file__).parent / f"{name}.csv").read_text(encoding="utf-8").splitlines()
     columns, *rows = csv.reader(lines)
     return Published(source.removeprefix("# "), tuple(columns), tuple(tuple(row) for row in rows))
