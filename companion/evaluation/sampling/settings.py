@@ -258,7 +258,7 @@ def coco_captions(file: Path, text: str) -> list[tuple[str, str]]:
     described = parse_json(text, f"caption file {file}")
     try:
         names = {_id(image["id"]): _text(image["file_name"]) for image in described["images"]}
-        annotations = [
+        found = [
             (_id(a["id"]), _id(a["image_id"]), _text(a["caption"]).strip()) for a in described["annotations"]
         ]
     except (KeyError, TypeError, ValueError) as error:
@@ -269,7 +269,7 @@ def coco_captions(file: Path, text: str) -> list[tuple[str, str]]:
     for name in names.values():
         check_name(name, f"caption file {file}: picture")
     captions: dict[int, str] = {}
-    for _, image, caption in sorted(annotations):
+    for _, image, caption in sorted(found):
         if image not in names:
             raise ValueError(f"caption file {file} has a caption of image {image}, which it does not list")
         captions.setdefault(image, caption)
