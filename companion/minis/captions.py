@@ -3,7 +3,7 @@
 from collections import Counter
 from itertools import pairwise
 
-from transformers import CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from companion.minis.scenes import COLOURS, RELATIONS, SHAPES, TEXTURES
@@ -59,3 +59,19 @@ def caption_tokenizer(*, padding_side: str = "right", longest: int = CAPTION_TOK
     pieces += [first + second for first, second in merges]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=longest, padding_side=padding_side)
+
+
+def text_config(tokenizer: CLIPTokenizer, projection: int) -> CLIPTextConfig:
+    """CLIP's text encoder for captions: two layers of width 96, and an embedding of `projection` dimensions."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=4 * 96,
+        projection_dim=projection,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        max_position_embeddings=CAPTION_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, ResNetConfig, ResNetForImageClassification
+from transformers import CLIPTextModelWithProjection, ResNetConfig, ResNetForImageClassification
 
 from companion.arguments import check_choice
-from companion.minis.captions import CAPTION_TOKENS, caption_tokenizer
+from companion.minis.captions import CAPTION_TOKENS, caption_tokenizer, text_config
 from companion.minis.scenes import COLOURS, LARGE, MARGIN, RELATIONS, SHAPES, SIZE, TEXTURES, Scene, render, scene
 from companion.minis.training import TrainingConfig, train
 from companion.seeding import sample_generators, sample_seed
@@ -65,7 +65,6 @@ _tokenizer = cache(caption_tokenizer)
 
 def build_clip() -> SceneTextModel:
     """A ResNet for 64x64 pictures and CLIP's text encoder in small, 0.8 M parameters together; 64 dimensions."""
-    tokenizer = _tokenizer()
     image = ResNetConfig(
         embedding_size=32,
         hidden_sizes=[32, 64, 96, 128],
@@ -73,18 +72,7 @@ def build_clip() -> SceneTextModel:
         layer_type="basic",
         num_labels=_DIMENSIONS,
     )
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=384,
-        projection_dim=_DIMENSIONS,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        max_position_embeddings=CAPTION_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    text = text_config(_tokenizer(), _DIMENSIONS)
     return SceneTextModel(ResNetForImageClassification(image), CLIPTextModelWithProjection(text))
 
 

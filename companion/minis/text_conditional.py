@@ -21,15 +21,9 @@ from diffusers import (
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    GlmConfig,
-    GlmModel,
-)
+from transformers import CLIPTextModel, CLIPTokenizer, GlmConfig, GlmModel
 
-from companion.minis.captions import CAPTION_TOKENS, caption_tokenizer
+from companion.minis.captions import CAPTION_TOKENS, caption_tokenizer, text_config
 from companion.minis.latents import SceneWindow
 from companion.minis.reading import WithReader, reading_loss
 from companion.minis.recipes import SCHEDULE
@@ -69,19 +63,7 @@ def build_unet() -> UNet2DConditionModel:
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """CLIP's text encoder, two layers of width 96."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=_WIDTH,
-        intermediate_size=4 * _WIDTH,
-        projection_dim=_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        max_position_embeddings=CAPTION_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModel(config)
+    return CLIPTextModel(text_config(tokenizer, _WIDTH))
 
 
 class TextConditional(nn.Module):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -39,7 +39,7 @@ from companion.pipelines.denoiser_call import (
 )
 from companion.pipelines.layout import GuidanceLayout, UnsupportedPipeline, call_code, evaluate, guidance_layout
 from companion.pipelines.levels import NoiseLevel, check_scheduler, noise_level
-from companion.pipelines.product_step import GuidanceStep, OnStep, RectifiedRun
+from companion.pipelines.product_step import GuidanceStep, OnStep, RectifiedRun, RectifiesItself
 
 __all__ = [
     "SAMPLING_PRODUCTS",
@@ -333,15 +333,6 @@ def _denoisers(pipe: DiffusionPipeline, layout: GuidanceLayout) -> dict[str, nn.
             "which rectified guidance needs"
         )
     return denoisers
-
-
-@runtime_checkable
-class RectifiesItself(Protocol):
-    """A pipeline of this package, whose sampler evaluates its networks itself and needs no hook."""
-
-    def _set_rectification(self, config: RectifiedGuidanceConfig, on_step: OnStep | None) -> None: ...
-
-    def _clear_rectification(self) -> None: ...
 
 
 def check_pipeline(pipe: DiffusionPipeline) -> None:

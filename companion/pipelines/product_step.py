@@ -229,3 +229,35 @@ class GuidanceStep:
 
 
 OnStep = Callable[[GuidanceStep], None]
+
+
+class RectifiesItself:
+    """A pipeline of this package, whose sampler evaluates its networks itself and needs no hook."""
+
+    _rectification: RectifiedGuidanceConfig | None = None
+    _on_step: OnStep | None = None
+
+    @property
+    def _guidance_config(self) -> RectifiedGuidanceConfig:
+        return self._rectification or _CFG
+
+    def _set_rectification(self, config: RectifiedGuidanceConfig | None, on_step: OnStep | None = None) -> None:
+        """What `apply_rectified_guidance` does to this pipeline: every guided call is rectified from now on.
+
+        Args:
+            config: None is the default product.
+            on_step: called after every evaluation of the denoiser.
+
+        Raises:
+            ValueError: rectified guidance is on already.
+        """
+        if self._rectification is not None:
+            raise ValueError("rectified guidance is on already; call remove_rectified_guidance(pipe) first")
+        self._rectification, self._on_step = config or RectifiedGuidanceConfig(), on_step
+
+    def _clear_rectification(self) -> None:
+        """What `remove_rectified_guidance` does to this pipeline: CFG again."""
+        self._rectification = self._on_step = None
+
+
+_CFG = RectifiedGuidanceConfig(product="none")

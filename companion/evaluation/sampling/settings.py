@@ -258,9 +258,7 @@ def coco_captions(file: Path, text: str) -> list[tuple[str, str]]:
     described = parse_json(text, f"caption file {file}")
     try:
         names = {_id(image["id"]): _text(image["file_name"]) for image in described["images"]}
-        found = [
-            (_id(a["id"]), _id(a["image_id"]), _text(a["caption"]).strip()) for a in described["annotations"]
-        ]
+        found = [(_id(a["id"]), _id(a["image_id"]), _text(a["caption"]).strip()) for a in described["annotations"]]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f'caption file {file} is not of COCO\'s form, {{"images": [{{"id", "file_name"}}], '

@@ -52,13 +52,12 @@ from companion.pipelines.call_arguments import (
 )
 from companion.pipelines.configuration import RectifiedGuidanceConfig
 from companion.pipelines.levels import alpha_bar_table, noise_level
-from companion.pipelines.product_step import GuidanceStep, OnStep, RectifiedRun
+from companion.pipelines.product_step import GuidanceStep, OnStep, RectifiedRun, RectifiesItself
 
-_CFG = RectifiedGuidanceConfig(product="none")
 _VARIANCES = ("learned_range", "fixed_small", "fixed_large")
 
 
-class ADMPipeline(DiffusionPipeline):
+class ADMPipeline(RectifiesItself, DiffusionPipeline):
     """Sampling of pictures with a U-Net that a classifier guides.
 
     Args:
@@ -95,8 +94,6 @@ class ADMPipeline(DiffusionPipeline):
             classifier_mean=None if classifier_mean is None else list(classifier_mean),
             classifier_std=None if classifier_std is None else list(classifier_std),
         )
-        self._rectification: RectifiedGuidanceConfig | None = None
-        self._on_step: OnStep | None = None
 
     @property
     def device(self) -> torch.device:
@@ -187,7 +184,7 @@ class ADMPipeline(DiffusionPipeline):
         after_step: Callable[[int, int, Float[Tensor, "batch ..."]], Float[Tensor, "batch ..."]],
     ) -> Float[Tensor, "batch ..."]:
         """The steps of the chain, from noise to pictures; `labels` are the U-Net's condition."""
-        config = self._rectification or _CFG
+        config = self._guidance_config
         runs, share = (RectifiedRun(config), RectifiedRun(config)), chain.sine_share(settings.gamma)
         for i, timestep in enumerate(chain.timesteps):
             level = replace(noise_level(self.scheduler, timestep), timestep=float(timestep))
@@ -271,7 +268,7 @@ class ADMPipeline(DiffusionPipeline):
         level: NoiseLevel,
         labels: Int[Tensor, " batch"] | None,
     ) -> Tensor:
-        guide = (self._rectification or _CFG).guide
+        guide = self._guidance_config.guide
         if guide is not None:
             whole = guide(x, timestep, class_labels=labels if self._classes() else None, return_dict=False)[0]
             return whole[:, : x.shape[1]].to(x.dtype)
@@ -328,13 +325,13 @@ class ADMPipeline(DiffusionPipeline):
 
     def _relative_step(self) -> float | None:
         """Step of `finite_difference`: the configuration's, or by the U-Net's precision, coarser than the state's."""
-        given = (self._rectification or _CFG).relative_step
+        given = self._guidance_config.relative_step
         if given is not None or torch.finfo(self.unet.dtype).bits > 16:
             return given
         return torch.finfo(self.unet.dtype).eps ** 0.5
 
     def _set_rectification(self, config: RectifiedGuidanceConfig | None, on_step: OnStep | None = None) -> None:
-        """What `apply_rectified_guidance` does to this pipeline: every guided call is rectified from now on.
+        """As `RectifiesItself`, for the method "reg" only.
 
         Args:
             config: None is the default product.
@@ -345,15 +342,9 @@ class ADMPipeline(DiffusionPipeline):
         Raises:
             ValueError: rectified guidance is on already, or the method is not "reg".
         """
-        if self._rectification is not None:
-            raise ValueError("rectified guidance is on already; call remove_rectified_guidance(pipe) first")
         if config is not None and config.method != "reg":
             raise ValueError(f'method must be "reg" for ADMPipeline, got {config.method!r}')
-        self._rectification, self._on_step = config or RectifiedGuidanceConfig(), on_step
-
-    def _clear_rectification(self) -> None:
-        """What `remove_rectified_guidance` does: CFG again; nothing where it was not rectified."""
-        self._rectification = self._on_step = None
+        super()._set_rectification(config, on_step)
 
     def _checked_variance(self) -> Any:
         """The kind of variance that scheduler and U-Net agree on."""
@@ -392,8 +383,7 @@ class ADMPipeline(DiffusionPipeline):
         nameless = self.config.null_class is None or not self._classes()
         if settings.unconditional and self._classes() and self.config.null_class is None:
             raise ValueError("unconditional must be False for a class-conditional U-Net without a null_class")
-        borrowed = None if self._rectification is None else self._rectification.guide
-        if settings.guidance_scale != 1 and borrowed is None and nameless:
+        if settings.guidance_scale != 1 and self._guidance_config.guide is None and nameless:
             raise ValueError(
                 f"guidance_scale must be 1 for a U-Net without a null class, got {settings.guidance_scale}; "
                 "classifier-free guidance needs one that was trained with label dropout, and its null_class"

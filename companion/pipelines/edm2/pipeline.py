@@ -27,19 +27,16 @@ from companion.pipelines.call_arguments import (
     first_noise,
     step_callback,
 )
-from companion.pipelines.configuration import RectifiedGuidanceConfig
 from companion.pipelines.edm2.sampler import Churn, heun
 from companion.pipelines.edm2.settings import EDM2Settings, Interval, Reference
-from companion.pipelines.product_step import GuidanceStep, OnStep, RectifiedRun
+from companion.pipelines.product_step import GuidanceStep, RectifiedRun, RectifiesItself
 
 # EDM2's constants for ImageNet-512 in stabilityai/sd-vae-ft-mse, which it feeds with pixels from 0 to 1.
 LATENT_MEAN = (5.81, 3.25, 0.12, -2.15)
 LATENT_STD = (4.17, 4.62, 3.71, 3.28)
 
-_CFG = RectifiedGuidanceConfig(product="none")
 
-
-class EDM2Pipeline(DiffusionPipeline):
+class EDM2Pipeline(RectifiesItself, DiffusionPipeline):
     """Class-conditional sampling with EDM2 networks.
 
     The reference that guidance moves away from is `guide`: an unconditional network for classifier-free guidance as
@@ -82,8 +79,6 @@ class EDM2Pipeline(DiffusionPipeline):
             signed_pixels=signed_pixels,
             class_names=None if class_names is None else list(class_names),
         )
-        self._rectification: RectifiedGuidanceConfig | None = None
-        self._on_step: OnStep | None = None
 
     @property
     def labels(self) -> dict[str, int]:
@@ -144,7 +139,7 @@ class EDM2Pipeline(DiffusionPipeline):
         labels = None if labels is None else labels.to(device)
         shape = (batch, self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size)
         x = first_noise(latents, shape, generators, device, dtype) * sigma_max
-        run, index = RectifiedRun(self._rectification or _CFG), count()
+        run, index = RectifiedRun(self._guidance_config), count()
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
             return self._guided_denoise(x, sigma, labels, guide=guide, settings=settings, run=run, index=next(index))
@@ -240,24 +235,6 @@ class EDM2Pipeline(DiffusionPipeline):
             signed = self.config.signed_pixels
         return (pixels / 2 + 0.5 if signed else pixels).clamp(0, 1)
 
-    def _set_rectification(self, config: RectifiedGuidanceConfig | None, on_step: OnStep | None = None) -> None:
-        """What `apply_rectified_guidance` does to this pipeline: every guided call is rectified from now on.
-
-        Args:
-            config: None is the default product.
-            on_step: called after every evaluation of D with its σ as the timestep.
-
-        Raises:
-            ValueError: rectified guidance is on already.
-        """
-        if self._rectification is not None:
-            raise ValueError("rectified guidance is on already; call remove_rectified_guidance(pipe) first")
-        self._rectification, self._on_step = config or RectifiedGuidanceConfig(), on_step
-
-    def _clear_rectification(self) -> None:
-        """What `remove_rectified_guidance` does: CFG again; nothing where it was not rectified."""
-        self._rectification = self._on_step = None
-
     def _checked_labels(self, class_labels: Any, batch_size: int) -> tuple[Int[Tensor, " batch"] | None, int]:
         classes = self.unet.config.num_classes
         if not classes:
@@ -271,7 +248,7 @@ class EDM2Pipeline(DiffusionPipeline):
 
     def _guide_of(self, settings: EDM2Settings) -> Any:
         """The reference network, None for the null label; a rectification's own guide comes first."""
-        borrowed = None if self._rectification is None else self._rectification.guide
+        borrowed = self._guidance_config.guide
         guide = self.guide if borrowed is None else borrowed
         if settings.reference == "guide" and guide is None:
             raise ValueError('guidance_reference "guide" needs a pipeline with a guide network, and this one has none')
