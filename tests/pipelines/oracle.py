@@ -17,6 +17,7 @@ from torch import Tensor
 import companion
 from companion import PRODUCTS, GuidanceStep, RectifiedGuidanceConfig, rectified_guidance
 from companion.exact.mixtures import GaussianMixture, MixtureDenoiser
+from tests.dense_products import products_of
 from tests.pipelines.tiny import tiny_dit, tiny_sd
 from tests.pipelines.tiny_zoo import RESIDENTS
 
@@ -199,17 +200,7 @@ def closed_form(oracle: MixtureDenoiser, step: GuidanceStep, told: float, produc
     z = step.sample.double()
     labels = [torch.full((len(z),), label) for label in (CONDITIONAL, oracle.null_class)]
     c, u = (sign * oracle(z, told, label).sample for label in labels)
-    delta = (c - u).flatten(1)
-    matrix = oracle.rectification_matrix(z, told, labels[0])
-    rectified = {
-        "none": delta,
-        "ones": delta * matrix.sum(dim=1),
-        "diagonal": delta * matrix.diagonal(dim1=1, dim2=2),
-        "vjp": torch.einsum("bji,bj->bi", matrix, delta),
-        "jvp": torch.einsum("bij,bj->bi", matrix, delta),
-        "finite_difference": torch.einsum("bij,bj->bi", matrix, delta),
-    }
-    return rectified[product].view_as(z)
+    return products_of(oracle.rectification_matrix(z, told, labels[0]), c - u)[product]
 
 
 def errors(name: str, scheduler: SchedulerMixin, prediction: str) -> dict[str, float]:

@@ -11,6 +11,7 @@ from companion.guidance.classifier.rectified import rectified_classifier_gradien
 from companion.guidance.classifier.scores import DIVERGENCES, ClassifierScore, classifier_gradient, score_logits
 from companion.guidance.parametrization import PREDICTION_TYPES, output_from_clean
 from companion.guidance.rectification import PRODUCTS
+from tests.dense_products import products_of
 
 CLASSES = [
     GaussianMixture([0.5, 0.5], [[-1.0, 0.3], [0.4, 1.1]], torch.stack([torch.diag(torch.tensor([0.2, 0.05]))] * 2)),
@@ -55,14 +56,7 @@ def test_every_product_against_the_closed_form_of_k(prediction_type, product, se
     clean = DATA.posterior_mean(x, alpha, sigma)
     g = classifier_gradient(clean_logits, clean, labels, config).gradient
     k = DATA.rectification_matrix(x, alpha, sigma)
-    want = {
-        "none": g,
-        "ones": g * k.sum(dim=1),
-        "diagonal": g * k.diagonal(dim1=1, dim2=2),
-        "vjp": torch.einsum("bij,bi->bj", k, g),
-        "jvp": torch.einsum("bij,bj->bi", k, g),
-        "finite_difference": torch.einsum("bij,bj->bi", k, g),
-    }[product]
+    want = products_of(k, g)[product]
     tolerance = 1e-5 if product == "finite_difference" else 1e-8
     torch.testing.assert_close(got.clean, clean, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(got.gradient, want / alpha, rtol=tolerance, atol=tolerance)

@@ -21,6 +21,7 @@ from companion.pipelines.adm.loading import load_adm
 from companion.pipelines.adm.pipeline import ADMPipeline
 from companion.pipelines.adm.presets import NOISY, PUBLISHED_GUIDANCE, ADMPreset, published_guidance
 from companion.pipelines.levels import alpha_bar_table
+from tests.dense_products import products_of
 from tests.pipelines.adm.test_checkpoint import TINY, published_classifier, published_unet
 
 SHAPE, STEPS = (3, 2, 2), 6
@@ -145,14 +146,7 @@ def test_products_against_the_closed_form(product, at):
             leaf = judged.detach().requires_grad_()
             told = (int(step.timestep),) if at == "noisy" else ()
             [g] = torch.autograd.grad(score_logits(pipe.classifier(leaf, *told), labels, SCORE).sum(), leaf)
-            expected = {
-                "none": g,
-                "ones": g * k.sum(dim=1),
-                "diagonal": g * k.diagonal(dim1=1, dim2=2),
-                "vjp": torch.einsum("bij,bi->bj", k, g),
-                "jvp": torch.einsum("bij,bj->bi", k, g),
-                "finite_difference": torch.einsum("bij,bj->bi", k, g),
-            }[product]
+            expected = products_of(k, g)[product]
             if chain_rule and at == "clean":
                 expected = expected / alpha
             expected = -sigma * scale * expected

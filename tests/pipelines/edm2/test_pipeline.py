@@ -14,6 +14,7 @@ from companion.exact.mixtures import GaussianMixture, MixtureDenoiser
 from companion.guidance.noise_level import NoiseLevel
 from companion.pipelines.edm2.pipeline import EDM2Pipeline
 from companion.pipelines.edm2.sampler import karras_levels
+from tests.dense_products import products_of
 from tests.networks.test_edm2 import tiny_unet
 from tests.pipelines.tiny import tiny_autoencoder
 
@@ -85,14 +86,7 @@ def test_products_against_the_closed_form(product, guided_by_null):
         else:
             other = [pipe.guide.mixtures[y].posterior_mean(x[i : i + 1], 1.0, sigma) for i, y in enumerate(labels)]
         c, delta = torch.cat(own), torch.cat(own) - torch.cat(other)
-        expected = {
-            "none": delta,
-            "ones": delta * k.sum(dim=1),
-            "diagonal": delta * k.diagonal(dim1=1, dim2=2),
-            "vjp": torch.einsum("nji,nj->ni", k, delta),
-            "jvp": torch.einsum("nij,nj->ni", k, delta),
-            "finite_difference": torch.einsum("nij,nj->ni", k, delta),
-        }[product]
+        expected = products_of(k, delta)[product]
         error = (step.direction.flatten(1) - expected).norm(dim=1)
         tolerance = 1e-3 if product == "finite_difference" else 1e-6
         assert (error <= tolerance * expected.norm(dim=1) + 1e-11).all()  # close to the data the direction vanishes

@@ -32,6 +32,7 @@ from companion import PRODUCTS, ConstantWeight, IntervalWeight, LinearWeight, Po
 from companion.pipelines.guider.guider import RectifiedGradientGuidance
 from companion.pipelines.guider.settings import RECTIFIABLE_GUIDERS
 from companion.seeding import sample_generators
+from tests.dense_products import products_of
 from tests.pipelines.tiny_modular import (
     BlockNetwork,
     Step,
@@ -92,19 +93,6 @@ ORACLES = {
     "sdxl x0 DPM++": ("sample", lambda: DPMSolverMultistepScheduler(prediction_type="sample")),
     "sd3 flow Euler": ("flow_prediction", lambda: FlowMatchEulerDiscreteScheduler(shift=3.0)),
 }
-
-
-def products_of(k: Tensor, d: Tensor) -> dict[str, Tensor]:
-    """Every product of K, (batch, dim, dim), with a direction, (batch, dim), by its definition."""
-    forward = torch.einsum("bij,bj->bi", k, d)
-    return {
-        "none": d,
-        "ones": d * k.sum(dim=1),
-        "diagonal": d * k.diagonal(dim1=1, dim2=2),
-        "vjp": torch.einsum("bij,bi->bj", k, d),
-        "jvp": forward,
-        "finite_difference": forward,
-    }
 
 
 @pytest.mark.parametrize("case", ORACLES)
