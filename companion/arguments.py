@@ -7,7 +7,7 @@ from typing import Any
 
 def check_integer(name: str, value: Any, least: int, most: int) -> None:
     """Raises:
-    ValueError: it is no whole number from `least` to `most`; truth values are none.
+    ValueError: it is not an integer from `least` to `most`; booleans are refused.
     """
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise ValueError(f"{name} must be an integer from {least:,} to {most:,}, got {shortened(value)}")
@@ -15,7 +15,7 @@ def check_integer(name: str, value: Any, least: int, most: int) -> None:
 
 def check_number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> None:
     """Raises:
-    ValueError: it is no finite number, as float64, from `least` to `most`; truth values are none.
+    ValueError: it is not a finite number, as float64, from `least` to `most`; booleans are refused.
     """
     try:
         finite = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
@@ -30,7 +30,7 @@ def check_number(name: str, value: Any, least: float = -math.inf, most: float = 
 
 def check_choice(name: str, value: Any, allowed: Collection[str], *, optional: bool = False) -> None:
     """Raises:
-    ValueError: it is none of the allowed texts, and not None where it is `optional`.
+    ValueError: it is not one of the allowed strings, nor None if `optional`.
     """
     if (value is None and optional) or (isinstance(value, str) and value in allowed):
         return

@@ -178,7 +178,8 @@ def gradient_errors(
 
 
 def high_density_level(mixture: GaussianMixture, grid: Grid, share: float = 0.95) -> float:
-    """The log-density above which so much of the mixture's mass lies: the edge of its smallest region of that mass.
+    """The log-density above which a given share of the mixture's mass lies: the edge of the smallest region of that
+    mass.
 
     Args:
         grid: holds the mixture, with many points to a component's width.

@@ -43,14 +43,15 @@ def replace_relu(model: nn.Module, beta: float = 3.0) -> dict[str, nn.Module]:
 
 
 def restore_relu(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
-    """Undo `replace_relu`: the very modules that were there are put back."""
+    """Undo `replace_relu`: put the original modules back."""
     for name, module in replaced.items():
         model.set_submodule(name, module)
 
 
 @contextmanager
 def smooth_activations(model: nn.Module, beta: float = 3.0) -> Iterator[nn.Module]:
-    """The model with Softplus(β) for ReLU inside the `with`, and as it was after it, also if an error ends it.
+    """Context manager: the model has Softplus(β) for ReLU inside, and its own activations afterwards, also after an
+    error.
 
     Raises:
         ValueError: as `replace_relu`.

@@ -40,7 +40,8 @@ def preferred_temperature(
     high: float = 10.0,
     count: int = 201,
 ) -> float:
-    """The T between `low` and `high`, on a logarithmic grid, with the smallest loss; an end means: beyond it.
+    """The T between `low` and `high`, on a logarithmic grid, with the smallest loss; at an end of the grid, the minimum
+    lies beyond it.
 
     A grid, as a loss of bins' means jumps where a sample changes its bin.
     """

@@ -1,4 +1,4 @@
-"""What commands share that draw on any number of processes of `accelerate launch`: their device and their errors."""
+"""Device and errors of commands that run on any number of processes of `accelerate launch`."""
 
 import sys
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from companion.files import Unwritable
 
 
 def processes(device: str | None) -> PartialState:
-    """All processes of this command; on the CPU where that is asked for, or nothing else is there."""
+    """All processes of this command, on the CPU if it is asked for or is the only device."""
     on_cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
     return PartialState(cpu=on_cpu or not torch.accelerator.is_available())
 
 
 def device_of(state: PartialState, asked: str | None) -> torch.device | str:
-    """The device of this process; what is asked for decides where there is one process only."""
+    """The device of this process; the requested one if there is only one process."""
     return asked if asked and state.num_processes == 1 else state.device
 
 

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, print the tables; 2 and a sentence where the request makes no sense."""
+    """Measure and print the tables; for an invalid request, print one sentence and return 2."""
     try:
         if options.read is not None:
             ranking = load_ranking(options.read)

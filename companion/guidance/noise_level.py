@@ -26,7 +26,7 @@ class NoiseLevel:
         prediction_type: of the network's output, in diffusers' words.
         output_sign: -1 where the network's output is the negative of that.
         data_scale: EDM's σ_data where the scheduler works in units of it, else 1.
-        timestep: as the network is given it; None where a sampler counts in σ (EDM2).
+        timestep: as it is passed to the network; None where the sampler works with σ (EDM2).
     """
 
     alpha: float
@@ -57,9 +57,10 @@ class NoiseLevel:
 
     @property
     def direction_scale(self) -> float:
-        """Of a direction in the network's output, for the same direction in ε: 1 for ε, σ/α for x_0, 1/α for v and u.
+        """The factor from a direction in the network's output to the same one in ε: 1 for ε, σ/α for x_0, 1/α for v and
+        u.
 
-        Alpha counts as 0.001 at least, where flows begin.
+        α is taken as 0.001 at least, because flows begin at 0.
         """
         alpha = max(self.alpha, 1e-3)
         return {"epsilon": 1.0, "sample": self.sigma / alpha}.get(self.prediction_type, 1 / alpha)

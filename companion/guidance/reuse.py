@@ -1,4 +1,4 @@
-"""Rectification at a fraction of its price: K Δ is evaluated at some steps and reused at the others.
+"""Rectification at a fraction of its cost: K Δ is evaluated at some steps and reused at the others.
 
 For Gaussian data K has, along each principal axis of variance s², the eigenvalue `k = s² / (s² + r²)`, r = σ/α, so
 

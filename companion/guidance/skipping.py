@@ -51,7 +51,7 @@ class GuidanceSkipping:
         self._evaluated = -1
 
     def decide(self, index: int, total: int, spent: float, log_snr: float) -> Decision:
-        """What this step does; asked once a step.
+        """Decide what this step does; called once a step.
 
         Args:
             index, total: number of the step, from 0, and the number of all.

@@ -1,4 +1,4 @@
-"""What others have made of classifier-free guidance: functions of a conditional prediction c and a reference u.
+"""Published variants of classifier-free guidance: functions of a conditional prediction c and a reference u.
 
 With `Δ = c - u`; rectified guidance can be put on top of any of them, by multiplying `guided - c` by K.
 
@@ -60,7 +60,7 @@ def renoising_scale(strength: float, ratio: float, following: float) -> float:
 def rescaled(
     guided: Float[Tensor, "batch ..."], conditional: Float[Tensor, "batch ..."], share: float
 ) -> Float[Tensor, "batch ..."]:
-    """The guided prediction, its standard deviation brought a share of the way back to the conditional one's.
+    """The guided prediction with its standard deviation moved a given share of the way back to the conditional one's.
 
     Args:
         share: φ, from 0 (nothing) to 1; diffusers' `guidance_rescale`.

@@ -4,8 +4,8 @@ A weight is called once per noise level with the progress (0 at the first level 
 `NoiseLevel`, and returns the paper's w: 0 is no guidance, diffusers' `guidance_scale` is 1 + w. Each class's default is
 a schedule of unit height or unit mean: pipelines multiply it with their own `guidance_scale - 1`.
 
-Levels are given in a unit that is named: `sigma` is σ/α, the σ of EDM and of Karras et al. (2022); `timestep` is the
-number that the network is given; `log_snr` is 2 log(α/σ), which grows as the noise falls.
+Every level has a named unit: `sigma` is σ/α, the σ of EDM and of Karras et al. (2022); `timestep` is the number that
+the network is given; `log_snr` is 2 log(α/σ), which grows as the noise falls.
 """
 
 import math
@@ -78,14 +78,14 @@ class ConstantWeight:
 
 @dataclass(frozen=True)
 class LinearWeight:
-    """From `first` at the beginning to `last` at the end; the default rises with mean 1 (Wang et al. 2024, "linear").
+    """A weight that goes linearly from `first` to `last`; the default rises with mean 1 (Wang et al. 2024, "linear").
 
     Args:
         first, last: weights at the ends.
         along: what the weight is linear in: the "step", or the level's "sigma" (the published schedules of EDM2) or
             "timestep" (those of DiT).
         start, end: the levels at the ends where `along` is a level; None is 80 for "sigma", 1000 for "timestep". Beyond
-            them the weight stays what it is there.
+            them the weight is constant.
 
     Raises:
         ValueError: a value is not a finite number, an unknown `along`, or `start` is not above `end`.
@@ -150,7 +150,7 @@ class IntervalWeight:
         low, high: noise levels, ends included, `low <= high`.
         weight: the weight inside the interval; any schedule, 1 by default.
         unit: of the levels: "sigma" (σ/α, as in EDM), "timestep" or "log_snr". It has no default: a σ taken for a
-            timestep would turn guidance off without a word.
+            timestep would silently turn guidance off.
 
     Raises:
         ValueError: no unit, an end is not a finite number, or the interval is empty.
@@ -190,7 +190,7 @@ def weight_at(weight: GuidanceWeight | float | None, progress: float, level: Noi
     """A weight's value at one call; None is 1.
 
     Raises:
-        ValueError: a function that compares or counts with the level as if it were a number, or returns none.
+        ValueError: the function uses the level as if it were a number, or does not return a number.
     """
     if weight is None:
         return 1.0
@@ -223,7 +223,7 @@ def to_dict(weight: GuidanceWeight) -> dict[str, Any]:
     """Type and settings of one of this module's weights, in plain JSON.
 
     Raises:
-        ValueError: it is another function, which cannot be written.
+        ValueError: it is any other function, which cannot be saved.
     """
     if type(weight) not in _CLASSES.values():
         raise ValueError(f"weight must be a number or one of {', '.join(_CLASSES)}, to be saved; got {weight!r}")

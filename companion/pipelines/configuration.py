@@ -72,24 +72,24 @@ class RectifiedGuidanceConfig:
             diagonal exactly, one backward pass per latent dimension.
         seed: of the probes, a non-negative integer.
         relative_step: for `finite_difference`: step as a fraction of the input's norm; None follows the dtype.
-        guide: autoguidance (Karras et al. 2024): a weaker network of the denoiser's own call signature, evaluated under
-            the conditional branch's arguments in the place of the reference branch.
-        method: "reg", rectified gradient guidance by the product above; or "covariance", not the paper's: Δ times one
-            number a sample, from K of both branches along Δ (`companion.guidance.covariance`), two evaluations a step
-            on top of CFG's.
+        guide: autoguidance (Karras et al. 2024): a weaker network with the denoiser's call signature, evaluated on the
+            conditional branch's arguments instead of the reference branch.
+        method: "reg", rectified gradient guidance by the product above; or "covariance", which is not from the paper: Δ
+            times one number per sample, from K of both branches along Δ (`companion.guidance.covariance`), two
+            evaluations a step on top of CFG's.
         every: evaluate the product at every so many guided steps, at least 1, and reuse it in between
             (`companion.guidance.reuse`).
-        skip: guide only where K lets it through (`companion.guidance.skipping`): from the step on at which the share
-            ‖KΔ‖/‖Δ‖ passes this threshold, 0 to 1; before it the conditional branch alone is evaluated. None guides at
-            every step. 0.2 leaves out about the first fifth of a uniform schedule.
-        cost: a budget in multiples of CFG's evaluations, at least 0.5, in the place of skip and every: the reference
-            branch and the product are evaluated at as many steps as it pays for, and the last rectified direction is
-            followed in between (`companion.guidance.skipping`). What a run spends is in `GuidanceStep.spent`. None is
-            no budget.
+        skip: start guidance late (`companion.guidance.skipping`): at the first step whose share ‖KΔ‖/‖Δ‖ exceeds this
+            threshold, 0 to 1; before it, only the conditional branch is evaluated. None guides at every step. 0.2
+            leaves out about the first fifth of a uniform schedule.
+        cost: a budget in multiples of CFG's evaluations, at least 0.5, instead of skip and every: the reference branch
+            and the product are evaluated at as many steps as the budget allows, and the last rectified direction is
+            reused in between (`companion.guidance.skipping`). `GuidanceStep.spent` counts what a run spends. None is no
+            budget.
 
     Raises:
-        ValueError: an unknown product or method, a weight that is neither a function nor a finite number, a number that
-            is out of its range, a guide that is no network, or options that do not go together.
+        ValueError: an unknown product or method, a weight that is neither a function nor a finite number, a number out
+            of its range, a guide that is not a network, or options that cannot be combined.
     """
 
     product: Product = "finite_difference"
@@ -152,7 +152,7 @@ class RectifiedGuidanceConfig:
 
     @property
     def passes(self) -> int:
-        """Evaluations of the network that one evaluation of the product takes on top of CFG's two."""
+        """Network evaluations that the product takes in addition to CFG's two."""
         return 2 if self.method == "covariance" else self.row.evaluations(self.probes)
 
     def weight_at(self, progress: float, level: NoiseLevel) -> float:

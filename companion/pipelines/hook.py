@@ -1,11 +1,11 @@
 """Rectified guidance in an unmodified diffusers pipeline, through a hook on its denoiser.
 
 A pipeline evaluates its denoiser on a stacked batch [reference, conditional], or once per branch, and combines
-`u + s (c - u)` itself. The hook (diffusers' own `ModelHook`, the mechanism behind `apply_faster_cache`) hands back
-`c - r` in the place of u, with `r = product(K, c - u) · w(t)`, so that the pipeline's unchanged arithmetic gives
-`c + (s - 1) r`: rectified guidance at whatever scale, rescaling and scheduler the pipeline was called with. Taking the
-hook off leaves no trace. Which branch is which, and in what the network's output differs from what the scheduler is
-given, is read from the pipeline's source (`companion.pipelines.layout`).
+`u + s (c - u)` itself. The hook (diffusers' own `ModelHook`, the mechanism behind `apply_faster_cache`) returns `c - r`
+instead of u, with `r = product(K, c - u) · w(t)`, so that the pipeline's unchanged arithmetic gives `c + (s - 1) r`:
+rectified guidance at whatever scale, rescaling and scheduler the pipeline was called with. Removing the hook restores
+the pipeline exactly. Which branch is which, and how the network's output becomes the scheduler's input, is read from
+the pipeline's source (`companion.pipelines.layout`).
 """
 
 import sys
@@ -339,7 +339,7 @@ def check_pipeline(pipe: DiffusionPipeline) -> None:
     """Refuse a pipeline whose guidance cannot be rectified.
 
     Raises:
-        ValueError: its class is not understood, and why; or its scheduler is not.
+        ValueError: its class or its scheduler is not supported; the message says why.
     """
     if not isinstance(pipe, RectifiesItself):
         check_scheduler(getattr(pipe, _read(pipe).scheduler))
@@ -358,16 +358,16 @@ def apply_rectified_guidance(
     """Rectify every guided call of the pipeline until `remove_rectified_guidance`.
 
     Call the pipeline as before; `guidance_scale` keeps its meaning (diffusers' s = 1 + w), and calls without guidance
-    pass through.
+    are left unchanged.
 
     Args:
-        pipe: a diffusers pipeline whose guidance is understood (`docs/pipelines.md` lists them), in eval mode.
+        pipe: a supported diffusers pipeline (`docs/pipelines.md` lists them), in eval mode.
         config: what to apply; None is the default `finite_difference` product.
         on_step: called after every denoiser call, e.g. for progress and previews; an exception in it ends the sampling.
 
     Raises:
-        ValueError: the pipeline's class or scheduler is not supported, its denoiser is in training mode, or the hook
-        is on already.
+        ValueError: the pipeline's class or scheduler is not supported, its denoiser is in training mode, or the hook is
+            installed already.
     """
     config = RectifiedGuidanceConfig() if config is None else config
     if not isinstance(config, RectifiedGuidanceConfig):
@@ -391,7 +391,7 @@ def apply_rectified_guidance(
 
 
 def remove_rectified_guidance(pipe: DiffusionPipeline) -> None:
-    """Restore the pipeline bit for bit; does nothing where the hook is not on.
+    """Restore the pipeline bit for bit; does nothing if the hook is not installed.
 
     Raises:
         ValueError: the pipeline's class is not supported.
@@ -407,7 +407,8 @@ def remove_rectified_guidance(pipe: DiffusionPipeline) -> None:
 def rectified_guidance(
     pipe: DiffusionPipeline, config: RectifiedGuidanceConfig | None = None, *, on_step: OnStep | None = None
 ) -> Iterator[DiffusionPipeline]:
-    """`with rectified_guidance(pipe): images = pipe(...).images`; the hook is off afterwards, also after an exception.
+    """`with rectified_guidance(pipe): images = pipe(...).images`; the hook is removed at the end, also after an
+    exception.
 
     Arguments and errors are those of `apply_rectified_guidance`.
     """

@@ -1,8 +1,7 @@
 """The noise level behind a denoiser call, read from a diffusers scheduler.
 
-Pipelines tell their network a timestep; rectification needs α and σ in the coordinates of the network's own input,
-`z = α x_0 + σ ε`, and what the network predicts. Schedulers store these in three forms, one function each. A scheduler
-that
+Pipelines pass their network a timestep; rectification needs α and σ in the coordinates of the network's own input,
+`z = α x_0 + σ ε`, and what the network predicts. Schedulers store these in three forms, one function each. A scheduler that
 keeps them in none of these is refused: a guessed level would give plausible, wrong pictures.
 """
 
@@ -97,14 +96,14 @@ def _prediction_type(scheduler: SchedulerMixin) -> PredictionType:
 
 
 def noise_level(scheduler: SchedulerMixin, timestep: float | Tensor) -> NoiseLevel:
-    """The level of the denoiser call at `timestep`, to be asked between `scale_model_input` and `step`.
+    """The level of the denoiser call at `timestep`, to be called between `scale_model_input` and `step`.
 
     Args:
         scheduler: a scheduler whose `set_timesteps` has been called.
         timestep: as the pipeline passes it to its network; a tensor of equal values counts as one.
 
     Raises:
-        ValueError: the scheduler is not understood, or the timestep is not one of its own.
+        ValueError: the scheduler is not supported, or the timestep is not one of its own.
     """
     check_scheduler(scheduler)
     name = type(scheduler).__name__
@@ -134,9 +133,9 @@ def noise_level(scheduler: SchedulerMixin, timestep: float | Tensor) -> NoiseLev
 def alpha_bar_table(scheduler: SchedulerMixin) -> Float[Tensor, " trained"]:
     """ᾱ of every timestep in float64.
 
-    Diffusers multiplies float32 betas in float32, so that differences of its ᾱ are off by up to 8e-4 (the β of a
-    sampling step of ADM). Here the betas come from the scheduler's settings in float64, where they are within float32's
-    rounding of its own table; else (a rescaled or a changed table) that table is taken as it is.
+    diffusers multiplies float32 betas in float32, so that differences of its ᾱ are off by up to 8e-4 (the β of a
+    sampling step of ADM). Here the betas are computed from the scheduler's settings in float64 if they agree with its
+    own table to float32's rounding; otherwise (a rescaled or changed table) that table is used as it is.
     """
     table = scheduler.alphas_cumprod.detach().to("cpu", torch.float64)
     betas = _betas(scheduler.config)

@@ -26,7 +26,7 @@ class RectifiedRun:
     the direction; where it does not, `alone`.
 
     Attributes:
-        spent: evaluations of the network so far, a sample: 1 in a step without the reference branch, 2 with it, and the
+        spent: network evaluations per sample so far: 1 in a step without the reference branch, 2 with it, and the
             product's.
     """
 
@@ -199,7 +199,7 @@ class RectifiedRun:
 
 @dataclass(frozen=True)
 class GuidanceStep:
-    """What one denoiser call saw and gave; handed to `on_step` after the call.
+    """Input and result of one denoiser call, passed to `on_step` after it.
 
     Args:
         index, total: number of this call, from 0, and the number of calls that the schedule holds.
@@ -208,7 +208,7 @@ class GuidanceStep:
         sample: the network's input, conditional branch.
         prediction: the conditional prediction, in the network's own output space.
         direction: the direction the pipeline is about to follow, rectified and weighted; None where guidance is off.
-        spent: evaluations of the network that the run has taken so far, a sample, this call included.
+        spent: network evaluations per sample so far, this call included.
     """
 
     index: int

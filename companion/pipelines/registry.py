@@ -36,7 +36,7 @@ def model_names() -> tuple[str, ...]:
 def load(
     name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
 ) -> DiffusionPipeline:
-    """A diffusers pipeline, ready to call.
+    """Load a diffusers pipeline, ready to call.
 
     Args:
         name: an embedded model (`model_names()`), a published one (`PUBLISHED_MODELS`; of the paper's, `call` and
@@ -47,8 +47,7 @@ def load(
 
     Raises:
         ValueError: there is no such model or folder; the folder holds no pipeline, or a damaged or incomplete one; the
-            hub cannot be reached, which is found out within seconds; the device does not exist; the dtype is none that
-            weights can have.
+            hub cannot be reached (reported within seconds); the device does not exist; weights cannot have that dtype.
     """
     target, kind, text = checked_device(device), checked_dtype(dtype), str(check_name(name, "model"))
     model = PUBLISHED_MODELS.get(text)

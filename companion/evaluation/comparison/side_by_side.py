@@ -1,4 +1,4 @@
-"""The same pictures without and with rectified guidance, from the same noise: for the demo, the quickstart and scripts.
+"""The same pictures without and with rectified guidance, from the same noise, for the demo, the quickstart and scripts.
 
 Both sides make the same calls of the same pipeline, with the same generators, schedule and weight over time; only the
 product differs (`none` is CFG). Watching does not change the pictures: previews draw no random numbers,

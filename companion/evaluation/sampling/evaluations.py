@@ -35,7 +35,7 @@ def scheduler_levels(scheduler: SchedulerMixin, steps: int) -> list[NoiseLevel]:
 
 
 def evaluations(config: RectifiedGuidanceConfig, levels: Sequence[NoiseLevel], *, dimensions: int = 1) -> int:
-    """Evaluations of one guided sample; at most so many where the configuration skips steps or has a budget.
+    """Network evaluations of one guided sample; an upper bound if the configuration skips steps or has a budget.
 
     Args:
         config: of the guidance.

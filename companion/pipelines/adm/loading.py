@@ -35,7 +35,7 @@ def load_adm(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
 ) -> ADMPipeline:
-    """An ADM pipeline from OpenAI's checkpoints, which are read as plain tensors.
+    """Load an ADM pipeline from OpenAI's checkpoints, which are read as plain tensors.
 
     `load_adm("adm-imagenet-128", "folder/with/the/files")`; with another guide
     `load_adm("adm-imagenet-128", "folder", classifier="microsoft/resnet-50")`. The embedded one:
@@ -52,11 +52,11 @@ def load_adm(
             sees x̂_0 as it is, as in the published rows.
         download: whether to fetch what is missing (the 128x128 network has 1.7 GB).
         device: where to put it.
-        dtype: of its weights, as torch's or by name; None is float32.
+        dtype: of its weights: a torch.dtype or its name; None is float32.
 
     Raises:
-        ValueError: an unknown preset, a source that holds no ADM network, or something is not here and cannot or may
-            not be downloaded, which is found out within seconds.
+        ValueError: an unknown preset, a source that holds no ADM network, or a file is missing and cannot or may not be
+            downloaded (reported within seconds).
     """
     folder = None if source is None else check_name(source, "source")
     dtype, target = checked_dtype(dtype), checked_device(device)

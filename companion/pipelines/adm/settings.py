@@ -19,7 +19,7 @@ class ADMSettings:
         sampler: "ddpm", ancestral, with the learned variance if there is one; or "ddim".
         eta: η of DDIM, from 0, deterministic, to 1.
         classifier_scale: of the classifier's gradient; at 0 the classifier is not evaluated.
-        score: what the gradient is of; its `classes`, if left open, are the U-Net's.
+        score: the function of the logits whose gradient guides; its `classes`, if None, are the U-Net's.
         gradient_at: "noisy", at x_t, or "clean", at x̂_0; None is "noisy" for noise-aware classifiers and "clean" for
             others. A noise-aware one gets timestep 0 at x̂_0.
         chain_rule: divide the gradient at x̂_0 by α: with the product "vjp" that makes it the gradient with respect to
@@ -30,12 +30,12 @@ class ADMSettings:
         softplus_beta: β of the Softplus in the place of the classifier's ReLUs while sampling; None keeps them.
         guidance_scale: s of classifier-free guidance `u + s (c - u)`, for a U-Net with a `null_class`; 1 is none. The
             classifier sees the conditional prediction.
-        unconditional: the null class is the U-Net's condition; the labels are the classifier's alone then.
-        clip_sample: cut x̂_0 to [-1, 1], also where the classifier sees it.
+        unconditional: condition the U-Net on the null class; the labels then go to the classifier only.
+        clip_sample: clip x̂_0 to [-1, 1], also for the classifier.
         output_type: what is returned.
 
     Raises:
-        ValueError: an argument is out of its range, or does not go with another.
+        ValueError: an argument is out of its range, or cannot be combined with another.
     """
 
     steps: int

@@ -25,7 +25,7 @@ def load_edm2(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
 ) -> EDM2Pipeline:
-    """An EDM2 pipeline from NVIDIA's checkpoints, which are read without executing them.
+    """Load an EDM2 pipeline from NVIDIA's checkpoints, which are read without executing them.
 
     `load_edm2("edm2-img64-s", download=True)` once; afterwards the name alone. To convert files of one's own:
     `load_edm2(source="network.pkl", guide="other.pkl").save_pretrained("folder")`.
@@ -39,11 +39,11 @@ def load_edm2(
             `output_type="latent"`. A saved pipeline has its own.
         download: whether to fetch what is missing: checkpoints (S: 0.6 GB, XXL: 3 GB) and the autoencoder.
         device: where to put it.
-        dtype: of its weights, as torch's or by name; None is float32.
+        dtype: of its weights: a torch.dtype or its name; None is float32.
 
     Raises:
-        ValueError: an unknown preset, a source that holds no EDM2 networks, or something is not here and cannot or may
-            not be downloaded, which is found out within seconds.
+        ValueError: an unknown preset, a source that holds no EDM2 networks, or a file is missing and cannot or may not
+            be downloaded (reported within seconds).
     """
     known, kind, target = None if preset is None else edm2_preset(preset), checked_dtype(dtype), checked_device(device)
     if source is None:

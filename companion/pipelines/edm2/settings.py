@@ -18,8 +18,8 @@ class EDM2Settings:
     Args:
         steps: N of the sampler, which evaluates D 2N - 1 times; 1 to 10,000.
         guidance_scale: s of `D_reference + s (D - D_reference)`, the paper's "guidance"; 1 evaluates no reference.
-        interval: the σ, ends included, between which there is guidance (Kynkäänniemi et al. 2024); each evaluation
-            goes by its own σ. None is everywhere.
+        interval: the σ, ends included, between which there is guidance (Kynkäänniemi et al. 2024); each evaluation uses
+            its own σ. None is everywhere.
         reference: "guide", autoguidance or EDM2's guidance; "null_label", classifier-free guidance by the network
             itself; None is the guide if the pipeline has one, else the null label.
         sigma_min, sigma_max, rho: the noise levels (see `karras_levels`).

@@ -48,9 +48,9 @@ class RectifiedGradientGuidance(BaseGuidance):
     pipe.update_components(guider=RectifiedGradientGuidance(inner, scheduler=pipe.scheduler))
     ```
 
-    The noise level at which K is taken comes from `scheduler`: pass the pipeline's own. A saved guider keeps that
-    scheduler's settings, and goes by them when it is loaded, as long as they give the timesteps that the pipeline
-    comes with; where they do not (image-to-image, custom sigmas, schedulers of second order), the run is refused until
+    The noise level at which K is taken comes from `scheduler`: pass the pipeline's own. A saved guider stores that
+    scheduler's settings and uses them when it is loaded, as long as they give the timesteps that the pipeline comes
+    with; where they do not (image-to-image, custom sigmas, schedulers of second order), the run is refused until
     `guider.scheduler = pipe.scheduler` is set.
 
     The prediction followed is `c + product(K, guided - c) · w(t)`, c the conditional prediction; the other guider's
@@ -70,11 +70,12 @@ class RectifiedGradientGuidance(BaseGuidance):
         probes, seed, relative_step: see `RectifiedGuidanceConfig`.
         scheduler: the pipeline's, or its settings as in `config`; may be set later (`guider.scheduler = …`), and need
             not be known for `product="none"`.
-        guidance_scale: diffusers' s = 1 + w, if the guider's own is to be another.
+        guidance_scale: diffusers' s = 1 + w, if it should differ from the guider's own.
         start, stop: fractions of the steps, `0 <= start < 1`, `start <= stop <= 1`, between which there is guidance;
             the other guider's own hold as well.
-        enabled: whether there is guidance at all.
-        every, skip, cost: what to save, see `RectifiedGuidanceConfig`; `product="auto"` is short for `cost=1.0`.
+        enabled: whether to guide at all.
+        every, skip, cost: how to save evaluations, see `RectifiedGuidanceConfig`; `product="auto"` is short for
+            `cost=1.0`.
 
     Raises:
         ValueError: a guider, product, weight or scheduler that is not supported, or `guidance_scale` for a guider that
