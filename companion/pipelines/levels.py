@@ -1,8 +1,8 @@
 """The noise level behind a denoiser call, read from a diffusers scheduler.
 
 Pipelines pass their network a timestep; rectification needs α and σ in the coordinates of the network's own input,
-`z = α x_0 + σ ε`, and what the network predicts. Schedulers store these in three forms, one function each. A scheduler that
-keeps them in none of these is refused: a guessed level would give plausible, wrong pictures.
+`z = α x_0 + σ ε`, and what the network predicts. Schedulers store these in three forms, one function each. A scheduler
+that keeps them in none of these is refused: a guessed level would give plausible, wrong pictures.
 """
 
 import math
