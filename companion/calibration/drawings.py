@@ -24,7 +24,8 @@ from companion.exact.toys import Toy
 from companion.guidance.classifier.scores import DIVERGENCES, ClassifierScore, classifier_gradient, score_gradient
 from companion.plotting import OTHER_COLOURS, line_of
 
-NAMES = dict(zip(DIVERGENCES, ("reverse KL", "forward KL", "Jensen-Shannon", "squared Hellinger"), strict=True))
+_NAMES = ("reverse KL", "forward KL", "Jensen-Shannon", "squared Hellinger")
+NAMES: dict[str, str] = dict(zip(map(str, DIVERGENCES), _NAMES, strict=True))
 """Divergences as texts write them."""
 PLAIN: dict[str, Any] = {"color": OTHER_COLOURS[8], "linestyle": "-", "marker": "s"}
 LINES: dict[str, dict[str, Any]] = {
@@ -60,8 +61,8 @@ def draw_pushes(
     lead = torch.linspace(-12, 16, 400, dtype=torch.float64)
     columns: list[tuple[str, dict[str, ClassifierScore], dict[str, dict[str, Any]]]] = []
     for smoothing in smoothings:
-        scores = {n: ClassifierScore(divergence=n, strength=1.0, smoothing=smoothing) for n in DIVERGENCES}
-        columns.append((rf"divergences, $a$ = 1, $\epsilon$ = {smoothing:g}", dict(scores), LINES))
+        divergences = {str(n): ClassifierScore(divergence=n, strength=1.0, smoothing=smoothing) for n in DIVERGENCES}
+        columns.append((rf"divergences, $a$ = 1, $\epsilon$ = {smoothing:g}", divergences, LINES))
     if others:
         plain = {"marker": "", "linestyle": "-"}
         columns.append(

@@ -105,7 +105,8 @@ def draw_temperatures(
     highest: float = 10.0,
 ) -> Figure:
     """Every loss of `softmax(logits / T)` over T, each in a panel of its own, with the T at which it is smallest."""
-    grid = torch.logspace(*torch.tensor([lowest, highest]).log10().tolist(), 61, dtype=torch.float64)
+    first, last = torch.tensor([lowest, highest]).log10().tolist()
+    grid = torch.logspace(first, last, 61, dtype=torch.float64)
     figure, axes = plt.subplots(1, len(losses), figsize=(2.3 * len(losses), 2.6), sharex=True, sharey=True)
     for axis, (name, loss) in zip(axes, losses.items(), strict=True):
         values = losses_over_temperature(logits, labels, loss, grid)

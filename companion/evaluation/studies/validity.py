@@ -142,7 +142,7 @@ def adjusted(pairs: Sequence[tuple[Row, Row, Mapping[str, Comparison]]]) -> list
     for index, (one, other, compared) in enumerate(pairs):
         for name in compared:
             families.setdefault((one.method, other.method, name), []).append(index)
-    result = [
+    result: list[dict[str, Any]] = [
         {
             "first": one.name,
             "second": other.name,
