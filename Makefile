@@ -6,23 +6,23 @@
 #   COMPANION_PROFILE=paper notebooks at the papers' size instead of the quick one
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-PIP := .venv/bin/python -m pip --disable-pip-version-check
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
-SOURCES := companion tests $(wildcard demo.py benchmarks) $(NOTEBOOKS)
+SOURCES := companion tests $(wildcard demo.py benchmarks docs space tools) $(NOTEBOOKS)
 JOBS ?= 2
 export COMPANION_PROFILE ?= small
 
-.PHONY: help demo test notebooks bench lint
+.PHONY: help demo test notebooks docs bench lint
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       set up .venv and open the demo on http://127.0.0.1:7860"
 	@echo "make test       set up .venv and run all tests, notebooks included"
 	@echo "make notebooks  set up .venv and open the notebooks in JupyterLab"
+	@echo "make docs       set up .venv and build the site, build/site/index.html"
 	@echo "make bench      measure time, memory and exactness again, and print docs/benchmarks.md"
 	@echo "make lint       ruff and mypy"
 
-demo: .venv/ready
+demo: .venv/ready-demo
 	.venv/bin/python demo.py $(ARGS)
 
 # Files of tests, each whole, on JOBS processes of one thread each; a notebook's cells stay together and in order.
@@ -30,10 +30,15 @@ test: .venv/ready-dev
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart=0 \
 		--nbval-lax --nbval-current-env --nbval-cell-timeout=600 --durations=15 tests $(NOTEBOOKS) $(ARGS)
 
-notebooks: .venv/ready
+notebooks: .venv/ready-notebooks
 	.venv/bin/python -m jupyter lab notebooks
 
-bench: .venv/ready
+# From the outputs in the notebooks; nothing is executed. A warning, such as a link to nowhere, is an error.
+docs: .venv/ready-docs
+	.venv/bin/python -m sphinx -W --keep-going -q -j auto -d build/doctrees docs build/site
+	@echo "open build/site/index.html"
+
+bench: .venv/ready-all
 	.venv/bin/python -m benchmarks $(ARGS)
 
 lint: .venv/ready-dev
@@ -47,12 +52,9 @@ lint: .venv/ready-dev
 		echo "$(PYTHON) is no Python 3.11 or newer: install one, or name one: make demo PYTHON=/path/to/python3.11"; exit 1; }
 	"$(PYTHON)" -m venv .venv
 
-# torch first and alone: the next line then keeps the build that pip offers here, or the one already in .venv.
-.venv/ready: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e .
-	touch $@
-
-.venv/ready-dev: .venv/ready
-	$(PIP) install -c constraints.txt -e ".[dev]"
+# .venv/ready-NAME has what `make NAME` needs; tools/install.py says where torch comes from.
+EXTRAS_dev := all,dev,docs
+EXTRAS_docs := all,docs
+.venv/ready-%: pyproject.toml constraints.txt | .venv/bin/python
+	.venv/bin/python tools/install.py $(or $(EXTRAS_$*),$*)
 	touch $@

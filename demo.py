@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from companion.extras import MissingExtraError, need
+
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -78,6 +80,10 @@ def _arguments(argv: list[str] | None) -> tuple[_Parser, argparse.Namespace]:
 def main(argv: list[str] | None = None) -> None:
     """Serve the demo until it is interrupted; ends with status 2 and one sentence where an argument is wrong."""
     parser, chosen = _arguments(argv)
+    try:
+        need("demo", "the demo")
+    except MissingExtraError as error:
+        parser.error(str(error))
     for ending in (signal.SIGINT, signal.SIGTERM):  # also where the shell had them ignored
         signal.signal(ending, signal.default_int_handler)
     print("Loading …", flush=True)

@@ -9,26 +9,27 @@ What is not here is imported from its module: `docs/architecture.md` says where 
 
 import importlib
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from companion.guidance.classifier.scores import ClassifierScore
-from companion.guidance.noise_level import NoiseLevel
-from companion.guidance.parametrization import rectification_coefficients
-from companion.guidance.products import PRODUCTS
-from companion.guidance.rectification import apply_k, rectify
-from companion.guidance.weights import ConstantWeight, IntervalWeight, LinearWeight, PowerCosineWeight
-from companion.pipelines.adm.loading import load_adm
-from companion.pipelines.adm.pipeline import ADMPipeline
-from companion.pipelines.configuration import RectifiedGuidanceConfig
-from companion.pipelines.edm2.loading import load_edm2
-from companion.pipelines.edm2.pipeline import EDM2Pipeline
-from companion.pipelines.guider.guider import RectifiedGradientGuidance
-from companion.pipelines.hook import apply_rectified_guidance, rectified_guidance, remove_rectified_guidance
-from companion.pipelines.levels import noise_level
-from companion.pipelines.paper_models import PAPER_MODELS
-from companion.pipelines.product_step import GuidanceStep
-from companion.pipelines.registry import load, model_names
-from companion.seeding import sample_generators
+if TYPE_CHECKING:
+    from companion.guidance.classifier.scores import ClassifierScore
+    from companion.guidance.noise_level import NoiseLevel
+    from companion.guidance.parametrization import rectification_coefficients
+    from companion.guidance.products import PRODUCTS
+    from companion.guidance.rectification import apply_k, rectify
+    from companion.guidance.weights import ConstantWeight, IntervalWeight, LinearWeight, PowerCosineWeight
+    from companion.pipelines.adm.loading import load_adm
+    from companion.pipelines.adm.pipeline import ADMPipeline
+    from companion.pipelines.configuration import RectifiedGuidanceConfig
+    from companion.pipelines.edm2.loading import load_edm2
+    from companion.pipelines.edm2.pipeline import EDM2Pipeline
+    from companion.pipelines.guider.guider import RectifiedGradientGuidance
+    from companion.pipelines.hook import apply_rectified_guidance, rectified_guidance, remove_rectified_guidance
+    from companion.pipelines.levels import noise_level
+    from companion.pipelines.paper_models import PAPER_MODELS
+    from companion.pipelines.product_step import GuidanceStep
+    from companion.pipelines.registry import load, model_names
+    from companion.seeding import sample_generators
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,35 @@ __all__ = [
     "sample_generators",
 ]
 
+_HOME = {
+    "PAPER_MODELS": "companion.pipelines.paper_models",
+    "PRODUCTS": "companion.guidance.products",
+    "ADMPipeline": "companion.pipelines.adm.pipeline",
+    "ClassifierScore": "companion.guidance.classifier.scores",
+    "ConstantWeight": "companion.guidance.weights",
+    "EDM2Pipeline": "companion.pipelines.edm2.pipeline",
+    "GuidanceStep": "companion.pipelines.product_step",
+    "IntervalWeight": "companion.guidance.weights",
+    "LinearWeight": "companion.guidance.weights",
+    "NoiseLevel": "companion.guidance.noise_level",
+    "PowerCosineWeight": "companion.guidance.weights",
+    "RectifiedGradientGuidance": "companion.pipelines.guider.guider",
+    "RectifiedGuidanceConfig": "companion.pipelines.configuration",
+    "apply_k": "companion.guidance.rectification",
+    "apply_rectified_guidance": "companion.pipelines.hook",
+    "load": "companion.pipelines.registry",
+    "load_adm": "companion.pipelines.adm.loading",
+    "load_edm2": "companion.pipelines.edm2.loading",
+    "model_names": "companion.pipelines.registry",
+    "noise_level": "companion.pipelines.levels",
+    "rectification_coefficients": "companion.guidance.parametrization",
+    "rectified_guidance": "companion.pipelines.hook",
+    "rectify": "companion.guidance.rectification",
+    "remove_rectified_guidance": "companion.pipelines.hook",
+    "sample_generators": "companion.seeding",
+}
+"""Public name -> its module, imported when the name is first used: `import companion` itself takes milliseconds."""
+
 _MOVED = {
     "ADM_PRESETS": "companion.pipelines.adm.presets",
     "DIVERGENCES": "companion.guidance.classifier.scores",
@@ -90,8 +120,15 @@ _MOVED = {
 
 
 def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+        return value
     if name not in _MOVED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     message = f"companion.{name} is deprecated: import it from {_MOVED[name]}"
     warnings.warn(message, DeprecationWarning, stacklevel=2)
     return getattr(importlib.import_module(_MOVED[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

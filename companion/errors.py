@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from companion.extras import MissingExtraError
+
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _LONGEST = 300
 
@@ -69,8 +71,8 @@ def check_name(path: str | Path, what: str) -> Path:
 def run_command(work: Callable[[], int], *, traceback: bool = False) -> int:
     """Run a command and return its exit status; an error becomes one line on the standard error.
 
-    Errors that a user or a file can cause are `ValueError`, `OSError` or `MemoryError` and give 2. Anything else is a
-    fault of this program and gives 1; `traceback` shows where.
+    Errors that a user or a file can cause are `ValueError`, `OSError` or `MemoryError`; they and a missing extra give 2.
+    Anything else is a fault of this program and gives 1; `traceback` shows where.
     """
     try:
         return work()
@@ -80,7 +82,7 @@ def run_command(work: Callable[[], int], *, traceback: bool = False) -> int:
     except Exception as error:
         if traceback or isinstance(error, BrokenPipeError):
             raise
-        expected = isinstance(error, (ValueError, OSError, MemoryError))
+        expected = isinstance(error, (ValueError, OSError, MemoryError, MissingExtraError))
         hint = "" if expected else f" ({type(error).__name__}, a fault of this program; --traceback shows where)"
         print(f"error: {reason(error)}{hint}", file=sys.stderr)
         return 2 if expected else 1

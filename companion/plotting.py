@@ -10,6 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from companion.extras import need
+
+need("tables", __name__)
+
 import matplotlib.pyplot as plt
 import seaborn as sns
 from matplotlib.figure import Figure

@@ -31,9 +31,21 @@ def ranges(lines: list[str]) -> dict[str, Requirement]:
     return {canonicalize_name(requirement.name): requirement for requirement in requirements}
 
 
+OPTIONAL = PROJECT["optional-dependencies"]
 CORE = ranges(PROJECT["dependencies"])
-DEV = ranges(PROJECT["optional-dependencies"]["dev"])
-INCEPTION = ranges(PROJECT["optional-dependencies"]["inception"])
+
+
+def extra(name: str) -> dict[str, Requirement]:
+    """What an extra brings, with the extras that it names."""
+    found = ranges(OPTIONAL[name])
+    own = found.pop(PROJECT["name"], None)
+    for other in own.extras if own else ():
+        found |= extra(other)
+    return found
+
+
+ALL, DEV, DOCS, INCEPTION = extra("all"), extra("dev"), extra("docs"), extra("inception")
+PINNED = CORE | ALL | DEV | DOCS
 
 
 def pins() -> dict[str, str]:
@@ -43,15 +55,15 @@ def pins() -> dict[str, str]:
     return {canonicalize_name(pair[1]): pair[2] for pair in pairs if pair}
 
 
-@pytest.mark.parametrize("name", sorted(CORE | DEV))
+@pytest.mark.parametrize("name", sorted(PINNED))
 def test_every_dependency_is_pinned_inside_its_range(name: str) -> None:
-    requirement = (CORE | DEV)[name]
+    requirement = PINNED[name]
     assert requirement.specifier, f"{name} has no range in pyproject.toml"
     assert pins()[name] in requirement.specifier
 
 
 def test_what_the_dependencies_need_is_pinned_too() -> None:
-    pinned, waiting, seen = pins(), list(CORE | DEV), set()
+    pinned, waiting, seen = pins(), list(PINNED), set()
     while waiting:
         name = waiting.pop()
         if name in seen or CUDA.match(name):
@@ -73,13 +85,15 @@ def test_constraints_fit_a_cpu_and_name_no_place() -> None:
 
 def test_conda_installs_the_same_names_and_ranges() -> None:
     assert ENVIRONMENT["name"] == PROJECT["name"]
-    *conda, pip = ENVIRONMENT["dependencies"]
-    assert conda == ["python=3.11", "pip"]
+    python, torch, *rest = ENVIRONMENT["dependencies"]
+    assert python == "python=3.11"
     assert "3.11" in Requirement(f"python{PROJECT['requires-python']}").specifier
-    first, *listed, last = pip["pip"]
-    assert first == "-c constraints.txt"
-    assert last == "-e ."
-    assert ranges(listed) == CORE
+    assert torch.startswith("py")
+    [manager, through_pip] = rest
+    *listed, last = through_pip["pip"]
+    assert (manager, last) == ("pip", "-e .")
+    # conda-forge calls it pytorch; no pins, since pip would replace conda's build by its own of the pinned version
+    assert ranges([torch.removeprefix("py"), *listed]) == CORE | ALL
 
 
 def notebook_source(path: Path) -> str:
@@ -113,7 +127,7 @@ def undeclared(code: str, declared: set[str]) -> set[str]:
 
 
 def test_what_users_run_imports_only_declared_dependencies() -> None:
-    allowed = set(CORE | INCEPTION)
+    allowed = set(CORE | ALL | INCEPTION)
     wrong = {
         str(file.relative_to(ROOT)): missing
         for file, code in sources("companion", "demo.py", "benchmarks", "notebooks")
@@ -125,8 +139,8 @@ def test_what_users_run_imports_only_declared_dependencies() -> None:
 def test_what_developers_run_imports_only_declared_dependencies() -> None:
     wrong = {
         str(file.relative_to(ROOT)): missing
-        for file, code in sources("tests")
-        if (missing := undeclared(code, set(CORE | DEV)))
+        for file, code in sources("tests", "docs", "tools")
+        if (missing := undeclared(code, set(PINNED)))
     }
     assert not wrong, "add these to the dev extra in pyproject.toml and to constraints.txt"
 
@@ -174,19 +188,27 @@ def test_the_citation_names_this_version_and_both_papers() -> None:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs GNU make")
-@pytest.mark.parametrize("target", ["demo", "test", "notebooks", "bench", "lint"])
-def test_make_sets_up_before_it_runs(target: str, tmp_path: Path) -> None:
-    """In a clean copy: .venv, then torch alone, then the package, all under the pins; then the target itself."""
+@pytest.mark.parametrize(
+    ("target", "extras"),
+    [
+        ("demo", "demo"),
+        ("notebooks", "notebooks"),
+        ("bench", "all"),
+        ("docs", "all,docs"),
+        ("test", "all,dev,docs"),
+        ("lint", "all,dev,docs"),
+    ],
+)
+def test_make_sets_up_before_it_runs(target: str, extras: str, tmp_path: Path) -> None:
+    """In a clean copy: .venv, then the package with the extras that the target needs, then the target itself."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     commands = run(["make", "-n", target], tmp_path).replace("\\\n", " ").splitlines()
-    installs = [command for command in commands if " pip " in command and " install " in command]
-    assert any("-m venv .venv" in command for command in commands)
-    assert all("-c constraints.txt" in command for command in installs)
-    assert installs[0].endswith(" torch")
-    assert installs[1].endswith(" -e .")
-    assert len(installs) == (3 if target in ("test", "lint") else 2)
-    assert not any("install" in command for command in commands[-1:])
+    installs = [place for place, command in enumerate(commands) if "install.py" in command]
+    assert [commands[place] for place in installs] == [f".venv/bin/python tools/install.py {extras}"]
+    assert any("-m venv .venv" in command for command in commands[: installs[0]])
+    assert all(name in OPTIONAL for name in extras.split(","))
+    assert ".venv/bin/python" in commands[installs[0] + 2]  # after the stamp
     assert target in run(["make", "help"], tmp_path)
 
 

@@ -7,6 +7,10 @@ crosses a bin's edge; the smooth one by a kernel whose width the data set (Błas
 
 from typing import NamedTuple
 
+from companion.extras import need
+
+need("tables", __name__)
+
 import numpy as np
 import scipy.fft
 import torch

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+from companion.extras import need
+
+need("tables", __name__)
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int

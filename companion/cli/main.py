@@ -26,8 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = {name: parsers.add_parser(name, help=line, description=line) for name, line in COMMANDS.items()}
     if not given or given[0] not in known:
         parser.parse_args(given)  # prints help or the error, and exits
-    command = import_module(f"companion.cli.{given[0]}")
-    command.add_arguments(known[given[0]])
     known[given[0]].add_argument("--traceback", action="store_true", help="show where a fault of this program is")
-    options = parser.parse_args(given)
-    return run_command(lambda: command.run(options), traceback=options.traceback)
+
+    def work() -> int:
+        command = import_module(f"companion.cli.{given[0]}")
+        command.add_arguments(known[given[0]])
+        return command.run(parser.parse_args(given))
+
+    return run_command(work, traceback="--traceback" in given)

@@ -1,6 +1,10 @@
 """Ground truth in 1D and 2D: mixtures, chains on a grid, the optimal direction (the paper calls it golden), and what
 standard guidance leaves out."""
 
+from companion.extras import need
+
+need("tables", __name__)
+
 from companion.deprecation import renamed_names
 from companion.exact.accuracy import Accuracy, accuracy, optimum_error, weighted_error
 from companion.exact.bounds import (

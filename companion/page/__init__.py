@@ -7,6 +7,10 @@ The page samples nothing itself: a tab reads its controls into settings and show
 from collections.abc import Sequence
 from typing import Any
 
+from companion.extras import need
+
+need("demo", __name__)
+
 import gradio as gr
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
