@@ -35,7 +35,7 @@ notebooks: .venv/ready-notebooks
 
 # From the outputs in the notebooks; nothing is executed. A warning, such as a link to nowhere, is an error.
 docs: .venv/ready-docs
-	.venv/bin/python -m sphinx -W --keep-going -q -j auto -d build/doctrees docs build/site
+	.venv/bin/python -m sphinx -W --keep-going -q -j auto -d build/doctrees -c docs . build/site
 	@echo "open build/site/index.html"
 
 bench: .venv/ready-all
@@ -54,7 +54,6 @@ lint: .venv/ready-dev
 
 # .venv/ready-NAME has what `make NAME` needs; tools/install.py says where torch comes from.
 EXTRAS_dev := all,dev,docs
-EXTRAS_docs := all,docs
 .venv/ready-%: pyproject.toml constraints.txt | .venv/bin/python
 	.venv/bin/python tools/install.py $(or $(EXTRAS_$*),$*)
 	touch $@

@@ -194,7 +194,7 @@ def test_the_citation_names_this_version_and_both_papers() -> None:
         ("demo", "demo"),
         ("notebooks", "notebooks"),
         ("bench", "all"),
-        ("docs", "all,docs"),
+        ("docs", "docs"),
         ("test", "all,dev,docs"),
         ("lint", "all,dev,docs"),
     ],

@@ -82,3 +82,4 @@ _MODELS = (
     ),
 )
 PAPER_MODELS: Mapping[str, PaperModel] = MappingProxyType({model.name: model for model in _MODELS})
+"""Name -> the published model, with the arguments of the papers' runs."""
