@@ -71,8 +71,8 @@ def check_name(path: str | Path, what: str) -> Path:
 def run_command(work: Callable[[], int], *, traceback: bool = False) -> int:
     """Run a command and return its exit status; an error becomes one line on the standard error.
 
-    Errors that a user or a file can cause are `ValueError`, `OSError` or `MemoryError`; they and a missing extra give 2.
-    Anything else is a fault of this program and gives 1; `traceback` shows where.
+    Errors that a user or a file can cause are `ValueError`, `OSError` or `MemoryError`. They give 2, as a missing extra
+    does. Anything else is a fault of this program and gives 1; `traceback` shows where.
     """
     try:
         return work()
