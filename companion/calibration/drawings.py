@@ -100,7 +100,8 @@ def draw_pushes(
 
 
 def draw_forces(centres: Float[Tensor, "classes 2"], smoothings: Sequence[float] = (0.9, 0.3)) -> Figure:
-    """`-∇D_f` of every divergence in the plane for unit-Gaussian classes; shaded, the label's probability.
+    """`-∇D_f` of every divergence in the plane for unit-Gaussian classes, each column with a scale of its own; shaded,
+    the label's probability.
 
     Args:
         centres: of the classes; the first is the label.
@@ -110,17 +111,19 @@ def draw_forces(centres: Float[Tensor, "classes 2"], smoothings: Sequence[float]
     believed = classifier(plane.points).softmax(1)[:, 0].reshape(plane.shape)
     plain = classifier_gradient(classifier, plane.points, 0).gradient
     figure, axes = plt.subplots(
-        len(smoothings), 4, figsize=(12, 3.1 * len(smoothings)), sharex=True, sharey=True, squeeze=False
+        len(smoothings), 4, figsize=(12, 3.2 * len(smoothings)), sharex=True, sharey=True, squeeze=False
     )
-    for row, smoothing in zip(axes, smoothings, strict=True):
-        for axis, name in zip(row, DIVERGENCES, strict=True):
-            score = ClassifierScore(divergence=name, strength=1.0, smoothing=smoothing)
-            force = (classifier_gradient(classifier, plane.points, 0, score).gradient - plain).reshape(*plane.shape, 2)
+    for column, name in zip(axes.T, DIVERGENCES, strict=True):
+        scores = [ClassifierScore(divergence=name, strength=1.0, smoothing=smoothing) for smoothing in smoothings]
+        forces = [classifier_gradient(classifier, plane.points, 0, score).gradient - plain for score in scores]
+        longest = max(float(force.norm(dim=1).max()) for force in forces)
+        for axis, smoothing, force in zip(column, smoothings, forces, strict=True):
             draw_map(axis, plane, believed, highest=1.6, cmap="Greys")
-            draw_field(axis, plane, force, LINES[name]["color"], arrows=12, longest=1.2)
+            field = force.reshape(*plane.shape, 2)
+            draw_field(axis, plane, field, LINES[name]["color"], arrows=12, longest=longest)
             axis.plot(*centres[1:].T, "o", color="w", mec="k", ms=6)
             axis.plot(*centres[0], "*", color="w", mec="k", ms=11)
-            axis.set_title(f"{NAMES[name]}, $\\epsilon$ = {smoothing:g}", fontsize="small")
+            axis.set_title(f"{NAMES[name]}, $\\epsilon$ = {smoothing:g}\nfull arrow: {longest:.2f}", fontsize="small")
     return figure
 
 

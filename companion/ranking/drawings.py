@@ -1,13 +1,17 @@
 """The ranking in one figure: which rule, for which situation, at what price."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from companion.plotting import COLOURS
+from companion.exact.densities import wasserstein1
+from companion.plotting import COLOURS, line_of
+from companion.ranking.problems import Problem
 from companion.ranking.ranking import Ranking
+from companion.ranking.rules import rectified, schedules
+from companion.ranking.sampler import Chain, noise_levels, push_forward
 from companion.ranking.standings import Standing, standings
 
 _SHOWN = {"none": "unguided", "CFG": "CFG", "REG": "jvp", "covariance": "covariance"}
@@ -37,6 +41,33 @@ def draw_ranking(ranking: Ranking, *, leave_out: Sequence[str] = ("REG, diagonal
     axes[0].set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
     figure.supxlabel("share of no guidance's distance to the truth that is left", fontsize="medium")
     return figure
+
+
+def draw_produced(problems: Mapping[str, Problem], steps: int = 40) -> tuple[Figure, dict[str, dict[str, float]]]:
+    """What no guidance, CFG and REG make of problems on a line at their own w, over their targets.
+
+    Args:
+        problems: by a title, each of one dimension.
+
+    Returns:
+        The figure, a panel a problem, and by title and rule the Wasserstein-1 distance to the target.
+    """
+    rules = {"unguided": schedules.unguided, "CFG": schedules.cfg, "REG": rectified.reg}
+    figure, axes = plt.subplots(1, len(problems), figsize=(4.2 * len(problems), 3.1), squeeze=False)
+    found: dict[str, dict[str, float]] = {}
+    for axis, (title, problem) in zip(axes[0], problems.items(), strict=True):
+        line = problem.grid()
+        target = problem.density(line)
+        chains = [Chain(name, rule, problem.weight, 1.0) for name, rule in rules.items()]
+        push_forward(problem, chains, line, noise_levels(steps))
+        axis.fill_between(line.axes[0], target, color="0.85", lw=0, label="target")
+        for chain in chains:
+            axis.plot(line.axes[0], chain.density, **line_of(chain.name), label=chain.name)
+        found[title] = {chain.name: wasserstein1(line, chain.density, target) for chain in chains}
+        axis.set(xlim=(-2.6, 2.6), xlabel="$x_0$", yticks=[])
+        axis.set_title(f"{title}, w = {problem.weight:g}", fontsize="small")
+    axes[0, 0].legend(fontsize="small")
+    return figure, found
 
 
 def tied_with_best(found: dict[str, Standing]) -> set[str]:

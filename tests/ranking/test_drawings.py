@@ -6,7 +6,9 @@ import matplotlib.pyplot as plt
 import pytest
 
 from companion.exact.sampling import Interval
-from companion.ranking.drawings import draw_ranking, tied_with_best
+from companion.exact.toys import toy
+from companion.ranking.drawings import draw_produced, draw_ranking, tied_with_best
+from companion.ranking.problems import perfect
 from companion.ranking.ranking import Ranking
 from companion.ranking.standings import Standing, standings
 from companion.ranking.suites import LINE, PLANE
@@ -60,3 +62,10 @@ def test_the_figure(ranking):
     assert dots[names.index("CFG")].get_markerfacecolor() == "white"
     assert dots[names.index("REG")].get_xdata()[0] == pytest.approx(math.sqrt(0.2))
     plt.close(figure)
+
+
+def test_what_is_produced_is_drawn_over_its_target_and_measured():
+    problem = perfect(toy("shared_mode"), 3.0, LINE)
+    figure, found = draw_produced({"one": problem}, steps=20)
+    assert [line.get_label() for line in figure.axes[0].get_lines()] == ["unguided", "CFG", "REG"]
+    assert found["one"]["CFG"] < found["one"]["REG"] < found["one"]["unguided"]  # as notebook 16 measures them

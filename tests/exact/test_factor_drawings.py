@@ -1,0 +1,47 @@
+"""Factors, gains and distances in pictures: what is drawn is what is measured, each method in its own style."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+
+from companion.exact.chain import linear_schedule
+from companion.exact.comparison import compare, gains
+from companion.exact.factor_drawings import draw_distances, draw_factors, draw_gains
+from companion.exact.methods import method_fields
+from companion.exact.sampling import Interval
+from companion.exact.toys import toy
+from companion.plotting import COLOURS
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def test_the_factor_of_equal_branches_is_cfg_s_and_reg_s_is_k():
+    cfg, reg, formula = (axis.images[0].get_array() for axis in draw_factors((3.0,)).axes[:3])
+    assert (cfg == 1).all()
+    np.testing.assert_allclose(reg[50], np.linspace(0, 1, 201), atol=1e-6)
+    np.testing.assert_allclose(np.diagonal(formula)[1:], 1, atol=1e-6)
+    assert formula[200, 100] == pytest.approx(0.5 / (1 + 3 * 0.5))  # K_u = 1: K (I + w (I - K))⁻¹
+
+
+def test_gains_are_drawn_in_each_method_s_style():
+    data = toy("paper_1d")
+    [comparison] = compare(data, (1.0,), data.grid(101, margin=4.0), linear_schedule(6, 0.01, 0.5))
+    [axis] = draw_gains({"one": comparison}, ("CFG", "jvp")).axes
+    lines = {line.get_label(): line for line in axis.get_lines()}
+    assert list(lines) == ["CFG", "REG", "optimal"]
+    assert all(to_rgb(line.get_color()) == to_rgb(COLOURS[name]) for name, line in lines.items())
+    fields = method_fields(comparison, ("CFG", "jvp"))
+    expected = gains(fields["jvp"], fields["CFG"], comparison.densities)
+    np.testing.assert_allclose(lines["REG"].get_ydata(), expected)
+
+
+def test_distances_have_a_panel_for_every_set_and_weight():
+    found = {"CFG": Interval(0.01, 0.02, 0.03), "optimal": Interval(0.0, 0.001, 0.002)}
+    keys = [(name, weight) for name in ("a", "b_c") for weight in (1.0, 3.0)]
+    figure = draw_distances(dict.fromkeys(keys, found), dict.fromkeys(keys, 0.001))
+    assert [axis.get_title() for axis in figure.axes] == ["a, $w$ = 1", "b c, $w$ = 1", "a, $w$ = 3", "b c, $w$ = 3"]
