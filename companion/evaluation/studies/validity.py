@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from companion.evaluation.studies.validity_pictures import (
     read_row,
 )
 from companion.evaluation.studies.validity_rows import METHODS, MODELS, Row, rows_of
+from companion.guidance.noise_level import NoiseLevel
 from companion.minis.scene_regressor import reconstructed
 from companion.minis.scenes import render, scene
 from companion.pipelines.configuration import RectifiedGuidanceConfig
@@ -58,7 +59,7 @@ SAMPLES = 60
 RESULTS = Path("notebooks/results/validity.json")
 ATTRIBUTES = ("shape", "colour", "texture", "size")
 CEILINGS = ("real scenes", "autoencoder")
-_RESAMPLES = 400  # of the law distance's paired bootstrap
+_RESAMPLES = 200  # of the law distance's paired bootstrap
 _HELD_OUT_SEED = 99  # scenes that no model has learned from
 _CHUNK = 100
 
@@ -163,11 +164,15 @@ def wanted_pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
     return [(one, other) for one, other in pairs if other in there]
 
 
+@cache
+def _levels(model: str) -> tuple[NoiseLevel, ...]:
+    steps = MODELS[model].steps
+    return tuple(heun_levels(steps) if model == "mini-edm2" else scheduler_levels(load(model).scheduler, steps))
+
+
 def planned_evaluations(row: Row) -> int:
     """Evaluations of the network for one picture."""
-    model = MODELS[row.model]
-    pipe = load(row.model)
-    levels = heun_levels(model.steps) if row.model == "mini-edm2" else scheduler_levels(pipe.scheduler, model.steps)
+    levels = _levels(row.model)
     if row.method == "no guidance":
         return len(levels)
     return evaluations(row.config or RectifiedGuidanceConfig(product="none"), levels)
