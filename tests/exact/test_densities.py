@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from companion.exact import Grid, kl, mass, moments, normalise, sample_density, total_variation, wasserstein1
-from companion.exact.densities import spread
+from companion.exact.densities import kolmogorov, spread
 
 
 def normal(grid, mean, std):
@@ -58,3 +58,15 @@ def test_normalise_and_sample():
     assert stats.kstest(x[:, 0].numpy(), stats.norm(1.0, 0.7).cdf).pvalue > 1e-3
     with pytest.raises(ValueError, match="nan"):
         normalise(grid, torch.full(grid.shape, torch.nan))
+
+
+def test_kolmogorov_distance_is_scipy_s():
+    grid = Grid.line(-8, 8, 3201)
+    density = normalise(grid, -0.5 * grid.axes[0] ** 2)
+    samples = 0.2 + torch.randn(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = stats.kstest(samples.numpy(), "norm").statistic
+    assert kolmogorov(grid, density, samples) == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(ValueError, match="samples must lie on the grid"):
+        kolmogorov(grid, density, torch.tensor([9.0]))
+    with pytest.raises(ValueError, match="1D grid"):
+        kolmogorov(Grid.square(-1, 1, 9), torch.ones(9, 9), samples)

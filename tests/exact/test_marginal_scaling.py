@@ -18,6 +18,13 @@ from companion.exact import (
     tilted_marginals,
     toy,
 )
+from companion.exact.guided_chain import guided_chain
+from companion.exact.marginal_scaling import (
+    marginal_gap,
+    rewards_from_constant,
+    score_formula_error,
+    step_contradictions,
+)
 
 SCHEDULE = linear_schedule(20, 1e-3, 0.5)
 GRID = Grid.line(-7, 7, 1401)
@@ -87,3 +94,42 @@ def test_there_is_no_kernel_zero():
     chain, _ = paper_chain()
     with pytest.raises(ValueError, match=r"t must be in 1..20, got 0"):
         implied_reward(chain, GRID, torch.ones(21, 1401), torch.zeros(1401), 0)
+
+
+def test_without_guidance_the_claim_is_kept():
+    chain, data = paper_chain()
+    densities = chain.push_forward(GRID)
+    gap = marginal_gap(chain, chain, GRID, densities, classifier_free_reward(data.classes[0], data.unconditional, 0.0))
+    assert max(*map(abs, gap.kl), *gap.total_variation) < 1e-8
+    assert max(map(abs, step_contradictions(chain, GRID, gap.claimed))) < 1e-8
+
+
+def test_a_guided_step_contradicts_the_claim():
+    """The contradiction of one step is the distance of what the kernel implies from what is claimed."""
+    chain, data = paper_chain()
+    densities, reward = chain.push_forward(GRID), classifier_free_reward(data.classes[0], data.unconditional)
+    guided = guided_chain(chain, data.unconditional, 1.0)
+    gap = marginal_gap(chain, guided, GRID, densities, reward)
+    t = 8
+    implied = implied_reward(chain, GRID, densities, reward.log(GRID.points, *SCHEDULE.level(t)), t)
+    made = normalise(GRID, densities[t - 1].log() + implied.nan_to_num(-torch.inf))
+    assert step_contradictions(guided, GRID, gap.claimed)[t - 1] == pytest.approx(
+        kl(GRID, made, gap.claimed[t - 1]), rel=1e-2
+    )
+    assert gap.kl[0] > 0.01
+
+
+def test_rewards_from_a_constant_are_constant():
+    chain, _ = paper_chain()
+    densities = chain.push_forward(GRID)
+    implied = rewards_from_constant(chain, GRID, densities)
+    assert implied.shape == (21, 1401)
+    assert float(implied[densities > 1e-6].abs().max()) < 1e-9
+
+
+def test_score_formula_holds_for_noised_data_only():
+    chain, data = paper_chain()
+    noised = torch.stack([data.classes[0].log_prob(GRID.points, *SCHEDULE.level(t)).exp() for t in range(21)])
+    assert score_formula_error(chain, GRID, noised) < 1e-3
+    guided = guided_chain(chain, data.unconditional, 1.0)
+    assert score_formula_error(guided, GRID, guided.push_forward(GRID)) > 0.1
