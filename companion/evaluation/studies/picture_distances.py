@@ -1,0 +1,197 @@
+"""How near skipping and reuse come to the pictures of full rectification, picture by picture, and why they can.
+
+The same noise under CFG, under REG at every step, and under each way to save evaluations. A picture's ratio is its
+distance to REG's picture over the distance of CFG's picture to it: 0 is REG's own picture, below 1 is nearer than CFG.
+Why: the share `‖KΔ‖ / ‖Δ‖` of the guidance direction that K passes, step by step.
+
+`python -m companion.evaluation.studies.picture_distances` draws and measures, and writes what notebook 07b reads.
+"""
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from diffusers import DiffusionPipeline
+from jaxtyping import Float
+from torch import Tensor
+
+from companion.evaluation.metrics.figures import Figure
+from companion.evaluation.metrics.metrics import share
+from companion.evaluation.metrics.scene_validity import percentile
+from companion.files import read_json, write_json
+from companion.guidance import skipping
+from companion.minis.drawing import draw
+from companion.minis.scenes import SHAPES, scene
+from companion.minis.shipping import WEIGHTS
+from companion.pipelines.configuration import RectifiedGuidanceConfig
+from companion.pipelines.hook import rectified_guidance
+from companion.pipelines.product_step import GuidanceStep, RectifiedRun
+from companion.pipelines.registry import load
+from companion.provenance import provenance
+
+COMMAND = ("python", "-m", "companion.evaluation.studies.picture_distances")
+RESULTS = Path("notebooks/results/picture_distances.json")
+PICTURES, BATCH, SEED = 24, 8, 20614
+"""The seed is of noise and captions. `SHARE` was chosen on seed 0."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to guide.
+
+    Args:
+        settings: of `RectifiedGuidanceConfig`.
+        starts_at: the share from which a budget guides (`companion.guidance.skipping.SHARE`); None is the shipped one.
+    """
+
+    settings: Mapping[str, Any]
+    starts_at: float | None = None
+
+
+WAYS = {
+    "every=3": Way({"every": 3}),
+    "skip=0.2": Way({"skip": 0.2}),
+    "auto": Way({"product": "auto"}),
+    "auto, from 0.1": Way({"product": "auto"}, 0.1),
+    "auto, from 0.4": Way({"product": "auto"}, 0.4),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is drawn.
+
+    Args:
+        model: a mini's name.
+        guidance_scale: diffusers' s = 1 + w.
+        steps: of the pipeline's own sampler.
+    """
+
+    model: str
+    guidance_scale: float
+    steps: int
+
+
+SETTINGS = (
+    Setting("mini-sd", 7.5, 25),
+    Setting("mini-dit", 4.0, 25),
+    Setting("mini-sd", 7.5, 50),
+    Setting("mini-dit", 4.0, 50),
+    Setting("mini-edm2", 2.0, 25),
+)
+
+
+def conditions(pipe: DiffusionPipeline, count: int, seed: int) -> list[str] | list[int]:
+    """Captions of random scenes of one object; for a pipeline of classes, every class in turn."""
+    if hasattr(pipe, "tokenizer"):
+        return [scene(seed, index, 1).caption for index in range(count)]
+    return [index % len(SHAPES) for index in range(count)]
+
+
+def drawn(
+    pipe: DiffusionPipeline, setting: Setting, asked: Sequence[Any], way: Way, seed: int
+) -> tuple[Float[Tensor, "samples 3 height width"], float]:
+    """Pictures, and the evaluations spent on one of them in multiples of CFG's; batches of eight, whose samples skip
+    together."""
+    last: list[GuidanceStep] = []
+    with ExitStack() as stack:
+        if way.starts_at is not None:
+            stack.enter_context(patch.object(skipping, "SHARE", way.starts_at))
+        stack.enter_context(rectified_guidance(pipe, RectifiedGuidanceConfig(**way.settings), on_step=last.append))
+        images = draw(
+            pipe, asked, guidance_scale=setting.guidance_scale, num_inference_steps=setting.steps, seed=seed,
+            batch_size=BATCH,
+        )  # fmt: skip
+    ends = [step for step in last if step.index == step.total - 1]
+    return images, sum(step.spent for step in ends) / len(ends) / (2 * ends[-1].total)
+
+
+def distance_ratios(
+    images: Float[Tensor, "samples ..."], cfg: Float[Tensor, "samples ..."], reg: Float[Tensor, "samples ..."]
+) -> Float[Tensor, " samples"]:
+    """`‖images - reg‖ / ‖cfg - reg‖` of every picture."""
+    return (images - reg).flatten(1).norm(dim=1) / (cfg - reg).flatten(1).norm(dim=1)
+
+
+@contextmanager
+def shares_passed() -> Iterator[list[tuple[float, Float[Tensor, " samples"]]]]:
+    """Within the block: (log SNR, `‖KΔ‖ / ‖Δ‖` of every sample) of each evaluation of a product, in a list."""
+    found: list[tuple[float, Tensor]] = []
+    keep: Callable[..., None] = RectifiedRun.keep
+
+    def noted(run: RectifiedRun, direction: Tensor, k_delta: Tensor) -> None:
+        passed = k_delta.flatten(1).norm(dim=1) / direction.flatten(1).norm(dim=1)
+        found.append((run._level.log_snr, passed.detach().cpu()))
+        keep(run, direction, k_delta)
+
+    with patch.object(RectifiedRun, "keep", noted):
+        yield found
+
+
+def measured(setting: Setting, *, pictures: int = PICTURES, seed: int = SEED) -> dict[str, Any]:
+    """One setting's ratios for every way, and the shares along the fully rectified run, as plain JSON."""
+    pipe = load(setting.model)
+    pipe.set_progress_bar_config(disable=True)
+    asked = conditions(pipe, pictures, seed)
+    cfg, _ = drawn(pipe, setting, asked, Way({"product": "none"}), seed)
+    with shares_passed() as shares:
+        reg, _ = drawn(pipe, setting, asked, Way({}), seed)
+    batches = -(-pictures // BATCH)
+    levels = [level for level, _ in shares[: len(shares) // batches]]
+    passed = torch.stack([value for _, value in shares]).view(batches, len(levels), -1).mean(dim=(0, 2))
+    ways = {}
+    for name, way in WAYS.items():
+        images, spent = drawn(pipe, setting, asked, way, seed)
+        ratios = distance_ratios(images, cfg, reg)
+        ways[name] = {"spent": round(spent, 4), "ratios": [round(value, 4) for value in ratios.tolist()]}
+        print(f"{setting.model}, {setting.steps} steps, {name}: {summary(ways[name]['ratios'])[0].text()}", flush=True)
+    return {
+        **asdict(setting),
+        "pictures": pictures,
+        "weights_sha256": weights_digest(setting.model),
+        "log_snr": [round(level, 4) for level in levels],
+        "shares": [round(value, 4) for value in passed.tolist()],
+        "ways": ways,
+    }
+
+
+def summary(ratios: Sequence[float]) -> tuple[Figure, Figure]:
+    """Median ratio and the share of pictures nearer to REG's than CFG's are, with 95 % intervals."""
+    values = torch.tensor(ratios, dtype=torch.float64)
+    return percentile(values, 0.5), share(values < 1)
+
+
+def weights_digest(model: str) -> str:
+    """SHA-256 of a mini's weights, all files together."""
+    digest = hashlib.sha256()
+    for file in sorted((WEIGHTS / model).rglob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog=" ".join(COMMAND), description=__doc__)
+    names = sorted({setting.model for setting in SETTINGS})
+    parser.add_argument("--models", nargs="+", choices=names, default=names, help="the others' rows stay as they are")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help=f"a multiple of {BATCH}")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE")
+    options = parser.parse_args(arguments)
+    rows = read_json(options.out)["rows"] if options.out.exists() else []
+    source = provenance(command=[*COMMAND, *(sys.argv[1:] if arguments is None else arguments)])
+    for setting in SETTINGS:
+        if setting.model in options.models:
+            row = {**measured(setting, pictures=options.pictures), "seed": SEED, "provenance": source}
+            rows = [old for old in rows if (old["model"], old["steps"]) != (setting.model, setting.steps)] + [row]
+            write_json(options.out, {"rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
