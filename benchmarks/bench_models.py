@@ -30,7 +30,8 @@ from companion.provenance import provenance
 
 RESULTS = Path(__file__).parent.parent / "notebooks" / "results" / "runtime.json"
 METHODS = ("none", "published", "finite_difference", "auto", "ones", "vjp", "jvp")
-"""As notebook 07 names them; `published` is `ones` as the paper's code does it: both branches in one graph."""
+"""As `results/runtime.json` names them; notebook 07 has labels of its own. `published` is `ones` as the paper's code
+does it: both branches in one graph."""
 ROUNDS = 3
 
 

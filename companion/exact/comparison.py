@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from companion.deprecation import RenamedAttribute
-from companion.exact.chain import DDPMChain, NoiseSchedule, mixture_prediction
+from companion.exact.chain import FINEST, DDPMChain, NoiseSchedule, mixture_prediction
 from companion.exact.densities import normalise
 from companion.exact.directions import Field, direction_error, win_ratio
 from companion.exact.grids import Grid, evaluate
@@ -66,13 +66,14 @@ def compare(
     label: int = 0,
     margin: float = 0.0,
     kinks: bool = False,
+    finest: int = FINEST,
 ) -> list[Comparison]:
     """All directions on a grid, one comparison per weight; only the optimal one has to be computed for each.
 
     Args:
         weights: the paper's w.
         grid: fine enough for the data's narrowest Gaussian (`accuracy` tells); must hold the reward's largest values.
-        margin, kinks: of `DDPMChain.optimum`.
+        margin, kinks, finest: of `DDPMChain.optimum`.
 
     Raises:
         ValueError: no weights, or a label without data.
@@ -91,7 +92,7 @@ def compare(
         reward = classifier_free_reward(conditional, unconditional, weight)
         # The reward's largest value on the grid, and a little for what lies between its points.
         bound = float(evaluate(grid, reward).max()) + 0.1
-        optimal = chain.optimum(grid, reward, margin=margin, bound=bound, kinks=kinks).direction
+        optimal = chain.optimum(grid, reward, margin=margin, bound=bound, kinks=kinks, finest=finest).direction
         fields = {name: weight * field for name, field in unit.items()}
         comparisons.append(Comparison(data, label, weight, grid, reward, chain, fields, optimal, densities))
     return comparisons

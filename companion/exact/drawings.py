@@ -105,23 +105,31 @@ def draw_win_ratios(
 
 
 def draw_intervals(
-    axis: Axes, distances: Mapping[str, Interval], floor: float, *, colours: Mapping[str, object] = COLOURS
+    axis: Axes,
+    distances: Mapping[str, Interval],
+    floor: float,
+    *,
+    colours: Mapping[str, object] = COLOURS,
+    linear: float = 1e-3,
 ) -> None:
-    """One dot and bar per method on a logarithmic axis; the noise floor is shaded, and what is below a third of it is
-    drawn there.
+    """One dot and bar per method; values up to the noise floor are shaded.
+
+    The axis is linear between `-linear` and `linear` and logarithmic outside: unbiased estimates of a small distance
+    may be 0 or below, and are drawn where they are.
 
     Args:
         colours: one for every method.
+        linear: above 0, in the distances' units.
     """
-    # Unbiased estimates of a small distance may be 0 or below; an axis that is logarithmic must end somewhere.
-    least = max(floor, 1e-4) / 3
     for row, (name, (low, value, high)) in enumerate(distances.items()):
-        ends = [max(end, least) for end in (low, high)]
-        axis.plot(ends, [row, row], color=colours[name], linewidth=2, solid_capstyle="butt")
-        axis.plot([max(value, least)], [row], "o", color=colours[name], markersize=5)
-    axis.axvspan(least / 2, floor, color="0.9", zorder=0)
-    axis.set(xscale="log", yticks=range(len(distances)), yticklabels=list(distances))
+        axis.plot([low, high], [row, row], color=colours[name], linewidth=2, solid_capstyle="butt")
+        axis.plot([value], [row], "o", color=colours[name], markersize=5)
+    ends = [end for low, _, high in distances.values() for end in (low, high)]
+    axis.set_xscale("symlog", linthresh=linear, linscale=0.7)
+    axis.set_xlim(min(*ends, -linear / 2) * 1.2, max(*ends, floor, linear) * 1.5)
+    axis.axvspan(-1e3, max(floor, 0.0), color="0.9", zorder=0, linewidth=0)
+    axis.axvline(0, color="0.6", linewidth=0.8, zorder=1)
+    axis.set(yticks=range(len(distances)), yticklabels=list(distances))
     axis.set_ylim(len(distances) - 0.5, -0.5)
-    axis.set_xlim(left=least / 1.5)
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.tick_params(labelsize="x-small")

@@ -23,14 +23,25 @@ def load_paper_1d(folder: Path = WEIGHTS) -> dict[str, ToyDenoiser]:
     Raises:
         FileNotFoundError: the folder lacks one of them.
     """
+    return load_branches(folder, 1, "companion.exact.pretrained.retrain_paper_1d")
+
+
+def load_branches(folder: Path, dimension: int, retrain: str) -> dict[str, ToyDenoiser]:
+    """The networks `conditional` and `unconditional` of a folder, in float64 and evaluation mode.
+
+    Args:
+        dimension: of their data.
+        retrain: the function that trains them, for the error's text.
+
+    Raises:
+        FileNotFoundError: the folder lacks one of them.
+    """
     networks = {}
     for branch in SEEDS:
         file = folder / f"{branch}.safetensors"
         if not file.exists():
-            raise FileNotFoundError(
-                f"{file} does not exist: train it with companion.exact.pretrained.retrain_paper_1d({str(folder)!r})"
-            )
-        network = ToyDenoiser(1)
+            raise FileNotFoundError(f"{file} does not exist: train it with {retrain}({str(folder)!r})")
+        network = ToyDenoiser(dimension)
         network.load_state_dict(load_file(file))
         networks[branch] = network.double().eval().requires_grad_(False)
     return networks

@@ -57,17 +57,20 @@ def test_heat_map_shows_every_ratio():
     assert texts == ["0.25", "0.50", "0.75", "1.00"]
 
 
-def test_intervals_below_the_floor_stay_visible(axis):
-    draw_intervals(axis, {"CFG": Interval(0.01, 0.02, 0.04), "optimal": Interval(-0.001, 0.0, 0.001)}, 0.003)
+def test_intervals_are_drawn_where_they_are(axis):
+    draw_intervals(axis, {"CFG": Interval(0.01, 0.02, 0.04), "optimal": Interval(-0.02, -0.0004, 0.001)}, 0.003)
     left, right = axis.get_xlim()
-    places = [line.get_xdata()[0] for line in axis.lines if len(line.get_xdata()) == 1]
-    assert places == pytest.approx([0.02, 0.001])
-    assert all(left < place < right for place in places)
+    bars = [list(line.get_xdata()) for line in axis.lines if len(line.get_xdata()) == 2 and line.get_marker() == "None"]
+    assert bars[:2] == [[0.01, 0.04], [-0.02, 0.001]]
+    dots = [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "o"]
+    assert dots == [0.02, -0.0004]
+    assert left < -0.02 and right > 0.04
+    assert axis.get_xscale() == "symlog"
     assert [label.get_text() for label in axis.get_yticklabels()] == ["CFG", "optimal"]
 
 
-def test_a_floor_below_zero_still_gives_an_axis(axis):
-    found = {"Rayleigh": Interval(-0.001, 0.0, 0.001)}
-    draw_intervals(axis, found, -0.0002, colours={"Rayleigh": "k"})
-    assert axis.get_xlim()[0] > 0
+def test_a_floor_below_zero_shades_nothing_above_it(axis):
+    draw_intervals(axis, {"Rayleigh": Interval(-0.001, 0.0, 0.001)}, -0.0002, colours={"Rayleigh": "k"})
+    shaded = axis.patches[0].get_window_extent().x1
+    assert shaded <= axis.transData.transform((0, 0))[0] + 1e-6
     assert axis.lines[0].get_color() == "k"

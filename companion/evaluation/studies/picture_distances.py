@@ -20,6 +20,7 @@ from unittest.mock import patch
 import torch
 from diffusers import DiffusionPipeline
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from companion.evaluation.metrics.figures import Figure
@@ -34,6 +35,7 @@ from companion.pipelines.configuration import RectifiedGuidanceConfig
 from companion.pipelines.hook import rectified_guidance
 from companion.pipelines.product_step import GuidanceStep, RectifiedRun
 from companion.pipelines.registry import load
+from companion.pixels import to_uint8
 from companion.provenance import provenance
 
 COMMAND = ("python", "-m", "companion.evaluation.studies.picture_distances")
@@ -118,6 +120,11 @@ def distance_ratios(
 ) -> Float[Tensor, " samples"]:
     """`‖images - reg‖ / ‖cfg - reg‖` of every picture."""
     return (images - reg).flatten(1).norm(dim=1) / (cfg - reg).flatten(1).norm(dim=1)
+
+
+def as_images(pictures: Float[Tensor, "samples 3 height width"]) -> list[Image.Image]:
+    """Pictures in [-1, 1] for a gallery."""
+    return [Image.fromarray(each) for each in to_uint8(pictures).permute(0, 2, 3, 1).cpu().numpy()]
 
 
 @contextmanager

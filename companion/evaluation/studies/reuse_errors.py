@@ -170,7 +170,7 @@ def reuse_results(
     levels = [-2 * math.log(ratio) for ratio in ratios]
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(count, conditional.dimension, dtype=torch.float64, generator=generator)
-    target = _target(conditional, unconditional, weight, count, generator)
+    target = target_draws(conditional, unconditional, weight, count, generator)
 
     def run(plan: Plan, rule: Rule, along: list[Tensor] | None = None) -> tuple[list[Tensor], list[float], int]:
         """States, mean error of the direction at each step, number of evaluations; `along` prescribes the states."""
@@ -218,7 +218,7 @@ def _rayleigh(last: Evaluation) -> Float[Tensor, "batch 1"]:
     return (last.direction * last.rectified).sum(dim=1, keepdim=True) / square
 
 
-def _target(
+def target_draws(
     conditional: GaussianMixture, unconditional: GaussianMixture, weight: float, count: int, generator: torch.Generator
 ) -> Float[Tensor, "count dim"]:
     """Draws of p_c (p_c/p_u)^w by resampling forty times as many draws of p_c."""

@@ -1,0 +1,147 @@
+"""Two small networks for the tree, conditional and unconditional, and every guidance direction that they make.
+
+The REG paper's Figure 2 and Table 1 compare the directions of a small network. The sources at hand do not describe that
+network or its data, so these take the recipe that they give for one dimension (`companion.exact.networks`) to the tree,
+at a schedule that ends in noise.
+"""
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor
+
+from companion.exact.chain import DDPMChain, NoiseSchedule, Prediction, denoiser_prediction, linear_schedule
+from companion.exact.comparison import METHODS, Comparison, multiply
+from companion.exact.covariance import jacobian_matrix
+from companion.exact.grids import Grid, evaluate
+from companion.exact.mixtures import GaussianMixture
+from companion.exact.networks import ToyDenoiser, ToyTraining, train_toy_denoiser
+from companion.exact.pretrained import POINTS, SEEDS, excess_loss, load_branches
+from companion.exact.rewards import classifier_free_reward
+from companion.exact.toys import tree
+
+WEIGHTS = Path(__file__).parent / "weights" / "tree-2d"
+STEPS = 25
+
+
+def tree_schedule() -> NoiseSchedule:
+    """What the networks were trained at: 25 steps, β from 1e-3 to 0.36; at its end the data are noise."""
+    return linear_schedule(STEPS, 1e-3, 9 / STEPS)
+
+
+def tree_data() -> dict[str, GaussianMixture]:
+    """What the two networks learn: class 0, and both classes."""
+    data = tree()
+    return {"conditional": data.classes[0], "unconditional": data.unconditional}
+
+
+def load_tree(folder: Path = WEIGHTS) -> dict[str, ToyDenoiser]:
+    """The networks `conditional` and `unconditional`, in float64 and evaluation mode.
+
+    Raises:
+        FileNotFoundError: the folder lacks one of them.
+    """
+    return load_branches(folder, 2, "companion.exact.pretrained_2d.retrain_tree")
+
+
+def retrain_tree(folder: Path, training: ToyTraining | None = None) -> None:
+    """Train both networks again, 8,000 points each, by default by the 1D recipe, and write them with their card."""
+    began, recipe, networks = time.process_time(), training or ToyTraining(), {}
+    for branch, mixture in tree_data().items():
+        data = mixture.sample(POINTS, torch.Generator().manual_seed(SEEDS[branch]))
+        networks[branch] = train_toy_denoiser(data, tree_schedule(), SEEDS[branch], recipe)
+    save_tree(networks, folder, time.process_time() - began, recipe)
+
+
+def save_tree(networks: dict[str, ToyDenoiser], folder: Path, seconds: float, training: ToyTraining) -> None:
+    """Write the weights in float32, as they were trained, and the card."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for branch, mixture in tree_data().items():
+        weights = {name: value.float().contiguous() for name, value in networks[branch].state_dict().items()}
+        save_file(weights, folder / f"{branch}.safetensors")
+        loss = excess_loss(denoiser_prediction(networks[branch], tree_schedule()), mixture, tree_schedule())
+        rows.append(
+            f"| {branch}: mean squared distance to the ideal ε, 4,000 draws at each of {STEPS} t | {loss:.5f} |"
+        )
+    record = {
+        "points": POINTS, "epochs": training.epochs, "batch_size": training.batch, "optimiser": "adamw",
+        "learning_rate": training.learning_rate, "decay": "cosine to 0", "loss": "mean squared error of ε, uniform t",
+        "steps": STEPS, "betas": "1e-3 to 0.36, linear", "width": 128, "residual_layers": 3, "seeds": SEEDS,
+        "processor_seconds": round(seconds), "device": f"CPU, {torch.get_num_threads()} thread",
+        "torch": torch.__version__,
+    }  # fmt: skip
+    (folder / "README.md").write_text(
+        "# tree-2d\n\n"
+        "Noise predictions for `companion.exact.toy('tree')`: `conditional` learns class 0, `unconditional` both."
+        "\n`companion.exact.pretrained_2d.load_tree()`; notebook 05 compares their directions.\n\n"
+        "## Figures\n\n| what | measured |\n|---|---|\n" + "\n".join(rows) + "\n\n"
+        f"## How they were trained\n\n```json\n{json.dumps(record, indent=2, ensure_ascii=False)}\n```\n\n"
+        "`companion.exact.pretrained_2d.retrain_tree(folder)` trains them again.\n\n"
+        "Licence: MIT, like the package.\n"
+    )
+
+
+def network_shift(
+    branches: dict[str, Prediction], name: str, schedule: NoiseSchedule, x: Float[Tensor, "batch dim"], t: int
+) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch dim"]]:
+    """The conditional prediction and a method's direction (`METHODS`), K by backpropagation; no weight."""
+    prediction = branches["conditional"](x, t)
+    delta = prediction - branches["unconditional"](x, t)
+    k = None if name == "CFG" else jacobian_matrix(branches["conditional"], x, t, schedule)
+    return prediction.detach(), multiply(name, k, delta).detach()
+
+
+def network_comparison(branches: dict[str, Prediction], weight: float, grid: Grid, *, finest: int = 0) -> Comparison:
+    """The tree's directions as the networks make them, and the optimal one of the chain that they make.
+
+    The reward is the data's own `[p(x_0|y)/p(x_0)]^w`. Reported densities are the data's.
+
+    Args:
+        branches: predictions `conditional` and `unconditional`.
+        weight: the paper's w.
+        finest: of `DDPMChain.optimum`.
+    """
+    data, schedule = tree(), tree_schedule()
+    reward = classifier_free_reward(data.classes[0], data.unconditional, weight)
+    chain = DDPMChain(branches["conditional"], schedule)
+
+    def directions(t: int, x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch methods dim"]:
+        k = jacobian_matrix(branches["conditional"], x, t, schedule)
+        _, delta = network_shift(branches, "CFG", schedule, x, t)
+        return weight * torch.stack([multiply(name, k, delta) for name in METHODS], dim=1)
+
+    steps = [evaluate(grid, partial(directions, t)) for t in range(1, schedule.steps + 1)]
+    stacked = torch.stack([torch.zeros_like(steps[0]), *steps])
+    bound = float(evaluate(grid, reward).max()) + 0.1
+    levels = [schedule.level(t) for t in range(schedule.steps + 1)]
+    densities = [evaluate(grid, lambda x, level=level: data.classes[0].log_prob(x, *level).exp()) for level in levels]
+    return Comparison(
+        data,
+        0,
+        weight,
+        grid,
+        reward,
+        chain,
+        dict(zip(METHODS, stacked.unbind(dim=-2), strict=True)),
+        chain.optimum(grid, reward, bound=bound, finest=finest).direction,
+        torch.stack(densities),
+    )
+
+
+def network_chains(branches: dict[str, Prediction], comparison: Comparison) -> dict[str, DDPMChain]:
+    """The chain of each method by name, `unguided` first, `optimal` last, as the networks make them."""
+    chain = comparison.chain
+
+    def prediction(name: str, x: Float[Tensor, "batch dim"], t: int) -> Float[Tensor, "batch dim"]:
+        noise, shift = network_shift(branches, name, chain.schedule, x, t)
+        return noise + comparison.weight * shift
+
+    guided = {name: chain.with_prediction(partial(prediction, name)) for name in METHODS}
+    optimal = chain.with_prediction(chain.optimal_prediction(comparison.grid, comparison.optimal))
+    return {"unguided": chain, **guided, "optimal": optimal}
