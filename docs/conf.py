@@ -24,6 +24,7 @@ nb_execution_mode = "off"
 nb_merge_streams = True
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}
 myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_dmath_double_inline = True  # $$…$$ between two lines of a paragraph
 myst_heading_anchors = 3
 myst_links_external_new_tab = True
 html_math_renderer = "mathml"

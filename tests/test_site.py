@@ -119,6 +119,7 @@ def test_spellings_that_docutils_lacks() -> None:
     assert mathml(r"\frac12").count("<mn>") == 2
     assert mathml(r"\big(x\big)") == mathml(r"\bigl(x\bigl)")
     assert mathml(r"a \dots b") == mathml(r"a \ldots b")
+    assert "msub" in mathml(r"\bar\alpha_t") and "munder" not in mathml(r"\bar\alpha_t")
 
 
 def test_an_api_page_has_signatures_and_sections(tmp_path: Path) -> None:
