@@ -10,7 +10,7 @@ from sphinx.application import Sphinx
 _SPELLINGS = (
     (re.compile(r"\\(big|Big|bigg|Bigg)(?![A-Za-z])"), r"\\\1l"),
     (
-        re.compile(r"\\(bar|hat|tilde|vec|dot|overline|widehat|widetilde)\s*(\\[A-Za-z]+|\w|\{[^{}]*\})"),
+        re.compile(r"\\(bar|hat|tilde|vec|dot|overline|widehat|widetilde)(?![A-Za-z])\s*(\\[A-Za-z]+|\w|\{[^{}]*\})"),
         r"{\\\1{\2}{}}",
     ),
     (re.compile(r"\\dots(?![A-Za-z])"), r"\\ldots"),
