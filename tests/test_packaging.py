@@ -118,7 +118,8 @@ def imported(tree: ast.AST) -> set[str]:
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             found.add(node.module.split(".")[0])
-    return found - sys.stdlib_module_names - {"companion", "benchmarks", "demo", "tests", "api_pages", "badges", "mathml"}
+    own = {"companion", "benchmarks", "demo", "tests", *(path.stem for path in ROOT.glob("docs/*.py"))}
+    return found - sys.stdlib_module_names - own
 
 
 def undeclared(code: str, declared: set[str]) -> set[str]:
