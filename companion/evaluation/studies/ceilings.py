@@ -100,12 +100,14 @@ def measure(samples: int, draws: int, reference_samples: int) -> dict[str, Any]:
 
 
 def read_ceilings(file: Path, size: str = "64x64") -> dict[str, dict[str, Figure]]:
-    """Rows by their label, as `text.as_markdown` takes them.
+    """Rows by their label, as `text.as_markdown` takes them; none where they have not been measured yet.
 
     Args:
         file: of `measure`.
         size: of the table's pictures, 64x64 or 32x32.
     """
+    if not file.exists():
+        return {}
     rows = read_json(file)[size]
     return {
         LABELS[kind]: {name: Figure(**figure) for name, figure in rows[kind].items()} for kind in LABELS if kind in rows

@@ -1,16 +1,21 @@
 """The study of validity: pictures share their noise, are kept with their scores, and are compared pair by pair."""
 
+import json
+import math
+
 import pytest
 import torch
 
 from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.metrics.paired_statistics import Comparison
-from companion.evaluation.studies import validity_pictures
+from companion.evaluation.metrics.scene_validity import law_distances
+from companion.evaluation.studies import validity, validity_pictures
 from companion.evaluation.studies.validity import (
     Measured,
     adjusted,
     comparisons,
     main,
+    nearest,
     read_scores,
     wanted_pairs,
     write_scores,
@@ -106,3 +111,24 @@ def test_measuring_says_what_is_missing(tmp_path, capsys) -> None:
     assert message.startswith("error: ") and "draw them first" in message and message.count("\n") == 1
     assert main(["draw", "--models", "mini-sx"]) == 2
     assert "got 'mini-sx'" in capsys.readouterr().err
+
+
+def test_committed_figures_follow_from_the_committed_scores() -> None:
+    stored = json.loads(validity.RESULTS.read_text())
+    scores = read_scores(validity.RESULTS.with_suffix(".csv"))
+    assert "dirty" not in stored["provenance"]["commit"]
+    for name, row in stored["rows"].items():
+        own = Measured(scores[name], MODELS[row["model"]].captions)
+        assert len(own.scores["residual"]) == stored["samples"], name
+        assert row["figures"]["residual"]["value"] == pytest.approx(float(own.scores["residual"].mean()), rel=1e-4)
+        for share, right in own.shares(stored["valid_residual"]).items():
+            assert row["figures"][share]["value"] == pytest.approx(float(right.double().mean()), abs=0.011)
+        distances = [each.value for each in law_distances(nearest(own.found)).values()]
+        assert row["law_distance"] == pytest.approx(math.fsum(distances) / 6, abs=1e-3)
+        assert not any("dirty" in commit for commit in row["commits"])
+    for pair in stored["differences"]:
+        first, second = (scores[pair[end]]["residual"] for end in ("first", "second"))
+        figure = pair["figures"]["residual"]
+        assert figure["value"] == pytest.approx(float((first - second).mean()), abs=1e-5)
+        assert figure["low"] <= figure["value"] <= figure["high"]
+        assert figure["p_value"] <= figure["p_value_holm"]
