@@ -16,6 +16,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from companion.page.classifier_tab import classifier_tab
+from companion.page.explore_tab import EXPLORE_TAB, explore_tab
 from companion.page.guidance_tab import guidance_tab
 from companion.page.listeners import Listeners, allowed_hosts
 from companion.page.models import CLASSIFIER_TAB, Models
@@ -71,6 +72,7 @@ table.measured tr { border-bottom: 1px solid var(--border-color-primary) !import
 table.measured tbody th { font-weight: 400; color: var(--body-text-color-subdued); }
 table.measured td span { color: var(--body-text-color-subdued); }
 .buttons button { min-width: 0; }
+.explored { width: 100%; max-width: 620px; height: auto; background: white; border-radius: 6px; }
 footer { opacity: .7; }
 """
 
@@ -88,6 +90,8 @@ def build_page(models: Models, queue: Queue | None = None) -> gr.Blocks:
         with gr.Tabs():
             with gr.Tab("CFG and REG"):
                 guidance_tab(page, models, queue)
+            with gr.Tab(EXPLORE_TAB) as exploring:
+                explore_tab(exploring)
             with gr.Tab("Scale sweep"):
                 sweep_tab(page, models, queue)
             with gr.Tab(CLASSIFIER_TAB):
