@@ -142,6 +142,7 @@ def _line_level(figure: FigureBase, study: LineStudy, t: int) -> None:
     _title(push, [(f"At t = {t} of {problem.steps}, σ = {level[1]:.2f}, the push of", _QUIET), *names], size=_SMALL)
     share.plot(x, study.k[t - 1], linewidth=2.0, color=COLOURS["REG"])
     share.axhline(1, linewidth=1.2, **line_of("CFG"))
+    share.text(_view(study)[0] + 0.08, 0.98, "CFG: 1", color=COLOURS["CFG"], fontsize=_SMALL, va="top")
     _title(share, [("K(x)", COLOURS["REG"]), ("the share of CFG's push that REG keeps", _QUIET)])
     share.set_xlabel("x at that level; grey: where the class's samples are", fontsize=_SMALL, color=_QUIET)
 

@@ -72,6 +72,7 @@ table.measured tr { border-bottom: 1px solid var(--border-color-primary) !import
 table.measured tbody th { font-weight: 400; color: var(--body-text-color-subdued); }
 table.measured td span { color: var(--body-text-color-subdued); }
 .buttons button { min-width: 0; }
+#explore-see p { margin: 0; max-width: 62rem; line-height: 1.45; min-height: 2.9em; }
 .explored { width: 100%; max-width: 620px; height: auto; background: white; border-radius: 6px; }
 footer { opacity: .7; }
 """

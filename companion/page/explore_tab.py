@@ -215,7 +215,7 @@ def explore_tab(tab: gr.Tab) -> None:
     gr.HTML(_INTRODUCTION, elem_classes=["introduction"], padding=False)
     with gr.Row(elem_classes=["presets"]):
         tried = [gr.Button(preset.label, size="sm", min_width=150) for preset in PRESETS]
-    see = gr.HTML(elem_id="explore-see", elem_classes=["introduction"], padding=False)
+    see = gr.HTML(elem_id="explore-see", padding=False)
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
             controls = _controls()
@@ -242,7 +242,7 @@ def explore_tab(tab: gr.Tab) -> None:
         steps = gr.update(value=preset.question.steps, maximum=most_steps(preset.question.problem))
         rules = gr.update(value=preset.question.rule, choices=_rules(preset.question.problem))
         problem, _, weight, noise_level, _ = preset.question
-        return [problem, rules, weight, noise_level, steps, f"<p><b>{preset.label}.</b> {said}</p>", *pictures]
+        return [problem, rules, steps, noise_level, weight, f"<p><b>{preset.label}.</b> {said}</p>", *pictures]
 
     def choose_problem(problem: Any, rule: Any, steps: Any) -> list[Any]:
         most = most_steps(problem) if problem in PROBLEMS else steps
@@ -279,11 +279,9 @@ def _controls() -> dict[str, Any]:
     made: dict[str, Any] = {
         "problem": gr.Dropdown(list(PROBLEMS), value=first.problem, label="Problem"),
         "rule": gr.Radio(_rules(first.problem), value=first.rule, label="Rule to follow"),
-        "weight": gr.Slider(0, LARGEST_WEIGHT, value=first.weight, step=0.1, label="Guidance weight w"),
-        "noise_level": gr.Slider(
-            0, 1, value=first.noise_level, step=0.02, label="Look at: 0 is data, 1 is noise (share of the steps)"
-        ),
         "steps": gr.Slider(FEWEST_STEPS, most_steps(first.problem), value=first.steps, step=1, label="Steps T"),
+        "noise_level": gr.Slider(0, 1, value=first.noise_level, step=0.02, label="Look at t/T (0: data, 1: noise)"),
+        "weight": gr.Slider(0, LARGEST_WEIGHT, value=first.weight, step=0.1, label="Guidance weight w"),
     }
     for name in ("weight", "noise_level", "steps"):  # `read` refuses what is out of range, and names the control
         made[name].preprocess = lambda payload: payload

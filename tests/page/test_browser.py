@@ -92,6 +92,15 @@ def generate(page: Page, steps: str = "8") -> None:
     button(page, "Generate").click()
 
 
+def open_tab(page: Page, name: str) -> None:
+    """Choose a tab; on a phone the last ones are in a menu."""
+    tab = page.get_by_role("tab", name=name)
+    if not tab.is_visible():
+        page.locator(".overflow-menu > button").locator("visible=true").first.click()
+        tab = page.locator(".overflow-dropdown button", has_text=name)
+    tab.click()
+
+
 def status(page: Page) -> Any:
     return page.locator("#status .status")
 
@@ -239,7 +248,7 @@ def test_nothing_sticks_out_on_a_phone_or_a_laptop(page, width, height):
 @pytest.mark.parametrize("width", [400, 1280])
 def test_a_scale_sweep_is_drawn_and_can_be_cancelled(page, width):
     page.set_viewport_size({"width": width, "height": 850})
-    page.get_by_role("tab", name="Scale sweep").click()
+    open_tab(page, "Scale sweep")
     said, begin, picture = (page.locator(f"#sweep-{name}") for name in ("status .status", "generate", "picture img"))
     expect(begin).to_be_enabled(timeout=SECONDS)
     set_number(page, "Guidance scales", "1, 4 nine")
@@ -263,6 +272,46 @@ def test_a_scale_sweep_is_drawn_and_can_be_cancelled(page, width):
     expect(said).to_have_text("Cancelled after 0 of 2 scales.")
     assert picture.get_attribute("src") == shown  # what was there stays
     expect(begin).to_be_enabled()
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_exploring_follows_the_controls(page, width):
+    page.set_viewport_size({"width": width, "height": 850})
+    open_tab(page, "Explore")
+    left, right, line = (page.locator(f"#explore-{part}") for part in ("left img", "right img", "line .status"))
+    expect(line).to_contain_text("REG is nearer than CFG", timeout=SECONDS)
+    for half in (left, right):
+        assert half.evaluate("image => image.complete && image.naturalWidth > 300")
+        box = half.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= width
+
+    def changed(half: Any, before: str) -> str:
+        expect(half).not_to_have_attribute("src", before, timeout=SECONDS)
+        return half.get_attribute("src")
+
+    before = left.get_attribute("src")
+    set_number(page, "Guidance weight w", "4")
+    before = changed(left, before)
+    expect(left).to_have_attribute("alt", re.compile("w = 4,"))
+    page.get_by_label("no guidance").check()
+    before = changed(left, before)
+    seen = right.get_attribute("src")
+    set_number(page, "Look at t/T", "0.8")
+    changed(right, seen)
+    before = changed(left, before)
+
+    # Out of range: one sentence, and the picture stays.
+    set_number(page, "Steps T", "0")
+    expect(line).to_contain_text("must be a whole number from 15 to 100, got 0", timeout=SECONDS)
+
+    page.get_by_role("button", name="K is the posterior covariance").click()
+    expect(page.locator("#explore-see")).to_contain_text("The ellipses are K", timeout=SECONDS)
+    expect(line).to_contain_text("Energy distance to the target")
+    expect(page.get_by_label("marginal scaling")).to_have_count(0)
+    page.get_by_role("button", name="Marginal scaling fails").click()
+    expect(line).to_contain_text("KL(produced ‖ claimed)", timeout=SECONDS)
+    expect(page.get_by_label("marginal scaling")).to_be_checked()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_example_prompts_can_be_clicked(browser, tmp_path):
