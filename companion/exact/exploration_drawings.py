@@ -58,7 +58,7 @@ def draw_exploration(study: LineStudy | PlaneStudy, rule: str = "CFG", noise_lev
     Raises:
         ValueError: the rule is unknown, or marginal scaling in the plane.
     """
-    figure = Figure(figsize=(2 * SIZE[0], SIZE[1]), dpi=110)
+    figure = Figure(figsize=(2 * SIZE[0], SIZE[1]), dpi=110, layout="none")  # places are given below
     left, right = figure.subfigures(1, 2)
     draw_outcome(left, study, rule, noise_level)
     draw_level(right, study, rule, noise_level)

@@ -3,7 +3,7 @@
 import io
 from typing import Any
 
-from companion.exact.exploration_drawings import RULES, draw_exploration
+from companion.exact.exploration_drawings import RULES, check_rule, draw_exploration
 from companion.exact.exploring import FEWEST_STEPS, LARGEST_WEIGHT, PROBLEMS, explore, most_steps, nearer
 
 
@@ -28,6 +28,7 @@ def explore_here(
     import ipywidgets
     from IPython.display import display
 
+    check_rule(explore(problem, weight, steps), rule)  # sliders would move what is out of range into it
     at_hand = {"continuous_update": True, "style": {"description_width": "9em"}, "layout": {"width": "30em"}}
     controls: dict[str, Any] = {
         "problem": ipywidgets.Dropdown(options=list(PROBLEMS), value=problem, description="Problem", **_still(at_hand)),

@@ -170,7 +170,7 @@ def figures(
 
 def _picture(draw: Callable[..., None], study: LineStudy | PlaneStudy, question: Question) -> str:
     """One half as an image in the page's own text: nothing to fetch, so it does not flicker."""
-    figure, data = Figure(figsize=SIZE), io.BytesIO()
+    figure, data = Figure(figsize=SIZE, layout="none"), io.BytesIO()
     with rc_context({"svg.fonttype": "path", "savefig.dpi": 144}):
         draw(figure, study, question.rule, question.noise_level)
         figure.savefig(data, format="svg", metadata={"Date": None})
@@ -239,23 +239,18 @@ def explore_tab(tab: gr.Tab) -> None:
         pictures = answer(preset.question)
         with _LOCK:
             said = preset.see(preset.question)
-        steps = gr.update(value=preset.question.steps, maximum=most_steps(preset.question.problem))
         rules = gr.update(value=preset.question.rule, choices=_rules(preset.question.problem))
-        problem, _, weight, noise_level, _ = preset.question
+        problem, _, weight, noise_level, steps = preset.question
         return [problem, rules, steps, noise_level, weight, f"<p><b>{preset.label}.</b> {said}</p>", *pictures]
 
     def choose_problem(problem: Any, rule: Any, steps: Any) -> list[Any]:
-        most = most_steps(problem) if problem in PROBLEMS else steps
-        known = _rules(problem)
-        return [
-            gr.update(choices=known, value=rule if rule in known else "CFG"),
-            gr.update(maximum=most, value=min(steps, most)),
-            "",
-        ]
+        known, most = _rules(problem), most_steps(problem) if problem in PROBLEMS else steps
+        return [gr.update(choices=known, value=rule if rule in known else "CFG"), min(steps, most), ""]
 
     inputs = [*controls.values()]
-    for name in ("rule", "weight", "noise_level", "steps"):
-        controls[name].input(draw, inputs, shown, trigger_mode="always_last", **HIDDEN)
+    # One event for all of them: an answer to older values never comes last.
+    moved = [controls[name].input for name in ("rule", "weight", "noise_level", "steps")]
+    gr.on(moved, draw, inputs, shown, trigger_mode="always_last", **HIDDEN)
     changed = [controls["rule"], controls["steps"], see]
     followed = [controls["problem"], controls["rule"], controls["steps"]]
     controls["problem"].input(choose_problem, followed, changed, **HIDDEN).then(draw, inputs, shown, **HIDDEN)
@@ -279,10 +274,13 @@ def _controls() -> dict[str, Any]:
     made: dict[str, Any] = {
         "problem": gr.Dropdown(list(PROBLEMS), value=first.problem, label="Problem"),
         "rule": gr.Radio(_rules(first.problem), value=first.rule, label="Rule to follow"),
-        "steps": gr.Slider(FEWEST_STEPS, most_steps(first.problem), value=first.steps, step=1, label="Steps T"),
+        "steps": gr.Slider(
+            FEWEST_STEPS, most_steps(first.problem), value=first.steps, step=1, label="Steps T (in 2D at most 30)"
+        ),
         "noise_level": gr.Slider(0, 1, value=first.noise_level, step=0.02, label="Look at t/T (0: data, 1: noise)"),
         "weight": gr.Slider(0, LARGEST_WEIGHT, value=first.weight, step=0.1, label="Guidance weight w"),
     }
-    for name in ("weight", "noise_level", "steps"):  # `read` refuses what is out of range, and names the control
+    # `read` refuses what is out of range, and names the control. Holds while no event changes more than their values.
+    for name in ("weight", "noise_level", "steps"):
         made[name].preprocess = lambda payload: payload
     return made

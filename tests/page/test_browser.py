@@ -290,19 +290,22 @@ def test_exploring_follows_the_controls(page, width):
         return half.get_attribute("src")
 
     before = left.get_attribute("src")
-    set_number(page, "Guidance weight w", "4")
+    set_number(page, "number input for Guidance weight w", "4")
     before = changed(left, before)
     expect(left).to_have_attribute("alt", re.compile("w = 4,"))
     page.get_by_label("no guidance").check()
     before = changed(left, before)
     seen = right.get_attribute("src")
-    set_number(page, "Look at t/T", "0.8")
+    set_number(page, "number input for Look at t/T", "0.8")
     changed(right, seen)
     before = changed(left, before)
 
     # Out of range: one sentence, and the picture stays.
-    set_number(page, "Steps T", "0")
+    set_number(page, "number input for Guidance weight w", "1000000000")
+    expect(line).to_have_text("weight w must be a number from 0 to 8, got 1000000000", timeout=SECONDS)
+    set_number(page, "number input for Steps T", "0")
     expect(line).to_contain_text("must be a whole number from 15 to 100, got 0", timeout=SECONDS)
+    assert left.get_attribute("src") == before
 
     page.get_by_role("button", name="K is the posterior covariance").click()
     expect(page.locator("#explore-see")).to_contain_text("The ellipses are K", timeout=SECONDS)
