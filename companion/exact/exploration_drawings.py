@@ -28,8 +28,8 @@ RULES = {
 """The rules that a reader chooses from, with the styles that they are drawn in."""
 _NAMES = {style: rule for rule, style in RULES.items() if rule != "marginal scaling"}
 SIZE = (4.6, 5.0)
-"""Of each half, in inches: on a telephone's screen the text is still 10 pixels high."""
-_SMALL, _NORMAL = 8.5, 10.0
+"""Of each half, in inches: narrow, so that its text can be read on a telephone."""
+_SMALL, _NORMAL = 9.5, 10.5
 _QUIET = "0.4"
 _ELLIPSE = 0.36
 """Longest half axis of an ellipse."""
@@ -102,7 +102,7 @@ def _line_outcome(figure: FigureBase, study: LineStudy, style: str, noise_level:
         ends.plot(study.grid.axes[0], study.densities[name][0], linewidth=width, **line_of(name))
     order = (*CHAINS[1:], CHAINS[0])
     distances = [(f"{_NAMES[name]} {round_kl(study.divergences[name])}", COLOURS[name]) for name in order]
-    _title(ends, [("KL", _QUIET), *distances], size=_SMALL)
+    _title(ends, [("KL", _QUIET), *distances], size=_SMALL, left=-0.1)
     _finish_ends(ends, study)
 
 
@@ -139,7 +139,7 @@ def _line_level(figure: FigureBase, study: LineStudy, t: int) -> None:
     push.axhline(0, color=_QUIET, linewidth=0.6)
     push.set_ylabel("push to the right", fontsize=_SMALL, color=_QUIET)
     names = [(_NAMES[name], COLOURS[name]) for name in pushes]
-    _title(push, [(f"At t = {t} of {problem.steps}, σ = {level[1]:.2f}, the push of", _QUIET), *names], size=_SMALL)
+    _title(push, [(f"t = {t} of {problem.steps}, σ = {level[1]:.2f}:", _QUIET), *names], size=_SMALL)
     share.plot(x, study.k[t - 1], linewidth=2.0, color=COLOURS["REG"])
     share.axhline(1, linewidth=1.2, **line_of("CFG"))
     share.text(_view(study)[0] + 0.08, 0.98, "CFG: 1", color=COLOURS["CFG"], fontsize=_SMALL, va="top")
@@ -150,10 +150,9 @@ def _line_level(figure: FigureBase, study: LineStudy, t: int) -> None:
 def _claimed_level(figure: FigureBase, study: LineStudy, t: int) -> None:
     here, gaps = _two_axes(figure)
     claim, produced = study.claimed
-    sigma = study.problem.schedule.level(t)[1]
     _fill(here, study, claim[t])
     here.plot(study.grid.axes[0], produced[t], linewidth=2.2, **line_of("CFG"))
-    title = f"At t = {t} of {study.problem.steps}, σ = {sigma:.2f}:"
+    title = f"t = {t} of {study.problem.steps}:"
     _title(
         here, [(title, _QUIET), ("claimed", "black"), (f"produced, KL {round_kl(study.claim_gaps[t])}", COLOURS["CFG"])]
     )
@@ -238,8 +237,8 @@ def _plane_level(figure: FigureBase, study: PlaneStudy, t: int) -> None:
         )  # fmt: skip
     _bare(axis, study.grid)
     names = [(_NAMES[name], COLOURS[name]) for name in pushes]
-    sigma = f"At t = {t} of {study.problem.steps}, σ = {level[1]:.2f}, push of"
-    _title(axis, [(sigma, _QUIET), *names, (f"ellipses: K ≤ {largest:.2f}", COLOURS["REG"])], size=_SMALL)
+    sigma = f"t = {t} of {study.problem.steps}, σ = {level[1]:.2f}:"
+    _title(axis, [(sigma, _QUIET), *names, (f"K ≤ {largest:.2f} (ellipses)", COLOURS["REG"])], size=_SMALL)
 
 
 def _lattice(grid: Grid, density: Float[Tensor, "first second"]) -> Float[Tensor, "places 2"]:
@@ -271,7 +270,7 @@ def _two_axes(figure: FigureBase) -> tuple[Axes, Axes]:
     return upper, lower
 
 
-def _title(axis: Axes, words: Sequence[tuple[str, str]], *, size: float = _NORMAL) -> None:
+def _title(axis: Axes, words: Sequence[tuple[str, str]], *, size: float = _NORMAL, left: float = 0.0) -> None:
     """Words in their colours in one line above the axes: title and legend in one."""
     texts = []
     for text, colour in words:
@@ -279,7 +278,7 @@ def _title(axis: Axes, words: Sequence[tuple[str, str]], *, size: float = _NORMA
         texts.append(TextArea(text, textprops={"color": colour, "fontsize": size, "fontweight": weight}))
     packed = HPacker(children=texts, pad=0, sep=4, align="baseline")
     axis.add_artist(
-        AnchoredOffsetbox("lower left", child=packed, pad=0, frameon=False, bbox_to_anchor=(0, 1.02),
+        AnchoredOffsetbox("lower left", child=packed, pad=0, frameon=False, bbox_to_anchor=(left, 1.02),
                           bbox_transform=axis.transAxes, borderpad=0)
     )  # fmt: skip
 
