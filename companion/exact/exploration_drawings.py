@@ -137,7 +137,7 @@ def _line_level(figure: FigureBase, study: LineStudy, t: int) -> None:
     for name, values in pushes.items():
         push.plot(x, values, linewidth=1.8, **line_of(name))
     push.axhline(0, color=_QUIET, linewidth=0.6)
-    push.set_ylabel("push to the right", fontsize=_SMALL, color=_QUIET)
+    push.set_ylabel("push to the right", fontsize=_SMALL, color=_QUIET, labelpad=-1)
     names = [(_NAMES[name], COLOURS[name]) for name in pushes]
     _title(push, [(f"t = {t} of {problem.steps}, σ = {level[1]:.2f}:", _QUIET), *names], size=_SMALL)
     share.plot(x, study.k[t - 1], linewidth=2.0, color=COLOURS["REG"])
@@ -261,7 +261,7 @@ def _bare(axis: Axes, grid: Grid) -> None:
 
 def _two_axes(figure: FigureBase) -> tuple[Axes, Axes]:
     upper, lower = figure.subplots(2, 1, gridspec_kw={"height_ratios": (3, 2), "hspace": 0.24})
-    figure.subplots_adjust(left=0.12, right=0.98, top=0.93, bottom=0.1)
+    figure.subplots_adjust(left=0.13, right=0.98, top=0.93, bottom=0.1)
     for axis in (upper, lower):
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=_SMALL, length=3)
