@@ -5,6 +5,7 @@ import importlib.util
 EXTRAS = {
     "tables": ("matplotlib", "scipy", "seaborn", "torchmetrics"),
     "demo": ("gradio", "starlette"),
+    "notebooks": ("IPython", "ipywidgets"),
 }
 """Extra of pyproject.toml -> the modules it brings that this package imports."""
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from companion.exact.exploration_drawings import RULES, check_rule, draw_exploration
 from companion.exact.exploring import FEWEST_STEPS, LARGEST_WEIGHT, PROBLEMS, explore, most_steps, nearer
+from companion.extras import need
 
 
 def explore_here(
@@ -25,6 +26,7 @@ def explore_here(
     Raises:
         ValueError: one of them is unknown or out of range.
     """
+    need("notebooks", __name__)
     import ipywidgets
     from IPython.display import display
 
