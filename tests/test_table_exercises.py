@@ -1,0 +1,105 @@
+"""What notebooks 08, 09, 14, 15 and 17 say in their texts and solutions, computed from the stored figures."""
+
+import json
+from pathlib import Path
+
+import pytest
+import scipy.stats
+
+from companion.evaluation.metrics.figures import Figure
+from companion.evaluation.studies.classifier_table import label_of
+from companion.evaluation.studies.verdict import METRICS, counted, differences, equal_strength, read_study
+from companion.evaluation.tables.published import published
+from companion.evaluation.tables.results import read_cells
+from companion.evaluation.tables.text import _less, lines_of, method_pairs, p_value
+from companion.evaluation.tables.text import differences as cell_differences
+
+NOTEBOOKS = Path("notebooks")
+
+
+def text(number: str) -> str:
+    [path] = NOTEBOOKS.glob(f"{number}_*.ipynb")
+    cells = json.loads(path.read_text())["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+def line_of(name: str, model: str, guidance: str, method: str, scale: float) -> dict[str, Figure]:
+    lines = lines_of(read_cells(NOTEBOOKS / "results" / f"{name}-mini.json"))
+    [line] = [
+        each for each in lines
+        if (*each.group, each.method, each.row["guidance_scale"]) == (model, guidance, method, scale)
+    ]  # fmt: skip
+    return line.figures
+
+
+def test_08_reg_at_a_larger_scale() -> None:
+    reg, cfg = (line_of("imagenet", "mini-edm2", "vanilla", *which) for which in (("REG", 3.0), ("CFG", 2.0)))
+    said = text("08")
+    assert f"REG at 3: FID {reg['fid'].text()}, IS {reg['inception_score'].text()}." in said
+    assert f"CFG at 2: FID {cfg['fid'].text()}, IS {cfg['inception_score'].text()}." in said
+    fid, score = (_less(reg[name], cfg[name]) for name in ("fid", "inception_score"))
+    assert f"FID is {fid.text()}, undecided; in IS +{score.text()}, REG higher" in said
+    assert fid.low < 0 < fid.high and score.low > 0
+
+
+def test_08_what_more_steps_do() -> None:
+    pairs = method_pairs(read_cells(NOTEBOOKS / "results/imagenet-mini.json"), "CFG, as many evaluations", "CFG")
+    names = ("fid", "inception_score", "precision", "recall", "agreement")
+    decided = [
+        (label, name, round(_less(first[name], second[name]).value, 3))
+        for label, first, second in pairs
+        for name in names
+        if p_value(_less(first[name], second[name])) * len(pairs) < 0.05
+    ]
+    assert len(pairs) * len(names) == 40 and decided == [("mini-edm2, vanilla, scale 3", "recall", -0.027)]
+    assert "One of 40 differences is decided" in text("08") and "lower recall by 0.027" in text("08")
+
+
+def test_09_guidance_and_reg() -> None:
+    found = cell_differences(read_cells(NOTEBOOKS / "results/coco-mini.json"), "clip_score")
+    rises = [each["clip_score"].value for each in found]
+    verdicts = [each["verdicts"]["clip_score"] for each in found]
+    said = text("09")
+    assert (
+        f"rises by {min(rises):.2f} to {max(rises):.2f}, decided in {verdicts.count('better')} of {len(found)}" in said
+    )
+    assert {each["verdicts"]["fid"] for each in found} == {"undecided"}
+    for model, gain in (("mini-sd", "2.58"), ("mini-sd-v", "2.27")):
+        none = line_of("coco", model, "unguided", "no guidance", 1.0)["clip_score"].value
+        cfg = line_of("coco", model, "vanilla", "CFG", 3.0)["clip_score"].value
+        assert f"{cfg - none:.2f}" == gain and gain in said
+
+
+def test_14_the_two_published_sizes() -> None:
+    before, after = (float(row[2]) for row in published("cal_smooth_ece").rows)
+    said = text("14")
+    assert f"({before} - {after}) / {before} = {100 * (before - after) / before:.1f} %" in said
+    found = {label_of(cell): cell.figures for cell in read_cells(NOTEBOOKS / "results/imagenet128-mini.json")}
+    base = found["off the shelf [ECD]"]
+    remedies = ("Jensen-Shannon", "reverse KL", "off the shelf, calibrated", "Jensen-Shannon, calibrated")
+    gaps = [_less(found[name]["fid"], base["fid"]) for name in remedies]
+    assert max(abs(gap.value) for gap in gaps) < 0.14 and all(gap.low < 0 < gap.high for gap in gaps)
+    guided = _less(base["fid"], found["unguided"]["fid"])
+    assert guided.text() == "-2.69 ± 0.47" and "2.69 ± 0.47" in said
+
+
+def test_15_and_17_mcnemar_by_hand() -> None:
+    p_values = {changed: float(scipy.stats.binomtest(changed, changed).pvalue) for changed in (3, 5, 6)}
+    assert p_values == pytest.approx({3: 0.25, 5: 0.0625, 6: 0.03125})
+    assert "0.0625 for five, 0.031 for six" in text("15") and "= 0.25. Six, all one way, give p = 0.031" in text("17")
+
+
+def test_17_says_what_the_study_has() -> None:
+    study = read_study(NOTEBOOKS / "results/validity.json")
+    for each in differences(study, "residual", "REG"):
+        large = each.row.guidance_scale > 4
+        assert each.verdict == ("better" if large else "undecided"), each.row.name
+        assert not large or -12 < 1000 * each.figure.value < -6
+    for metric in ("valid", "recognised", "attributes", "law_distance"):
+        assert set(counted(study, metric, "REG")) == {"better", "undecided", "worse"}
+        assert counted(study, metric, "REG")["undecided"] == len(differences(study, metric, "REG")), METRICS[metric]
+    for model in study.models:
+        assert equal_strength(study, model, "REG", resamples=200).verdict == "undecided"
+    assert {
+        each.row.guidance_scale for each in differences(study, "residual", "REG, auto") if each.verdict == "better"
+    } == {7.5, 12.0}
