@@ -120,7 +120,7 @@ def network_comparison(branches: dict[str, Prediction], weight: float, grid: Gri
     stacked = torch.stack([torch.zeros_like(steps[0]), *steps])
     bound = float(evaluate(grid, reward).max()) + 0.1
     levels = [schedule.level(t) for t in range(schedule.steps + 1)]
-    densities = [evaluate(grid, lambda x, level=level: data.classes[0].log_prob(x, *level).exp()) for level in levels]
+    densities = [data.classes[0].log_prob(grid.points, *level).exp().reshape(grid.shape) for level in levels]
     return Comparison(
         data,
         0,

@@ -156,9 +156,9 @@ def measured(setting: Setting, *, pictures: int = PICTURES, seed: int = SEED) ->
     ways = {}
     for name, way in WAYS.items():
         images, spent = drawn(pipe, setting, asked, way, seed)
-        ratios = distance_ratios(images, cfg, reg)
-        ways[name] = {"spent": round(spent, 4), "ratios": [round(value, 4) for value in ratios.tolist()]}
-        print(f"{setting.model}, {setting.steps} steps, {name}: {summary(ways[name]['ratios'])[0].text()}", flush=True)
+        ratios = [round(value, 4) for value in distance_ratios(images, cfg, reg).tolist()]
+        ways[name] = {"spent": round(spent, 4), "ratios": ratios}
+        print(f"{setting.model}, {setting.steps} steps, {name}: {summary(ratios)[0].text()}", flush=True)
     return {
         **asdict(setting),
         "pictures": pictures,

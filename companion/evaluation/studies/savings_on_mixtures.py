@@ -7,6 +7,7 @@ pairs. The denoiser is the mixture's own ε.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -137,9 +138,8 @@ def guided_samples(
         factor = config.weight_at(index / (STEPS - 1), level)
         if run.begin(index, STEPS, level, factor):
             reference = data.unconditional.noise(x, 1.0, ratio)
-            direction = run.rectify(
-                lambda z, ratio=ratio: conditional.noise(z, 1.0, ratio), x, reference, prediction=prediction
-            ).direction
+            denoiser = partial(conditional.noise, alpha=1.0, sigma=ratio)
+            direction = run.rectify(denoiser, x, reference, prediction=prediction).direction
         else:
             direction = run.alone(prediction)
         x = x + (following - ratio) * (prediction + weight * factor * direction)
