@@ -50,8 +50,10 @@ def draw_gallery(
         scale: guidance scale, diffusers' s = 1 + w.
         evaluator: the classifier.
     """
-    settings = Settings(conditions=[condition] * number, guidance_scale=scale, steps=steps, seed=0)
+    conditions = [condition] * number if isinstance(condition, int) else [str(condition)] * number
+    settings = Settings(conditions=conditions, guidance_scale=scale, steps=steps, seed=0)
     found = compare(pipe, settings, evaluator=evaluator)
+    assert found.without.side is not None and found.with_reg.side is not None
     sides = {"CFG": found.without.side, "REG": found.with_reg.side}
     return Gallery(
         {name: side.images for name, side in sides.items()},

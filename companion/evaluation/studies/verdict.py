@@ -236,7 +236,7 @@ def _gap(
     first: Curve, second: Curve, chosen: Int[Tensor, " samples"], targets: int
 ) -> tuple[float, tuple[float, float]] | None:
     """The mean difference at equal strength, and the first and last share; None where there is none in common."""
-    own, others = (tuple(part[:, chosen].mean(dim=1) for part in curve) for curve in (first, second))
+    own, others = ((strength[:, chosen].mean(1), values[:, chosen].mean(1)) for strength, values in (first, second))
     start, end = float(own[0][0]), min(float(own[0].max()), float(others[0].max()))
     if end <= start:
         return None

@@ -266,7 +266,7 @@ def method_pairs(
     """
     lines = lines_of(cells)
     places = {(line.group, line.row["guidance_scale"], line.method): line.figures for line in lines}
-    pairs = []
+    pairs: list[tuple[str, Mapping[str, Figure], Mapping[str, Figure]]] = []
     for line in lines:
         other = places.get((line.group, line.row["guidance_scale"], second))
         if line.method == first and other is not None:
