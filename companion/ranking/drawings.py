@@ -63,7 +63,7 @@ def draw_produced(problems: Mapping[str, Problem], steps: int = 40) -> tuple[Fig
         axis.fill_between(line.axes[0], target, color="0.85", lw=0, label="target")
         for chain in chains:
             axis.plot(line.axes[0], chain.density, **line_of(chain.name), label=chain.name)
-        found[title] = {chain.name: wasserstein1(line, chain.density, target) for chain in chains}
+        found[title] = {c.name: wasserstein1(line, c.density, target) for c in chains if c.density is not None}
         axis.set(xlim=(-2.6, 2.6), xlabel="$x_0$", yticks=[])
         axis.set_title(f"{title}, w = {problem.weight:g}", fontsize="small")
     axes[0, 0].legend(fontsize="small")
