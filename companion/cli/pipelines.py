@@ -1,6 +1,7 @@
 """`python -m companion pipelines`: run every pipeline of the installed diffusers that can be built small, and check it.
 
-The result is the page `docs/pipelines.md` and the data `docs/pipelines.json` that it is made from.
+The result is the page `docs/pipelines.md` and the data `docs/pipelines.json` that it is made from. Without names and
+`--missing` all earlier results are dropped, and the page says what made it.
 """
 
 import argparse
@@ -8,6 +9,7 @@ import json
 import logging
 import signal
 import sys
+import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +21,7 @@ from companion.files import write_text
 from companion.pipelines.pipeline_check import check
 from companion.pipelines.support import page, support_table
 from companion.pipelines.tiny_components import recorded, tiny_pipeline
+from companion.provenance import provenance
 
 
 class _OutOfTime(BaseException):
@@ -49,7 +52,10 @@ def run(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
-    data = read_data(options.data)
+    data, begun = read_data(options.data), time.process_time()
+    whole = not options.names and not options.missing
+    if whole:
+        data |= {"made": provenance(), "checked": {}}
     supported = {row.name for row in support_table() if row.status == "supported"}
     names = [name for name in recorded() if name.split("/")[0] in supported & set(options.names or known)]
     names = [name for name in names if not (options.missing and data["checked"].get(name, {}).get("passed"))]
@@ -58,8 +64,10 @@ def run(options: argparse.Namespace) -> int:
         data["checked"][name] = check_named(name, options.seconds)
         print(f"{name}: {_summary(data['checked'][name])}", flush=True)
         write_data(options.data, data)
+    if whole:
+        data["made"]["processor_seconds"] = round(time.process_time() - begun)
     write_data(options.data, data)
-    write_text(options.page, page(support_table(), data["run"], data["checked"]))
+    write_text(options.page, page(support_table(), data))
     return 0
 
 
@@ -97,15 +105,16 @@ def read_data(file: Path) -> dict[str, Any]:
         data = json.loads(file.read_text(encoding="utf-8"))
         if data["diffusers"] == diffusers.__version__:
             return data
-        return {"diffusers": diffusers.__version__, "run": data["run"], "checked": {}}
-    return {"diffusers": diffusers.__version__, "run": {}, "checked": {}}
+        return {"diffusers": diffusers.__version__, "made": {}, "run": data["run"], "checked": {}}
+    return {"diffusers": diffusers.__version__, "made": {}, "run": {}, "checked": {}}
 
 
 def write_data(file: Path, data: dict[str, Any]) -> None:
     """One line a result, so that changes can be read."""
     rows = (f"{json.dumps(name)}: {json.dumps(found)}" for name, found in sorted(data["checked"].items()))
-    head = (
-        f'"diffusers": {json.dumps(data["diffusers"])},\n"run": {json.dumps(data["run"], indent=1, ensure_ascii=False)}'
+    head = ",\n".join(
+        f"{json.dumps(key)}: {json.dumps(data[key], indent=1, ensure_ascii=False)}"
+        for key in ("diffusers", "made", "run")
     )
     text = f'{{{head},\n"checked": {{\n' + ",\n".join(rows) + "\n}}\n"
     write_text(file, text)

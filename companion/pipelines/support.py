@@ -103,13 +103,15 @@ _HEADINGS = {
 }
 
 
-def page(table: list[Support], run: Mapping[str, str], checked: Mapping[str, Mapping[str, Any]]) -> str:
+def page(table: list[Support], data: Mapping[str, Any]) -> str:
     """The page `docs/pipelines.md`.
 
     Args:
-        run: notes on the pipelines that the tests describe, by class.
-        checked: results of `companion.pipelines.pipeline_check`, or why there are none, by recorded pipeline.
+        data: `run`: notes on the pipelines that the tests describe, by class; `checked`: results of
+            `companion.pipelines.pipeline_check`, or why there are none, by recorded pipeline; `made`: what made them,
+            empty where they are of several runs.
     """
+    run, checked, made = data["run"], data["checked"], data["made"]
     results = {row.name: [r for name, r in checked.items() if name.split("/")[0] == row.name] for row in table}
     parts: dict[str, list[str]] = {heading: [] for heading in _HEADINGS}
     for row in table:
@@ -132,6 +134,7 @@ def page(table: list[Support], run: Mapping[str, str], checked: Mapping[str, Map
         f"# Pipelines of diffusers {diffusers.__version__}\n\n"
         "What `companion.rectified_guidance` makes of every pipeline class in torch that has a `__call__`: "
         f"{counts}.\n\n"
+        f"{_made(table, checked, made)}\n\n"
         "The residuals of a control network are held fixed in K: its own derivative is left out.\n\n"
         "`python -m companion pipelines` builds and checks what it can of the installed diffusers, and writes this\n"
         "page and `docs/pipelines.json`.\n"
@@ -145,6 +148,19 @@ def page(table: list[Support], run: Mapping[str, str], checked: Mapping[str, Map
         )
         text += f"\n## {heading}\n\n{intro}\n\n{head}\n|{'---|' * (head.count('|') - 1)}\n" + "".join(lines)
     return text
+
+
+def _made(table: list[Support], checked: Mapping[str, Mapping[str, Any]], made: Mapping[str, Any]) -> str:
+    known = {row.name for row in table}
+    passed = [name for name, result in checked.items() if result.get("passed") and name.split("/")[0] in known]
+    classes = len({name.split("/")[0] for name in passed})
+    text = f"Of them {classes} classes, in {len(passed)} configurations, were built and passed the check"
+    if not made:
+        return f"{text}, over several runs."
+    return (
+        f"{text}, in one run of `{' '.join(made['command'])}` ({made['started']}, commit {made['commit']}, "
+        f"{made['processor_seconds']} s of processor time)."
+    )
 
 
 def _line(cells: list[str], notes: list[str]) -> str:

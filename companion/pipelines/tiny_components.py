@@ -3,6 +3,7 @@
 `tiny_components.json` holds the configuration of every component and the arguments of one call, for as many pipeline
 classes as diffusers itself tests with tiny components (recorded by `tests/pipelines/record_components.py`). A tokenizer
 there stands for one that reads characters, a picture or an embedding for random numbers of its size and range.
+`tiny_variants.json` adds classes that diffusers does not test, as changes of those that it does.
 """
 
 import importlib
@@ -24,13 +25,44 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 RECORDED = Path(__file__).with_suffix(".json")
+VARIANTS = RECORDED.with_name("tiny_variants.json")
 _SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<image>")
 
 
 @cache
 def recorded() -> Mapping[str, Mapping[str, Any]]:
     """Components and arguments by pipeline class; a second configuration of a class has `/` and its name behind."""
-    return json.loads(RECORDED.read_text(encoding="utf-8"))
+    found = json.loads(RECORDED.read_text(encoding="utf-8"))
+    for name, changes in json.loads(VARIANTS.read_text(encoding="utf-8")).items():
+        found[name] = _changed(changes, found)
+    return found
+
+
+def _changed(changes: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Another entry (`like`) with other `components` and `arguments`, and no arguments of the names in `without`.
+
+    A component may itself be `like` one, of this entry or `Class.name` of another, with changes of its `config`. A
+    `module` is where the class is, if diffusers offers it only with a library that this call of it does not use.
+    """
+    base = known[changes["like"]] if "like" in changes else {"components": {}, "arguments": {}}
+    components = dict(base["components"])
+    for key, record in changes.get("components", {}).items():
+        components[key] = _changed_component(record, base["components"], known)
+    arguments = {**base["arguments"], **changes.get("arguments", {})}
+    unwanted = changes.get("without", [])
+    module = {"module": changes["module"]} if "module" in changes else {}
+    return {"components": components, "arguments": {k: v for k, v in arguments.items() if k not in unwanted}, **module}
+
+
+def _changed_component(record: Any, own: Mapping[str, Any], known: Mapping[str, Any]) -> Any:
+    if not (isinstance(record, dict) and "like" in record):
+        return record
+    entry, _, key = record["like"].rpartition(".")
+    base = known[entry]["components"][key] if entry else own[key]
+    changed = {**base, **{kind: value for kind, value in record.items() if kind not in ("like", "config")}}
+    if "config" in record:
+        changed["config"] = {**base["config"], **record["config"]}
+    return changed
 
 
 def tiny_pipeline(name: str, dtype: torch.dtype = torch.float32) -> tuple[DiffusionPipeline, dict[str, Any]]:
@@ -41,7 +73,8 @@ def tiny_pipeline(name: str, dtype: torch.dtype = torch.float32) -> tuple[Diffus
         AttributeError: the installed diffusers has no such pipeline or component.
     """
     record = recorded()[name]
-    pipeline = getattr(diffusers, name.split("/")[0])
+    own = name.split("/")[0]
+    pipeline = _class(f"{record['module']}.{own}") if "module" in record else getattr(diffusers, own)
     torch.manual_seed(0)
     components = {key: _component(value) for key, value in record["components"].items()}
     accepted = inspect.signature(pipeline.__init__).parameters

@@ -9,6 +9,7 @@ import pytest
 from companion.cli.pipelines import check_named, read_data, write_data
 from companion.pipelines.layout import UnsupportedPipeline, guidance_layout
 from companion.pipelines.support import describe, page, support_table
+from companion.pipelines.tiny_components import recorded, tiny_pipeline
 from tests.pipelines.tiny_zoo import TESTED
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "pipelines.md"
@@ -65,14 +66,34 @@ def test_the_page_is_made_of_its_data(table):
     if os.environ.get("UPDATE_DOCS"):
         write_data(DATA, data | {"run": dict(sorted(TESTED.items()))})
         data = read_data(DATA)
-        DOCUMENT.write_text(page(table, data["run"], data["checked"]))
+        DOCUMENT.write_text(page(table, data))
     assert data["run"] == TESTED
-    assert DOCUMENT.read_text() == page(table, data["run"], data["checked"]), "run python -m companion pipelines"
+    assert DOCUMENT.read_text() == page(table, data), "run python -m companion pipelines"
 
 
-@pytest.mark.parametrize("name", ["HiDreamImagePipeline", "KandinskyV22PriorPipeline", "HunyuanDiTControlNetPipeline"])
+def test_the_page_counts_what_passed(table):
+    data = read_data(DATA)
+    passed = {name.split("/")[0] for name, found in data["checked"].items() if found.get("passed")}
+    assert len(passed) >= 150 and data["made"]["command"] == ["python", "-m", "companion", "pipelines"]
+    assert f"Of them {len(passed)} classes" in DOCUMENT.read_text()
+
+
+def test_a_variant_is_another_entry_with_changes():
+    base, variant = (recorded()[name] for name in ("StableDiffusionPipeline", "StableDiffusionUpscalePipeline"))
+    config = variant["components"]["unet"]["config"]
+    assert config == base["components"]["unet"]["config"] | {"in_channels": 7, "num_class_embeds": 1000}
+    assert variant["components"]["vae"] == base["components"]["vae"]
+    pipe, arguments = tiny_pipeline("PaintByExamplePipeline")
+    assert "prompt" not in arguments and arguments["example_image"].size == (32, 32)
+    assert pipe.unet.config.in_channels == 9
+
+
+@pytest.mark.parametrize(
+    "name", ["HiDreamImagePipeline", "KandinskyV22PriorPipeline", "HunyuanDiTControlNetPipeline", "BriaFibo2Pipeline"]
+)
 def test_a_sample_of_the_page_is_checked_again(name):
-    """One and three images of HiDream, an output that is no `sample`, residuals that the network pops from a list."""
+    """One and three images of HiDream, an output that is no `sample`, residuals that the network pops from a list, a
+    cast output."""
     found = check_named(name)
     assert found.get("passed"), found
     assert found["images"] == 3 and read_data(DATA)["checked"][name]["passed"]
