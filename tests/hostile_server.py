@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,23 @@ from companion.evaluation.metrics.image_sets import captioned_files, open_images
 from companion.evaluation.metrics.reference_statistics import read_statistics
 from companion.evaluation.sampling.folder import read_batches
 from companion.evaluation.sampling.settings import SamplingSettings, read_prompts
-from companion.evaluation.tables.results import read_cells
+from companion.evaluation.tables.results import finished_cells, read_cells
 from companion.guidance.weights import from_text
+from companion.page.classifier_tab import read as read_classifier_tab
+from companion.page.guidance_tab import read as read_guidance_tab
+from companion.page.models import Models
+from companion.page.sweep_tab import read as read_sweep_tab
 from companion.pipelines.adm.checkpoint import ADMArchitecture, read_adm_checkpoint
 from companion.pipelines.adm.classifier import off_the_shelf_classifier
 from companion.pipelines.edm2.checkpoint import read_edm2_checkpoint
 from companion.pipelines.saved import checked_device, checked_dtype
+from companion.ranking.ranking import load_ranking
+from companion.ranking.rules.catalogue import RULES
+from companion.ranking.suite import QUICK, measure_suite
+from companion.ranking.suites import suite_problems
 from tests.pipelines.adm.test_pipeline import tiny_adm
 from tests.pipelines.edm2.test_pipeline import tiny_edm2
+from tests.pipelines.tiny import tiny_dit
 
 MEMORY = 1 << 30  # bytes that one request may add
 
@@ -59,6 +69,61 @@ def command(*arguments: str) -> None:
 
 NOISY, GUIDED = tiny_adm("noisy", torch.float32), tiny_edm2(torch.float32, True, null_labels=True)
 CALL: dict[str, Any] = {"class_labels": [1], "num_inference_steps": 2}
+TABS: dict[str, Callable] = {
+    "guidance": read_guidance_tab,
+    "sweep": read_sweep_tab,
+    "classifier": read_classifier_tab,
+}
+CONTROLS: dict[str, Any] = {
+    "model": "tiny",
+    "classes": [1],
+    "prompts": "",
+    "steps": 2,
+    "pictures": 1,
+    "seed": 0,
+    "scheduler": None,
+    "guidance_scale": 2.0,
+    "scales": "2, 4",
+    "product": "finite_difference",
+    "schedule": "constant",
+    "linear_first": 0,
+    "linear_last": 2,
+    "power": 1,
+    "peak": 2,
+    "interval_low": 205,
+    "interval_high": 502,
+    "divergence": "none",
+    "strength": 1,
+    "smoothing": 0.1,
+    "joint_temperature": 1,
+    "marginal_temperature": 1,
+    "tilt": 0,
+    "classifier_scale": 1,
+    "gradient_at": "as trained",
+    "sampler": "ddpm",
+    "classifier": "",
+    "compared": "rectification",
+    "conditional": True,
+}
+
+
+@cache
+def offered(tab: str) -> Models:
+    """A page that strangers can reach."""
+    pipe = tiny_adm("noisy", torch.float32) if tab == "classifier" else tiny_dit(dtype=torch.float32)
+    return Models("tiny", pipe, local_only=True)
+
+
+def pressed(tab: str, **controls: Any) -> None:
+    """The button of a tab, up to the first step of sampling."""
+    TABS[tab](offered(tab), CONTROLS | controls)
+
+
+def resumed(path: str) -> None:
+    """A ranking of one problem whose folder may already hold it."""
+    measure_suite(suite_problems("quick")[:1], [RULES["none"], RULES["CFG"]], QUICK, folder=Path(path))
+
+
 ENTRIES: dict[str, Callable[..., Any]] = {
     "load": companion.load,
     "load_edm2": lambda path: companion.load_edm2(source=path),
@@ -82,6 +147,10 @@ ENTRIES: dict[str, Callable[..., Any]] = {
     "edm2": lambda **call: drawn(GUIDED, **{**CALL, "guidance_scale": 2.0, "output_type": "latent"} | call),
     "adm": lambda **call: drawn(NOISY, **CALL | call),
     "command": command,
+    "pressed": pressed,
+    "ranking": lambda path: load_ranking(Path(path)).text(),
+    "ranking folder": resumed,
+    "table": lambda path: finished_cells(Path(path), None),
 }
 
 

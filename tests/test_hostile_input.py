@@ -25,7 +25,12 @@ from PIL import Image
 
 from companion.evaluation.sampling.runs import sample
 from companion.evaluation.sampling.settings import SamplingSettings
-from companion.evaluation.tables.results import Cell, Figure, write_cells
+from companion.evaluation.tables.results import Cell, Figure, write_cell, write_cells
+from companion.provenance import provenance
+from companion.ranking.ranking import Ranking
+from companion.ranking.rules.catalogue import RULES
+from companion.ranking.suite import QUICK, measure_suite
+from companion.ranking.suites import suite_problems
 from tests.hostile_server import MEMORY
 from tests.networks.test_edm2 import tiny_unet
 from tests.pipelines.adm.test_checkpoint import published_unet
@@ -122,6 +127,10 @@ def good(tmp_path_factory) -> Path:
     (folder / "pictures" / "captions.json").write_text(json.dumps(coco))
     (folder / "prompts.txt").write_text("a star\na ring\n")
     write_cells(folder / "cells.json", [Cell("a", {"steps": 2}, {"fid": Figure(1.0, 0.5, 1.5, "t", 3)}, 4.0, 1.0)])
+    (folder / "table" / "cells").mkdir(parents=True)
+    write_cell(folder / "table" / "cells", Cell("a", {"steps": 2}, {"fid": Figure(1.0, 0.5, 1.5, "t", 3)}, 4.0, 1.0))
+    measured = measure_suite(suite_problems("quick")[:1], [RULES["none"], RULES["CFG"]], QUICK, folder=folder / "rank")
+    Ranking(measured, provenance() | {"suite": "quick"}).save(folder / "ranking.json")
     tiny_dit(dtype=torch.float32).save_pretrained(folder / "dit")
     tiny_edm2(torch.float32).save_pretrained(folder / "edm2")
     tiny_adm("resnet", torch.float32).save_pretrained(folder / "adm")
@@ -141,8 +150,10 @@ READERS = {
     "pictures/captions.json": "captions",
     "prompts.txt": "prompts",
     "cells.json": "cells",
+    "ranking.json": "ranking",
 }
 FOLDERS = {"dit": "load", "edm2": "load_edm2", "adm": "load_adm", "resnet": "classifier", "run": "run"}
+FOLDERS |= {"table": "table", "rank": "ranking folder"}
 
 NASTY: tuple[Any, ...] = (
     *(None, True, -1, 0, 3, 10**7, 10**9, 10**400, -(10**9), 0.5, 1e308, math.nan, math.inf, -math.inf),
@@ -374,7 +385,107 @@ def test_the_command_line(server, good, tmp_path_factory, option, value):
     server.ask("command", "sample", *(part for pair in given_options.items() for part in pair))
 
 
-@pytest.mark.parametrize("entry", [*dict.fromkeys([*READERS.values(), *FOLDERS.values()])])
+TABLE_OPTIONS = ("name", "--profile", "--data", "--out", "--only", "--models", "--collect", "--num-samples", "--runs")
+TABLE_OPTIONS += (
+    "--batch-size",
+    "--seeds",
+    "--device",
+    "--dtype",
+    "--source",
+    "--strength",
+    "--smoothing",
+    "--entropy",
+)
+RANK_OPTIONS = ("--rule", "--suite", "--against", "--read", "--out", "--docs", "--folder")
+TYPED = tuple(str(value).replace("\x00", "") for value in NASTY if value != 10**400)
+
+
+@fewer(30)
+@given(option=st.sampled_from(TABLE_OPTIONS), value=st.sampled_from(TYPED), listed=st.booleans())
+def test_the_command_table(server, good, option, value, listed):
+    """Only listed, or with time for no cell: what is refused is refused before anything is drawn."""
+    given_options = {"--out": str(good / "table"), "--limit-minutes": "0", option: value}
+    name = given_options.pop("name", "variants")
+    end = ["--list"] if listed else ["--resume"]
+    server.ask("command", "table", name, *(part for pair in given_options.items() for part in pair), *end)
+
+
+@fewer(20)
+@given(option=st.sampled_from(RANK_OPTIONS), value=st.sampled_from(TYPED))
+def test_the_command_rank(server, good, option, value):
+    given_options = {"--read": str(good / "ranking.json"), option: value}
+    if option in ("--rule", "--suite", "--against", "--folder"):
+        given_options = {"--rule": "absent:rule", option: value}  # refused before anything is measured
+    if option in ("--out", "--docs"):
+        given_options[option] = f"{good}/written/{value}"
+    outcome, _ = server.ask("command", "rank", *(part for pair in given_options.items() for part in pair))
+    assert outcome == "refused" or option in ("--out", "--docs")
+
+
+PAGE: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "guidance": {
+        "guidance_scale": number(1, 30),
+        "product": one_of(),
+        "schedule": one_of(),
+        "linear_first": number(-10, 10),
+        "linear_last": number(-10, 10),
+        "power": number(0.01, 100),
+        "peak": number(-10, 10),
+        "interval_low": number(0, 502),
+        "interval_high": number(205, 1000),
+    },
+    "sweep": {"scales": one_of(), "product": one_of()},
+    "classifier": {
+        "divergence": one_of(),
+        "strength": number(0, 1000),
+        "smoothing": number(0, 1),
+        "joint_temperature": number(0.01, 100),
+        "marginal_temperature": number(0.01, 100),
+        "tilt": number(-100, 100),
+        "classifier_scale": number(0, 1000),
+        "gradient_at": one_of(),
+        "product": one_of(),
+        "sampler": one_of(),
+        "compared": one_of(),
+        "conditional": one_of(True),
+        "classifier": one_of(None, "", "\n\n"),
+    },
+}
+EVERYWHERE: dict[str, Callable[[Any], bool]] = {
+    "model": one_of(),
+    "classes": one_of(3, 0, [0]),
+    "prompts": anything,  # of models that take classes
+    "steps": integer(1, 1000),
+    "pictures": integer(1, 16),
+    "seed": integer(0, 2**32 - 1),
+}
+SCHEDULES = {  # the control that a number belongs to
+    "linear_first": "linear",
+    "linear_last": "linear",
+    "power": "power-cosine",
+    "peak": "power-cosine",
+    "interval_low": "interval",
+    "interval_high": "interval",
+}
+
+
+@fewer(150)
+@given(data=st.data())
+def test_the_page(server, data):
+    """Every control of every tab, as a program may send it."""
+    tab = data.draw(st.sampled_from(sorted(PAGE)))
+    sound = PAGE[tab] | EVERYWHERE
+    if tab != "classifier":
+        sound["scheduler"] = one_of(None, "", "\n\n")
+    name, value = data.draw(st.sampled_from(sorted(sound))), data.draw(st.sampled_from(NASTY))
+    controls = {"schedule": SCHEDULES[name]} if name in SCHEDULES else {}
+    if name in ("strength", "smoothing"):
+        controls["divergence"] = "jensen_shannon"
+    outcome, _ = server.ask("pressed", tab, **controls, **{name: value})
+    assert outcome == "refused" or sound[name](value), f"the tab {tab} accepts {name}={value!r}"
+
+
+@pytest.mark.parametrize("entry", sorted({*READERS.values(), *FOLDERS.values()} - {"table", "ranking folder"}))
 def test_places_that_are_no_files(server, tmp_path, entry):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / os.fsdecode(b"\xff")).mkdir()

@@ -87,18 +87,18 @@ class DenoiserCall:
         return self.forward(*_with_own_lists(self.args), **_with_own_lists(self.kwargs))
 
 
-def region_of(sample: Tensor, output: Tensor, latents: Tensor) -> tuple[int, ...]:
+def region_of(sample: Tensor, output: Tensor, latents: Tensor, *, trailing: bool = False) -> tuple[int, ...]:
     """Shape, without the batch, of the part of the network's input and output that is the sampler's latents.
 
     It leads in every dimension: pipelines put conditions (masks, images) behind the latents, and networks a learned
-    variance behind the prediction.
+    variance behind the prediction. Where it is `trailing`, it is the last part of dimension 1, whose size is negative.
     """
     own, other, wanted = sample.shape[1:], output.shape[1:], latents.shape[1:]
     if len(own) == len(other):
         if len(wanted) == len(own) and all(w <= min(i, o) for w, i, o in zip(wanted, own, other, strict=True)):
-            return tuple(wanted)
+            return (-wanted[0], *wanted[1:]) if trailing else tuple(wanted)
         common = tuple(min(i, o) for i, o in zip(own, other, strict=True))
-        if torch.Size(common).numel() == wanted.numel():
+        if not trailing and torch.Size(common).numel() == wanted.numel():
             return common
     raise ValueError(
         f"latents of shape {tuple(wanted)} are not found in the network's input of shape {tuple(own)} "
@@ -107,25 +107,26 @@ def region_of(sample: Tensor, output: Tensor, latents: Tensor) -> tuple[int, ...
 
 
 def inside(whole: Tensor, region: tuple[int, ...]) -> Tensor:
-    """The leading part of that shape, of every sample."""
+    """The part of that shape, of every sample; see `region_of`."""
     for dim, size in enumerate(region, start=1):
-        whole = whole.narrow(dim, 0, size)
+        whole = whole.narrow(dim, 0 if size >= 0 else whole.shape[dim] + size, abs(size))
     return whole
 
 
-def with_inside(whole: Tensor, part: Tensor) -> Tensor:
-    """`whole` with its leading part replaced by another; differentiable in both modes."""
+def with_inside(whole: Tensor, part: Tensor, region: tuple[int, ...]) -> Tensor:
+    """`whole` with that part replaced by another; differentiable in both modes."""
     if part.shape == whole.shape:
         return part
-    behind = [size - own for size, own in zip(whole.shape[:0:-1], part.shape[:0:-1], strict=True)]
-    rest = replaced(whole, torch.zeros(part.shape, dtype=whole.dtype, device=whole.device))
-    return F.pad(part, [amount for size in behind for amount in (0, size)]) + rest
+    rest = replaced(whole, torch.zeros(part.shape, dtype=whole.dtype, device=whole.device), region)
+    missing = [all_ - own for all_, own in zip(whole.shape[1:], part.shape[1:], strict=True)]
+    sides = [(0, size) if own >= 0 else (size, 0) for own, size in zip(region, missing, strict=True)]
+    return F.pad(part, [amount for pair in reversed(sides) for amount in pair]) + rest
 
 
-def replaced(whole: Tensor, part: Tensor) -> Tensor:
-    """A copy of `whole` with its leading part replaced."""
+def replaced(whole: Tensor, part: Tensor, region: tuple[int, ...]) -> Tensor:
+    """A copy of `whole` with that part replaced."""
     whole = whole.clone()
-    inside(whole, tuple(part.shape[1:])).copy_(part)
+    inside(whole, region).copy_(part)
     return whole
 
 

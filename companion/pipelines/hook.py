@@ -153,7 +153,7 @@ class _Rectifier:
         if role == "stacked" and rows != samples and rows % samples == 0 and moment.latents.ndim == call.sample.ndim:
             raise ValueError(f"{type(self.pipe).__name__} was called with guidance that is not understood")
         output = call()
-        branch = _Branch(call, output, region_of(call.sample, first_output(output), moment.latents))
+        branch = _Branch(call, output, self._region(call.sample, first_output(output), moment.latents))
         if guided:
             run.pending = branch
         else:
@@ -174,18 +174,18 @@ class _Rectifier:
         if moment.guided and self._is_plain(moment) and self.config.guide is None:
             both, only = call(), call.within(conditional)
             known = map_output(both, lambda whole: whole[conditional])
-            region = region_of(only.sample, first_output(known), moment.latents)
+            region = self._region(only.sample, first_output(known), moment.latents)
             direction = inside(first_output(known), region) - inside(first_output(both)[reference], region)
             self._report(run, _Branch(only, known, region), direction)
             return both
         only, other = branches(call, conditional, reference, self.config.guide)
         if not moment.guided:
             output = only()
-            branch = _Branch(only, output, region_of(only.sample, first_output(output), moment.latents))
+            branch = _Branch(only, output, self._region(only.sample, first_output(output), moment.latents))
             c = first_output(output)
             direction = moment.weight * run.rectified.alone(inside(c, branch.region))
             self._report(run, branch, direction)
-            moved = replaced(c, inside(c, branch.region) - direction)
+            moved = replaced(c, inside(c, branch.region) - direction, branch.region)
             parts = [moved, c] if self.layout.reference_first else [c, moved]
             return map_output(output, lambda _: torch.cat(parts))
         if self.config.guide is not None or run.rectified.differentiates:
@@ -196,17 +196,20 @@ class _Rectifier:
             both = call()
             known = map_output(both, lambda whole: whole[conditional])
             reference_output = first_output(both)[reference]
-        region = region_of(only.sample, reference_output, moment.latents)
+        region = self._region(only.sample, reference_output, moment.latents)
         branch, direction = self._rectify(only, known, other, inside(reference_output, region), region, run)
         self._report(run, branch, direction)
         outside = reference_output if self.config.guide is None else first_output(branch.output)
-        moved = replaced(outside, inside(first_output(branch.output), region) - direction)
+        moved = replaced(outside, inside(first_output(branch.output), region) - direction, region)
         parts = (
             [moved, first_output(branch.output)]
             if self.layout.reference_first
             else [first_output(branch.output), moved]
         )
         return map_output(branch.output, lambda _: torch.cat(parts))
+
+    def _region(self, sample: Tensor, output: Tensor, latents: Tensor) -> tuple[int, ...]:
+        return region_of(sample, output, latents, trailing=self.layout.trailing)
 
     def _is_plain(self, moment: _Moment) -> bool:
         """Whether the pipeline's own arithmetic is what is wanted: CFG, untouched to the last bit."""
@@ -220,7 +223,7 @@ class _Rectifier:
             c = inside(known, branch.region)
             direction = moment.weight * run.rectified.alone(c)
             self._report(run, branch, direction)
-            return map_output(branch.output, lambda whole: replaced(whole, c - direction))
+            return map_output(branch.output, lambda whole: replaced(whole, c - direction, branch.region))
         guide = self.config.guide
         other = call if guide is None else replace(branch.call, forward=guide)
         output = other()
@@ -238,7 +241,7 @@ class _Rectifier:
         branch, direction = self._rectify(branch.call, branch.output, other, reference, branch.region, run)
         self._report(run, branch, direction)
         c = inside(first_output(branch.output), branch.region)
-        return map_output(output, lambda whole: replaced(whole, c - direction))
+        return map_output(output, lambda whole: replaced(whole, c - direction, branch.region))
 
     def _rectify(
         self,
@@ -254,11 +257,11 @@ class _Rectifier:
         assert moment is not None
 
         def reference_branch(latents: Tensor) -> Tensor:
-            return inside(first_output(other.with_sample(with_inside(other.sample, latents))()), region)
+            return inside(first_output(other.with_sample(with_inside(other.sample, latents, region))()), region)
 
         def denoise(latents: Tensor) -> Tensor:
             nonlocal last
-            output = call.with_sample(with_inside(z, latents))()
+            output = call.with_sample(with_inside(z, latents, region))()
             if last is None:
                 last = output
             return inside(first_output(output), region)
@@ -294,6 +297,8 @@ class _Rectifier:
         value = torch.as_tensor(timestep).flatten()[0]
         index = self._place(steps, value.to(steps), run.index + 1)
         level = noise_level(scheduler, value)
+        if self.layout.clean:
+            level = replace(level, prediction_type="sample")
         level = replace(level, output_sign=self.layout.sign * level.output_sign, timestep=float(value))
         weight = self.config.weight_at(level_progress(steps.tolist())[index], level)
         guided = run.rectified.begin(index, len(steps), level, weight if guided else 0.0)

@@ -54,6 +54,8 @@ class GuidanceLayout:
             is called first.
         sites: the denoiser calls of the loop.
         sign: -1 where the pipeline negates the network's output before its scheduler sees it, else 1.
+        trailing: whether the latents are the last, not the first tokens or frames (dimension 1) of the sample.
+        clean: whether the network predicts x_0, which the pipeline makes a flow's velocity.
         guided: expressions, and what each must be, under which the two branches are combined.
         scale: the guidance scale, as an expression; None where it is made up only after the network was called.
         unguided: the scale at which there is no guidance: 1 of `u + s (c - u)`, 0 of `c + s (c - u)`.
@@ -67,6 +69,8 @@ class GuidanceLayout:
     reference_first: bool
     sites: tuple[CallSite, ...]
     sign: int
+    trailing: bool
+    clean: bool
     guided: tuple[tuple[CodeType, bool], ...]
     scale: CodeType | None
     unguided: int
@@ -119,18 +123,33 @@ def call_code(pipeline: type) -> CodeType:
 
 @dataclass(frozen=True)
 class _Output:
-    """A variable that holds a denoiser's output, or a part of it."""
+    """A variable that holds a denoiser's output, or a part of it.
+
+    Args:
+        trailing: it is without its first tokens or frames (dimension 1).
+        arranged: its dimensions may be others than the network's.
+    """
 
     site: int
     sign: int = 1
     half: int | None = None
+    trailing: bool = False
+    arranged: bool = False
 
 
 @dataclass(frozen=True)
 class _Guided:
-    """A variable that holds the combination of both branches."""
+    """A variable that holds the combination of both branches.
+
+    Args:
+        trailing, arranged: see `_Output`.
+        clean: a name from which it was subtracted, which makes a prediction of x_0 a velocity.
+    """
 
     sign: int = 1
+    trailing: bool = False
+    arranged: bool = False
+    clean: str | None = None
 
 
 @dataclass(frozen=True)
@@ -188,6 +207,8 @@ def read_call(function: ast.FunctionDef) -> GuidanceLayout:
     timestep, latents = _argument(step, 1, "timestep"), _argument(step, 2, "sample")
     if timestep is None or latents is None:
         raise UnsupportedPipeline(f"`{ast.unparse(step)}` does not give the scheduler (prediction, timestep, sample)")
+    if isinstance(value, _Guided) and value.clean not in (None, ast.unparse(latents)):
+        raise UnsupportedPipeline(f"its prediction is subtracted from `{value.clean}`, which is not understood")
     late = _assigned_between(loop, reading.sites[min(conditional.site, reference.site)], combined)
     shared = tuple((test, wanted) for test, wanted in guided if all(_contains(g, test, wanted) for _, g, _ in others))
     for test, _ in shared:
@@ -210,6 +231,8 @@ def read_call(function: ast.FunctionDef) -> GuidanceLayout:
             for i, call in enumerate(reading.sites)
         ),
         sign=sign,
+        trailing=conditional.trailing or value.trailing,
+        clean=isinstance(value, _Guided) and value.clean is not None,
         guided=tuple((_compiled(test), wanted) for test, wanted in shared),
         scale=_compiled(combination.scale) if known else None,
         unguided=combination.unguided,
@@ -414,15 +437,17 @@ def _value_of(node: ast.expr, names: _Names) -> _Value | None:
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             value = _value_of(operand, names)
             return None if value is None else replace(value, sign=-value.sign)
-        case ast.Call(func=ast.Attribute(value=owner, attr=method)) if method in _RECAST | _RESHAPED:
+        case ast.Call(func=ast.Attribute(value=owner, attr=method)) if method in _RECAST:
             return _value_of(owner, names)
+        case ast.Call(func=ast.Attribute(value=owner, attr=method)) if method in _RESHAPED:
+            return _arranged(_value_of(owner, names))
         case ast.Call(func=ast.Attribute(value=owner, attr="clip" | "clamp")):
             value = _value_of(owner, names)
             return value if isinstance(value, _Guided) else None
         case ast.Call(func=ast.Attribute(attr=method), args=[first, *_]) if (
             any(word in method for word in _REARRANGEMENTS) or method in _RESCALINGS
         ):
-            return _value_of(first, names)
+            return _arranged(_value_of(first, names))
         case ast.Call(func=ast.Name(id=function), args=[first, *_]) if function in _RESCALINGS:
             return _value_of(first, names)
         case ast.Call(func=ast.Name(id="list" | "tuple"), args=[first]):
@@ -437,6 +462,9 @@ def _value_of(node: ast.expr, names: _Names) -> _Value | None:
             return None if value is None else _value_of(element, {item: value})
         case ast.Subscript(value=owner, slice=index):
             return _part(owner, index, names)
+        case ast.BinOp(left=ast.BinOp(left=ast.Name(id=start), op=ast.Sub(), right=right), op=ast.Div()):
+            value = _value_of(right, names)  # a flow's velocity ε - x_0 is (z - x_0)/σ
+            return replace(value, clean=start) if isinstance(value, _Guided) and value.clean is None else None
         case ast.BinOp(left=left, op=ast.Mult(), right=factor):
             value = _value_of(
                 left, names
@@ -453,6 +481,10 @@ def _value_of(node: ast.expr, names: _Names) -> _Value | None:
     return None
 
 
+def _arranged(value: _Value | None) -> _Value | None:
+    return None if value is None else replace(value, arranged=True)
+
+
 def _part(owner: ast.expr, index: ast.expr, names: _Names) -> _Value | None:
     value = _value_of(owner, names)
     if value is None:
@@ -465,7 +497,13 @@ def _part(owner: ast.expr, index: ast.expr, names: _Names) -> _Value | None:
             _is_ellipsis(item) or (isinstance(item, ast.Slice) and item.lower is None and item.step is None)
             for item in index.elts
         )
-        return value if leading and (_is_ellipsis(index.elts[0]) or _whole(index.elts[0])) else None
+        if leading and (_is_ellipsis(index.elts[0]) or _whole(index.elts[0])):
+            return value
+        match index.elts:
+            case [batch, ast.Slice(lower=ast.expr(), upper=None, step=None), *others] if _whole(batch):
+                known = all(map(_whole, others)) and not value.arranged
+                return replace(value, trailing=True) if known else None
+        return None
     if isinstance(index, ast.Slice) and index.step is None and isinstance(value, _Output) and value.half is None:
         if index.lower is None and index.upper is not None:
             return replace(value, half=0)
@@ -509,8 +547,17 @@ def _halves(node: ast.expr, names: _Names) -> list[_Value | None] | None:
 
 
 def _combination(node: ast.expr, names: _Names) -> _Combination | None:
-    """`u + s * (c - u)`, `c + s * (c - u)`, `(s + 1) * c - s * u` or `torch.lerp(u, c, s)`."""
+    """`u + s * (c - u)`, `c + s * (c - u)`, `s * c + (1 - s) * u`, `(s + 1) * c - s * u` or `torch.lerp(u, c, s)`."""
     match node:
+        case ast.BinOp(
+            left=ast.BinOp(left=scale, op=ast.Mult(), right=one),
+            op=ast.Add(),
+            right=ast.BinOp(
+                left=ast.BinOp(left=ast.Constant(value=1), op=ast.Sub(), right=rest), op=ast.Mult(), right=other
+            ),
+        ) if ast.dump(scale) == ast.dump(rest):
+            found = _branches(one, other, names)
+            return None if found is None else _Combination(*found, scale, 1)
         case ast.BinOp(left=base, op=ast.Add(), right=ast.BinOp(left=one, op=ast.Mult(), right=other)):
             for difference, scale in ((one, other), (other, one)):
                 if isinstance(difference, ast.BinOp) and isinstance(difference.op, ast.Sub):

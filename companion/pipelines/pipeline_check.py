@@ -199,6 +199,8 @@ def _distance(one: Tensor | None, other: Tensor) -> float:
 def _central(layout: GuidanceLayout, step: GuidanceStep, calls: list[DenoiserCall]) -> Tensor | None:
     """`K Δ` at a step by central differences of the network on the pipeline's own arguments; None without a Δ."""
     region = tuple(step.sample.shape[1:])
+    if layout.trailing:
+        region = (-region[0], *region[1:])
     rows = len(step.sample)
     if layout.mechanism == "stacked":
         call = calls[-1]
@@ -218,7 +220,9 @@ def _central(layout: GuidanceLayout, step: GuidanceStep, calls: list[DenoiserCal
         sample = call.sample.clone()
         z = inside(sample, region)
         z[conditional] += amount * delta
-        return inside(first_output(_outside(call.with_sample(with_inside(sample, z)))), region)[conditional].double()
+        return inside(first_output(_outside(call.with_sample(with_inside(sample, z, region)))), region)[
+            conditional
+        ].double()
 
     identity, jacobian = step.level.coefficients
     return identity * delta + jacobian * (displaced(size) - displaced(-size)) / (2 * size)

@@ -135,7 +135,8 @@ def page(table: list[Support], data: Mapping[str, Any]) -> str:
         "What `companion.rectified_guidance` makes of every pipeline class in torch that has a `__call__`: "
         f"{counts}.\n\n"
         f"{_made(table, checked, made)}\n\n"
-        "The residuals of a control network are held fixed in K: its own derivative is left out.\n\n"
+        "The residuals of a control network are held fixed in K: its own derivative is left out. The pipelines scale,\n"
+        "join and cut them in their own ways before their denoiser is called, and the hook sees that call only.\n\n"
         "`python -m companion pipelines` builds and checks what it can of the installed diffusers, and writes this\n"
         "page and `docs/pipelines.json`.\n"
     )

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from companion.files import write_text
+from companion.errors import explained
+from companion.files import read_json, write_text
 from companion.provenance import provenance
 from companion.ranking.report import text_table
 from companion.ranking.rules.catalogue import RULES, Rule
 from companion.ranking.standings import Standing, standings
-from companion.ranking.suite import FULL, QUICK, measure_suite
+from companion.ranking.suite import FULL, QUICK, check_problem, measure_suite
 from companion.ranking.suites import SITUATIONS, Suite, suite_problems
 
 
@@ -62,11 +63,15 @@ def load_ranking(path: Path) -> Ranking:
     Raises:
         ValueError: the file is missing or holds no ranking.
     """
-    try:
-        stored = json.loads(path.read_text())
-        return Ranking(stored["problems"], stored["provenance"])
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"path must be a file written by Ranking.save, got {path}: {error}") from error
+    stored = read_json(path, "ranking")
+    with explained(f"ranking {path} must be a file that Ranking.save wrote"):
+        for problem in stored["problems"]:
+            check_problem(problem)
+        if not isinstance(stored["provenance"], dict):
+            raise ValueError("its provenance is no table of names")
+        ranking = Ranking(stored["problems"], stored["provenance"])
+        ranking.text()  # whatever else it lacks shows here
+    return ranking
 
 
 def rank(

@@ -5,6 +5,7 @@ chooses the best for every problem. With samples, the oracle chooses on one half
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,8 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.errors import explained
 from companion.exact.densities import kl, wasserstein1
-from companion.files import write_text
+from companion.files import read_json, write_text
 from companion.provenance import provenance
 from companion.ranking.problems import Problem
 from companion.ranking.rulers import LINE_FLOOR, SampleRuler, line_wasserstein
@@ -222,6 +224,29 @@ def _against_cfg(cells: dict[str, Cell], replicates: dict[tuple[str, str], Tenso
     return cells
 
 
+def check_problem(measured: Any) -> None:
+    """Refuse what is no measured problem of `measure_suite`, read from a file.
+
+    Raises:
+        ValueError: a part is missing or of another kind.
+    """
+    with explained("it is not a measured problem"):
+        texts = (measured["name"], measured["situation"])
+        numbers = (measured["weight"], measured["dimension"], measured["floor"])
+        if not all(isinstance(text, str) for text in texts) or not all(map(_is_positive, numbers)):
+            raise ValueError("its name or situation is no text, or its weight, dimension or floor no positive number")
+        for name, cell in measured["cells"].items():
+            wrong = [key for key, value in cell.items() if key != "failure" and not _is_positive(abs(value) + 1)]
+            if wrong or not ("failure" in cell or _is_positive(cell["evaluations"])):
+                raise ValueError(f"rule {name!r} holds values that are no finite numbers")
+        if not {"none", "CFG"} <= set(measured["cells"]) or not _is_positive(measured["cells"]["none"]["distance"]):
+            raise ValueError('"none" and "CFG" must be among its rules')
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1e30
+
+
 def measure_suite(
     problems: Iterable[Problem],
     rules: Sequence[Rule],
@@ -235,13 +260,18 @@ def measure_suite(
     Args:
         folder: of one file a problem; problems found there with the same rules and settings are not measured again.
         report: called with a line per problem, and with the sentence of every rule that failed.
+
+    Raises:
+        ValueError: a file in the folder is damaged.
     """
     found = []
     wanted = {"settings": asdict(settings), "rules": [rule.name for rule in rules]}
     for number, problem in enumerate(problems):
         file = None if folder is None else folder / f"{number:03d}.json"
-        if file is not None and file.is_file():
-            stored = json.loads(file.read_text())
+        if file is not None and os.path.lexists(file):
+            with explained(f"{file} cannot be read, remove it to measure that problem again"):
+                stored = read_json(file)
+                check_problem(stored["measured"])
             if stored["for"] == json.loads(json.dumps(wanted)) and stored["measured"]["name"] == problem.name:
                 found.append(stored["measured"])
                 continue

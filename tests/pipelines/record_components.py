@@ -1,7 +1,8 @@
 """Record the tiny components that diffusers' own tests build, as `companion/pipelines/tiny_components.json`.
 
 `python -m tests.pipelines.record_components CHECKOUT`, CHECKOUT a clone of diffusers. Only configurations, shapes and
-ranges are recorded. What its tests take from a hub (tokenizers, a tiny T5) is replaced by what is built here.
+ranges are recorded. What its tests take from a hub (tokenizers, a tiny T5) is replaced by what is built here. Nothing
+in that file is written by hand: what must be otherwise is in `tiny_variants.json`. Run it with `HF_HUB_OFFLINE=1`.
 """
 
 import importlib

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from companion.pipelines import denoiser_call
-from companion.pipelines.denoiser_call import DenoiserCall, branches
+from companion.pipelines.denoiser_call import DenoiserCall, branches, inside, region_of, replaced, with_inside
 
 FIRST, SECOND = slice(0, 3), slice(3, 6)
 
@@ -110,3 +110,16 @@ def test_a_call_whose_cache_was_switched_does_not_repeat():
     cache.mode = "skip"
     assert not call.repeats(output)
     assert not DenoiserCall(network, (drawn(2, 4), None), {"scale": [1.0, {"of": "all"}]}).has_state
+
+
+def test_latents_that_are_the_last_tokens():
+    """Some pipelines put a condition's tokens before the latents; channels behind them are left alone as ever."""
+    whole, latents = drawn(2, 5, 4), drawn(2, 3, 2, seed=1)
+    region = region_of(whole, whole, latents, trailing=True)
+    assert region == (-3, 2)
+    assert torch.equal(inside(whole, region), whole[:, 2:, :2])
+    wanted = whole.clone()
+    wanted[:, 2:, :2] = latents
+    assert torch.equal(replaced(whole, latents, region), wanted)
+    assert torch.equal(with_inside(whole, latents, region), wanted)
+    assert torch.autograd.gradcheck(lambda part: with_inside(whole, part, region), latents.requires_grad_())
