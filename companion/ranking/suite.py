@@ -237,7 +237,7 @@ def check_problem(measured: Any) -> None:
             raise ValueError("its name or situation is no text, or its weight, dimension or floor no positive number")
         for name, cell in measured["cells"].items():
             wrong = [key for key, value in cell.items() if key != "failure" and not _is_positive(abs(value) + 1)]
-            if wrong or not ("failure" in cell or _is_positive(cell["evaluations"])):
+            if wrong or not ("failure" in cell or _is_positive(cell["evaluations"] + 1)):
                 raise ValueError(f"rule {name!r} holds values that are no finite numbers")
         if not {"none", "CFG"} <= set(measured["cells"]) or not _is_positive(measured["cells"]["none"]["distance"]):
             raise ValueError('"none" and "CFG" must be among its rules')
