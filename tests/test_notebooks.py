@@ -30,13 +30,6 @@ def test_stored_as_run_from_top_to_bottom(path: Path) -> None:
     assert not any(output["output_type"] == "error" for cell in cells for output in cell["outputs"])
 
 
-# To be written. No line may be added; a notebook that has the frame must go from this list.
-WITHOUT_FRAME = {
-    "05_toy_2d",
-}
-FRAMED = [path for path in NOTEBOOKS if path.stem not in WITHOUT_FRAME]
-
-
 def markdown(path: Path) -> list[str]:
     return [
         "".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown"
@@ -64,11 +57,7 @@ def neighbours(place: int, paths: list[Path]) -> str:
     return " | ".join(line)
 
 
-def test_the_list_of_unframed_notebooks_names_notebooks() -> None:
-    assert {path.stem for path in NOTEBOOKS} >= WITHOUT_FRAME
-
-
-@pytest.mark.parametrize("path", FRAMED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_frame(path: Path) -> None:
     """Number and title, the claim, the answer, the time it takes; at the end what to remember, and exercises."""
     texts, first = markdown(path), first_cell(path)
@@ -83,7 +72,7 @@ def test_frame(path: Path) -> None:
     assert 2 <= solutions <= 3 and exercises.count("</details>") == solutions, "two or three, each solution folded"
 
 
-@pytest.mark.parametrize("path", FRAMED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_first_screen_has_a_picture(path: Path) -> None:
     code = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     cells = [cell for cell in code if cell.get("id") != "install"]  # what docs/badges.py writes for Colab
@@ -91,7 +80,7 @@ def test_first_screen_has_a_picture(path: Path) -> None:
     assert any(pictures), "one of the first four code cells must draw the notebook's picture"
 
 
-@pytest.mark.parametrize("path", FRAMED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_previous_and_next(path: Path) -> None:
     line = neighbours(NOTEBOOKS.index(path), NOTEBOOKS)
     lines = [line for text in markdown(path) for line in text.splitlines()]
