@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea
@@ -58,8 +59,9 @@ def draw_exploration(study: LineStudy | PlaneStudy, rule: str = "CFG", noise_lev
     Raises:
         ValueError: the rule is unknown, or marginal scaling in the plane.
     """
-    figure = Figure(figsize=(2 * SIZE[0], SIZE[1]), dpi=110, layout="none")  # places are given below
-    left, right = figure.subfigures(1, 2)
+    figure = Figure(figsize=(2 * SIZE[0], SIZE[1]), dpi=110)
+    figure.set_layout_engine("none")  # places are given below
+    left, right = figure.subfigures(1, 2, squeeze=False)[0]
     draw_outcome(left, study, rule, noise_level)
     draw_level(right, study, rule, noise_level)
     return figure
@@ -272,7 +274,7 @@ def _two_axes(figure: FigureBase) -> tuple[Axes, Axes]:
 
 def _title(axis: Axes, words: Sequence[tuple[str, str]], *, size: float = _NORMAL, left: float = 0.0) -> None:
     """Words in their colours in one line above the axes: title and legend in one."""
-    texts = []
+    texts: list[Artist] = []
     for text, colour in words:
         weight = "normal" if colour == _QUIET else "bold"
         texts.append(TextArea(text, textprops={"color": colour, "fontsize": size, "fontweight": weight}))
