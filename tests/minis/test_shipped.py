@@ -37,9 +37,9 @@ def test_sizes_formats_and_cards():
 
 def test_classifier_is_right_on_held_out_scenes():
     scenes = [scene(SEED, i, 1) for i in range(1000)]
-    judge = load_classifier()
-    assert recognised(render(scenes), labels(scenes), judge) >= 0.98
-    assert [judge.network.config.id2label[i] for i in range(10)] == list(SHAPES)
+    evaluator = load_classifier()
+    assert recognised(render(scenes), labels(scenes), evaluator) >= 0.98
+    assert [evaluator.network.config.id2label[i] for i in range(10)] == list(SHAPES)
 
 
 @pytest.mark.parametrize(("objects", "decibels"), [(1, 35.0), (2, 32.5)])
@@ -61,10 +61,10 @@ def test_mini_dit_draws_what_is_asked():
     pipe.set_progress_bar_config(disable=True)
     assert type(pipe).__name__ == "DiTPipeline" and pipe.get_label_ids(["star"]) == [3]
     asked = torch.arange(40) % 10
-    judge = load_classifier()
+    evaluator = load_classifier()
     drawn = draw_classes(pipe, asked, num_inference_steps=25, seed=SEED, batch_size=20)
-    assert recognised(drawn, asked, judge) >= 0.8  # 0.9 of many; this is 40
-    assert recognised(drawn, asked.roll(1), judge) < 0.3
+    assert recognised(drawn, asked, evaluator) >= 0.8  # 0.9 of many; this is 40
+    assert recognised(drawn, asked.roll(1), evaluator) < 0.3
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def test_mini_edm2_draws_what_is_asked_with_either_reference():
     assert tuple(pipe.labels) == SHAPES and pipe.unet.config.folded
     sizes = [sum(p.numel() for p in network.parameters()) for network in (pipe.unet, pipe.guide)]
     assert sizes[0] > 3 * sizes[1]
-    asked, judge = torch.arange(40) % 10, load_classifier()
+    asked, evaluator = torch.arange(40) % 10, load_classifier()
     shares = {}
     for name, scale, steps, reference in (
         ("CFG", 4.0, 8, "null_label"),
@@ -92,7 +92,7 @@ def test_mini_edm2_draws_what_is_asked_with_either_reference():
             ).images
             for first in (0, 20)
         ]
-        shares[name] = recognised(torch.cat(drawn) * 2 - 1, asked, judge)
+        shares[name] = recognised(torch.cat(drawn) * 2 - 1, asked, evaluator)
     assert shares["CFG"] >= 0.8 and shares["auto"] >= 0.65 and shares["weak"] < shares["CFG"]
 
 
@@ -105,10 +105,10 @@ def test_text_conditional_minis_draw_what_captions_say(name):
     scenes = [scene(SEED, i, 1) for i in range(20)]
     drawn = draw(pipe, [s.caption for s in scenes], guidance_scale=4.0, num_inference_steps=15, seed=SEED)
     colours = torch.tensor([tuple(COLOURS).index(s.objects[0].colour) for s in scenes])
-    judge = load_classifier()
-    assert recognised(drawn, labels(scenes), judge) >= TEXT_CONDITIONAL[name]
+    evaluator = load_classifier()
+    assert recognised(drawn, labels(scenes), evaluator) >= TEXT_CONDITIONAL[name]
     assert (object_colours(drawn) == colours).double().mean() >= 0.8
-    assert recognised(drawn, labels(scenes).roll(1), judge) < 0.3
+    assert recognised(drawn, labels(scenes).roll(1), evaluator) < 0.3
     assert (object_colours(drawn) == colours.roll(1)).double().mean() < 0.4
     pipe(["a zebra of no known colour, 2 moons and a very long tail indeed"], num_inference_steps=1)  # words unknown
 
@@ -144,13 +144,13 @@ def test_mini_adm_draws_what_is_asked_with_and_without_a_classifier():
     assert type(pipe).__name__ == "ADMPipeline" and pipe.config.null_class == 10
     assert type(pipe.classifier).__name__ == "ResNetForImageClassification"
     assert [pipe.classifier.config.id2label[i] for i in range(10)] == list(SHAPES)
-    asked, judge = torch.arange(20) % 10, load_classifier()
+    asked, evaluator = torch.arange(20) % 10, load_classifier()
     settings = {"guidance_scale": 1.0, "num_inference_steps": 15, "seed": SEED}
     free = draw(pipe, asked.tolist(), **{**settings, "guidance_scale": 4.0}, classifier_scale=0.0)
-    assert recognised(enlarged(free), asked, judge) >= 0.6  # 0.8 of many; this is 20
+    assert recognised(enlarged(free), asked, evaluator) >= 0.6  # 0.8 of many; this is 20
     guided = draw(pipe, asked.tolist(), **settings, unconditional=True, gamma=0.3)
     plain = draw(pipe, asked.tolist(), **settings, unconditional=True, classifier_scale=0.0)
-    shares = [recognised(enlarged(drawn), asked, judge) for drawn in (guided, plain)]
+    shares = [recognised(enlarged(drawn), asked, evaluator) for drawn in (guided, plain)]
     assert shares[0] >= 0.2 and shares[0] > shares[1]
 
 
