@@ -8,6 +8,7 @@ import scipy.stats
 
 from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.studies.classifier_table import label_of
+from companion.evaluation.studies.validity_rows import rows_of
 from companion.evaluation.studies.verdict import METRICS, counted, differences, equal_strength, read_study
 from companion.evaluation.tables.published import published
 from companion.evaluation.tables.results import read_cells
@@ -92,14 +93,34 @@ def test_15_and_17_mcnemar_by_hand() -> None:
 def test_17_says_what_the_study_has() -> None:
     study = read_study(NOTEBOOKS / "results/validity.json")
     for each in differences(study, "residual", "REG"):
-        large = each.row.guidance_scale > 4
-        assert each.verdict == ("better" if large else "undecided"), each.row.name
-        assert not large or -12 < 1000 * each.figure.value < -6
+        decided = each.row.guidance_scale > 4 and each.row.model != "mini-flow"
+        assert each.verdict == ("better" if decided else "undecided"), each.row.name
+        assert not decided or -12 < 1000 * each.figure.value < -6
     for metric in ("valid", "recognised", "attributes", "law_distance"):
         assert set(counted(study, metric, "REG")) == {"better", "undecided", "worse"}
         assert counted(study, metric, "REG")["undecided"] == len(differences(study, metric, "REG")), METRICS[metric]
     for model in study.models:
         assert equal_strength(study, model, "REG", resamples=200).verdict == "undecided"
-    assert {
-        each.row.guidance_scale for each in differences(study, "residual", "REG, auto") if each.verdict == "better"
-    } == {7.5, 12.0}
+    auto = [each.row for each in differences(study, "residual", "REG, auto") if each.verdict == "better"]
+    assert {row.model for row in auto} == {"mini-sd", "mini-dit", "mini-edm2"}
+    assert {row.guidance_scale for row in auto} == {7.5, 12.0}
+    falls = {
+        method: [
+            max(scores) - scores[-1]
+            for model in ("mini-sd", "mini-sd-v", "mini-flow")
+            for scores in [[study.figure(row, "clip_score").value for row in rows_of(model) if row.method == method]]
+        ]
+        for method in ("CFG", "REG")
+    }
+    assert 1.5 < min(falls["CFG"]) < max(falls["CFG"]) < 10.5 and max(falls["REG"]) < 3.5
+    ones = {each.row.name: each for each in differences(study, "recognised", "REG, ones")}
+    lost = ones["mini-edm2/REG, ones/2"]
+    assert lost.verdict == "worse" and round(100 * lost.figure.value) == -20
+    damped = [each.figure.value for each in differences(study, "residual", "REG, ones") if each.verdict == "better"]
+    assert -17 < 1000 * min(damped) < 1000 * max(damped) < -5.5
+    for metric in METRICS:
+        assert counted(study, metric, "interval")["better"] == counted(study, metric, "interval")["worse"] == 0
+    reg = {(each.row.model, each.row.guidance_scale): each.figure for each in differences(study, "residual", "REG")}
+    for each in differences(study, "residual", "covariance"):
+        of_reg = reg[each.row.model, each.row.guidance_scale]
+        assert each.row.guidance_scale < 5 or of_reg.low < each.figure.value < of_reg.high
