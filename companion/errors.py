@@ -34,9 +34,8 @@ def reason(error: BaseException) -> str:
         return type(error).__name__
     message = lines[0]
     if "weights_only" in message or "Weights only load failed" in message:
-        message = next(
-            (line for line in lines if line.startswith("WeightsUnpickler error")), "it holds more than tensors"
-        )
+        faults = [line for line in lines if line.startswith("WeightsUnpickler error")]
+        message = next((line for line in faults if "torch.serialization" not in line), "it holds more than tensors")
     if isinstance(error, KeyError):
         message = f"{message} is missing"
     return message if len(message) <= _LONGEST else f"{message[:_LONGEST]}…"

@@ -59,8 +59,8 @@ def draw_exploration(study: LineStudy | PlaneStudy, rule: str = "CFG", noise_lev
     Raises:
         ValueError: the rule is unknown, or marginal scaling in the plane.
     """
-    figure = Figure(figsize=(2 * SIZE[0], SIZE[1]), dpi=110)
-    figure.set_layout_engine("none")  # places are given below
+    # Places are given below. (set_layout_engine would leave a placeholder that refuses them.)
+    figure = Figure(figsize=(2 * SIZE[0], SIZE[1]), dpi=110, layout="none")  # type: ignore[arg-type]
     left, right = figure.subfigures(1, 2, squeeze=False)[0]
     draw_outcome(left, study, rule, noise_level)
     draw_level(right, study, rule, noise_level)

@@ -170,8 +170,7 @@ def figures(
 
 def _picture(draw: Callable[..., None], study: LineStudy | PlaneStudy, question: Question) -> str:
     """One half as an image in the page's own text: nothing to fetch, so it does not flicker."""
-    figure, data = Figure(figsize=SIZE), io.BytesIO()
-    figure.set_layout_engine("none")
+    figure, data = Figure(figsize=SIZE, layout="none"), io.BytesIO()  # type: ignore[arg-type]
     with rc_context({"svg.fonttype": "path", "savefig.dpi": 144}):
         draw(figure, study, question.rule, question.noise_level)
         figure.savefig(data, format="svg", metadata={"Date": None})

@@ -8,7 +8,8 @@ from companion.evaluation.sampling.evaluations import evaluations, scheduler_lev
 from companion.guidance.products import PRODUCT_TABLE, PRODUCTS, Evaluation, ProductRow
 from companion.guidance.rectification import apply_k, rectify
 from companion.pipelines.configuration import check_preset
-from tests.guidance.test_rectification import COEFFICIENTS, NETWORK, dense_k, expected, inputs
+from tests.dense_products import products_of
+from tests.guidance.test_rectification import COEFFICIENTS, NETWORK, dense_k, inputs
 from tests.pipelines.test_hook import draw_dit
 from tests.pipelines.tiny import tiny_dit
 
@@ -20,7 +21,8 @@ def test_apply_k_is_the_product_with_any_direction(product, known):
     prediction = NETWORK(x).detach() if known else None
     result = apply_k(NETWORK, x, direction, COEFFICIENTS, product=product, prediction=prediction, probes=None)
     tolerance = 1e-6 if product == "finite_difference" else 1e-10
-    torch.testing.assert_close(result, expected(product, dense_k(x), direction), rtol=tolerance, atol=10 * tolerance)
+    expected = products_of(dense_k(x), direction)[product]
+    torch.testing.assert_close(result, expected, rtol=tolerance, atol=10 * tolerance)
     assert not result.requires_grad and result.dtype == direction.dtype
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 from companion.minis.scenes import SHAPES
 from companion.page import Models, serve
@@ -93,12 +94,12 @@ def generate(page: Page, steps: str = "8") -> None:
 
 
 def open_tab(page: Page, name: str) -> None:
-    """Choose a tab; on a phone the last ones are in a menu."""
-    tab = page.get_by_role("tab", name=name)
-    if not tab.is_visible():
+    """Choose a tab; on a phone the last ones are in a menu, into which they move a moment after the window has shrunk."""
+    try:
+        page.get_by_role("tab", name=name).click(timeout=3000)
+    except PlaywrightTimeout:
         page.locator(".overflow-menu > button").locator("visible=true").first.click()
-        tab = page.locator(".overflow-dropdown button", has_text=name)
-    tab.click()
+        page.locator(".overflow-dropdown button", has_text=name).click()
 
 
 def status(page: Page) -> Any:

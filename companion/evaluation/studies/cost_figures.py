@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from companion.evaluation.studies.picture_distances import summary
-from companion.evaluation.studies.reuse_errors import CarryResult
+from companion.evaluation.studies.reuse_errors import ReuseResult
 from companion.evaluation.studies.savings_on_mixtures import Shares
 from companion.plotting import COLOURS, OTHER_COLOURS
 
@@ -96,7 +96,7 @@ def draw_ratios(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     return figure
 
 
-def draw_rules(found: Mapping[str, Mapping[str, CarryResult]], rules: Sequence[str]) -> Figure:
+def draw_rules(found: Mapping[str, Mapping[str, ReuseResult]], rules: Sequence[str]) -> Figure:
     """Errors of the direction in multiples of CFG's. Left: rules that cost the same, evaluated at every third step.
     Right: the shipped rule evaluated at every 2nd, 3rd and 5th step.
 

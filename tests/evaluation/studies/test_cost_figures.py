@@ -12,7 +12,7 @@ from companion.evaluation.studies.cost_figures import (
     draw_shares,
     draw_step_errors,
 )
-from companion.evaluation.studies.reuse_errors import CarryResult
+from companion.evaluation.studies.reuse_errors import ReuseResult
 from companion.evaluation.studies.savings_on_mixtures import Shares
 
 
@@ -48,8 +48,8 @@ def test_every_picture_is_a_dot():
 
 
 def test_rules_and_steps():
-    results = {f"every 3rd: {rule}": CarryResult(1 / 3, error, 0, 0) for rule, error in (("x", 0.5), ("auto", 0.1))}
-    results |= {f"every {k}: auto": CarryResult(share, 0.2, 0, 0) for k, share in (("2nd", 0.5), ("5th", 0.2))}
+    results = {f"every 3rd: {rule}": ReuseResult(1 / 3, error, 0, 0) for rule, error in (("x", 0.5), ("auto", 0.1))}
+    results |= {f"every {k}: auto": ReuseResult(share, 0.2, 0, 0) for k, share in (("2nd", 0.5), ("5th", 0.2))}
     left, right = draw_rules({"data": results}, ["x", "auto"]).axes
     assert list(left.lines[0].get_xdata()) == [0.5, 0.1]
     np.testing.assert_allclose(right.lines[0].get_xdata(), [1.1, 1 + 1 / 6, 1.25])
