@@ -94,7 +94,7 @@ def generate(page: Page, steps: str = "8") -> None:
 
 
 def open_tab(page: Page, name: str) -> None:
-    """Choose a tab; on a phone the last ones are in a menu, into which they move a moment after the window has shrunk."""
+    """Choose a tab; on a phone the last ones are in a menu, which takes a moment to appear."""
     try:
         page.get_by_role("tab", name=name).click(timeout=3000)
     except PlaywrightTimeout:
