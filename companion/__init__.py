@@ -61,7 +61,7 @@ __all__ = [
     "sample_generators",
 ]
 
-_HOME = {
+_MODULES = {
     "PAPER_MODELS": "companion.pipelines.paper_models",
     "PRODUCTS": "companion.guidance.products",
     "ADMPipeline": "companion.pipelines.adm.pipeline",
@@ -120,8 +120,8 @@ _MOVED = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    if name in _MODULES:
+        value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
         return value
     if name not in _MOVED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

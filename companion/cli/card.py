@@ -10,20 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import scipy.stats
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from companion.cli.cards import HELD_OUT_SEED
+from companion.evaluation.metrics.metrics import share
 from companion.files import write_text
 from companion.minis import adm, classifier
 from companion.minis.drawing import draw
-from companion.minis.scenes import SHAPES, labels, scene
+from companion.minis.scenes import HELD_OUT_SEED, SHAPES, labels, scene
 from companion.minis.shipping import WEIGHTS
 from companion.pipelines.registry import load
-from companion.pixels import to_uint8
+from companion.pixels import as_images
 
 COLUMNS, ROWS, GAP = 10, 4, 2
 
@@ -120,9 +119,9 @@ def sample_sheet(pictures: Float[Tensor, "samples 3 height width"]) -> Image.Ima
     _, _, height, width = pictures.shape
     rows = -(-len(pictures) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * (width + GAP) - GAP, rows * (height + GAP) - GAP), "white")
-    for i, picture in enumerate(to_uint8(pictures).permute(0, 2, 3, 1).numpy()):
+    for i, picture in enumerate(as_images(pictures)):
         row, column = divmod(i, COLUMNS)
-        sheet.paste(Image.fromarray(picture), (column * (width + GAP), row * (height + GAP)))
+        sheet.paste(picture, (column * (width + GAP), row * (height + GAP)))
     return sheet
 
 
@@ -136,7 +135,6 @@ def _recognised(name: str, number: int, scale: float) -> str:
         asked = torch.arange(number) % len(SHAPES)
     evaluator = classifier.load_classifier()
     seen = torch.cat([evaluator(part).argmax(dim=1) for part in draw_samples(name, number, scale).split(250)])
-    count = int((seen == asked).sum())
-    low, high = scipy.stats.binomtest(count, number).proportion_ci(0.95, method="wilson")
+    found = share(seen == asked)
     what = f"{number:,} samples, guidance_scale {scale:g}, {setting.steps} steps"
-    return f"| {what} | {count / number:.1%} | {low:.1%} to {high:.1%} |".replace("%", " %")
+    return f"| {what} | {found.value:.1%} | {found.low:.1%} to {found.high:.1%} |".replace("%", " %")

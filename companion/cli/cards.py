@@ -15,14 +15,12 @@ from companion.calibration import scene_classifiers
 from companion.evaluation.metrics.recognition import draw_classes, recognised
 from companion.minis import adm, classifier, clip
 from companion.minis.drawing import draw, object_colours
-from companion.minis.scenes import COLOURS, SHAPES, labels, render, scene
+from companion.minis.scenes import COLOURS, HELD_OUT_SEED, SHAPES, labels, render, scene
 from companion.minis.shipping import ship
 from companion.networks.adm import NoisyClassifier
 from companion.networks.edm2 import EDM2UNet
 from companion.pipelines.adm.pipeline import ADMPipeline
 from companion.pipelines.edm2.pipeline import EDM2Pipeline
-
-HELD_OUT_SEED = 99  # scenes that no model has learned from
 
 
 @torch.no_grad()

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from companion.deprecation import RenamedAttribute
 from companion.exact.chain import FINEST, DDPMChain, NoiseSchedule, mixture_prediction
-from companion.exact.densities import normalise
 from companion.exact.directions import Field, direction_error, win_ratio
 from companion.exact.grids import Grid, evaluate
 from companion.exact.mixtures import GaussianMixture
-from companion.exact.rewards import Reward, classifier_free_reward
+from companion.exact.rewards import Reward, classifier_free_reward, tilted_density
 from companion.exact.sampling import energy_distance
 from companion.exact.toys import Toy
 
@@ -132,8 +131,7 @@ def guided_chains(comparison: Comparison) -> dict[str, DDPMChain]:
 
 def target_density(comparison: Comparison, grid: Grid) -> Float[Tensor, "*grid"]:
     """The target `p(x_0|y) R_0(x_0) / Z` of the data on any grid."""
-    conditional = comparison.data.classes[comparison.label]
-    return normalise(grid, evaluate(grid, lambda x: conditional.log_prob(x) + comparison.reward(x)))
+    return tilted_density(grid, comparison.data.classes[comparison.label], comparison.reward)
 
 
 def band_means(per_step: Float[Tensor, " steps"]) -> dict[str, float]:

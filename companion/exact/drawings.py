@@ -104,6 +104,13 @@ def draw_win_ratios(
     return figure
 
 
+def draw_bars(axis: Axes, distances: Mapping[str, Interval], colours: Mapping[str, object] = COLOURS) -> None:
+    """A dot and a bar for each method, one below the other where the axis is inverted."""
+    for row, (name, (low, value, high)) in enumerate(distances.items()):
+        axis.plot([low, high], [row, row], color=colours[name], linewidth=2, solid_capstyle="butt")
+        axis.plot([value], [row], "o", color=colours[name], markersize=5)
+
+
 def draw_intervals(
     axis: Axes,
     distances: Mapping[str, Interval],
@@ -121,9 +128,7 @@ def draw_intervals(
         colours: one for every method.
         linear: above 0, in the distances' units.
     """
-    for row, (name, (low, value, high)) in enumerate(distances.items()):
-        axis.plot([low, high], [row, row], color=colours[name], linewidth=2, solid_capstyle="butt")
-        axis.plot([value], [row], "o", color=colours[name], markersize=5)
+    draw_bars(axis, distances, colours)
     ends = [end for low, _, high in distances.values() for end in (low, high)]
     axis.set_xscale("symlog", linthresh=linear, linscale=0.7)
     axis.set_xlim(min(*ends, -linear / 2) * 1.2, max(*ends, floor, linear) * 1.5)

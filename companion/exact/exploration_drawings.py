@@ -4,6 +4,7 @@ Every function draws into a figure or a part of one, without pyplot, so that any
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -36,6 +37,11 @@ _ELLIPSE = 0.36
 """Longest half axis of an ellipse."""
 
 
+def empty_figure(size: tuple[float, float], **options: Any) -> Figure:
+    """A figure without a layout engine, whatever the style says: the functions here place their axes themselves."""
+    return Figure(figsize=size, layout="none", **options)  # type: ignore[arg-type]
+
+
 def check_rule(study: LineStudy | PlaneStudy, rule: str) -> None:
     """Refuse a rule that cannot be shown.
 
@@ -59,8 +65,7 @@ def draw_exploration(study: LineStudy | PlaneStudy, rule: str = "CFG", noise_lev
     Raises:
         ValueError: the rule is unknown, or marginal scaling in the plane.
     """
-    # Places are given below. (set_layout_engine would leave a placeholder that refuses them.)
-    figure = Figure(figsize=(2 * SIZE[0], SIZE[1]), dpi=110, layout="none")  # type: ignore[arg-type]
+    figure = empty_figure((2 * SIZE[0], SIZE[1]), dpi=110)
     left, right = figure.subfigures(1, 2, squeeze=False)[0]
     draw_outcome(left, study, rule, noise_level)
     draw_level(right, study, rule, noise_level)

@@ -22,7 +22,7 @@ from companion.exact.covariance import jacobian_matrix
 from companion.exact.densities import REACH, kl, mass, moments, normalise, sample_density, spread
 from companion.exact.grids import Grid, evaluate, gradient, interpolate, log_blur
 from companion.exact.mixtures import GaussianMixture, mixture_of
-from companion.exact.rewards import Reward, classifier_free_reward
+from companion.exact.rewards import Reward, classifier_free_reward, tilted_density
 from companion.exact.sampling import Interval, energy_distance_difference, energy_distance_interval
 from companion.exact.toys import Toy, anisotropic, isotropic, moons, paper_1d, shared_mode
 
@@ -122,7 +122,7 @@ class Problem:
 
     def target(self, grid: Grid) -> Float[Tensor, "*grid"]:
         """The density that guidance is to sample: `p(x_0|y) R_0(x_0) / Z`."""
-        return normalise(grid, evaluate(grid, lambda x: self.conditional.log_prob(x) + self.reward(x)))
+        return tilted_density(grid, self.conditional, self.reward)
 
     def step_at(self, noise_level: float) -> int:
         """The step t = 1 … T at a share of the chain, from 0 (clean) to 1 (noise)."""

@@ -17,11 +17,11 @@ from companion.exact.chain import (
     standard_normal,
     tilted_marginals,
 )
-from companion.exact.densities import kl, normalise, sample_density, total_variation
+from companion.exact.densities import kl, sample_density, total_variation
 from companion.exact.directions import guided, rectified_direction
 from companion.exact.grids import Grid, evaluate
 from companion.exact.mixtures import GaussianMixture
-from companion.exact.rewards import classifier_free_reward
+from companion.exact.rewards import classifier_free_reward, tilted_density
 from companion.exact.sampling import ancestral_samples
 from companion.exact.toys import Toy
 from companion.guidance.rectification import Product
@@ -71,8 +71,7 @@ def target(
     grid: Grid, conditional: GaussianMixture, reference: GaussianMixture, weight: float
 ) -> Float[Tensor, "*grid"]:
     """`p(x_0|y) [p(x_0|y)/p(x_0)]^w / Z`, what guidance should sample from."""
-    reward = classifier_free_reward(conditional, reference, weight)
-    return normalise(grid, evaluate(grid, lambda x: conditional.log_prob(x) + reward(x)))
+    return tilted_density(grid, conditional, classifier_free_reward(conditional, reference, weight))
 
 
 def produced_densities(

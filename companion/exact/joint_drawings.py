@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from companion.exact.chain import DDPMChain
-from companion.exact.drawings import draw_plane, draw_samples
+from companion.exact.drawings import draw_bars, draw_plane, draw_samples
 from companion.exact.grids import Grid
 from companion.exact.guided_chain import Convergence
 from companion.exact.line_drawings import draw_over_levels, panels
@@ -110,9 +110,7 @@ def interval_figure(distances: Mapping[str, Mapping[str, Interval]], floors: Map
     """
     figure, axes = panels(1, len(distances), figsize=(6 * len(distances), 3.2), sharey=True, squeeze=False)
     for axis, (title, methods) in zip(axes[0], distances.items(), strict=True):
-        for row, (name, (low, value, high)) in enumerate(methods.items()):
-            axis.plot([low, high], [row, row], color=COLOURS[name], lw=2, solid_capstyle="butt")
-            axis.plot([value], [row], "o", color=COLOURS[name], ms=5)
+        draw_bars(axis, methods)
         axis.axvspan(0, max(floors[title], 0), color="0.9", zorder=0, label="two samples of the target")
         axis.set_yticks(range(len(methods)), [name.replace("_", " ") for name in methods])
         axis.set(xlabel="energy distance to the target (95 % interval)", title=title)

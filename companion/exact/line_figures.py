@@ -1,4 +1,4 @@
-"""Figures about chains on a line: the densities that they make, and the mass that they move."""
+"""The figure about a shared mode on a line: the mass that chains move to it, and how strongly they guide."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,28 +8,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from companion.exact.grids import Grid
 from companion.plotting import line_of
-
-
-def draw_produced_densities(grid: Grid, found: Mapping[float, Mapping[str, Float[Tensor, " points"]]]) -> Figure:
-    """A panel for each weight: the density that every method's chain makes; `target` is filled in grey.
-
-    Args:
-        grid: a line.
-        found: weight w -> method -> density.
-    """
-    figure, axes = plt.subplots(1, len(found), figsize=(4.6 * len(found), 3.2), sharex=True, squeeze=False)
-    for axis, (weight, densities) in zip(axes[0], found.items(), strict=True):
-        for name, density in densities.items():
-            if name == "target":
-                axis.fill_between(grid.axes[0], 0, density, color="0.85", lw=0, label=name)
-            else:
-                axis.plot(grid.axes[0], density, label=name, **line_of(name))
-        axis.set(xlabel="$x_0$", title=f"$w$ = {weight:g}", xlim=(-1.5, 3.2), ylim=(0, None))
-    axes[0, 0].set_ylabel("density")
-    axes[0, 0].legend(fontsize="x-small", loc="upper left")
-    return figure
 
 
 def draw_shared_mode(

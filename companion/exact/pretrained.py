@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -55,10 +56,22 @@ def paper_1d_data() -> dict[str, GaussianMixture]:
 
 def train_paper_1d(training: ToyTraining | None = None) -> dict[str, ToyDenoiser]:
     """Train both: 8,000 points each, 20 steps, β from 1e-4 to 0.02."""
+    return train_branches(paper_1d_data(), linear_schedule(20), training)
+
+
+def train_branches(
+    data: Mapping[str, GaussianMixture], schedule: NoiseSchedule, training: ToyTraining | None = None
+) -> dict[str, ToyDenoiser]:
+    """A network for each branch, from 8,000 points of its mixture.
+
+    Args:
+        data: `conditional` and `unconditional`.
+        training: None is the paper's recipe.
+    """
     networks = {}
-    for branch, mixture in paper_1d_data().items():
-        data = mixture.sample(POINTS, torch.Generator().manual_seed(SEEDS[branch]))
-        networks[branch] = train_toy_denoiser(data, linear_schedule(20), SEEDS[branch], training)
+    for branch, mixture in data.items():
+        points = mixture.sample(POINTS, torch.Generator().manual_seed(SEEDS[branch]))
+        networks[branch] = train_toy_denoiser(points, schedule, SEEDS[branch], training)
     return networks
 
 
@@ -75,28 +88,56 @@ def excess_loss(network: Prediction, mixture: GaussianMixture, schedule: NoiseSc
 
 def save_paper_1d(networks: dict[str, ToyDenoiser], folder: Path, seconds: float, training: ToyTraining) -> None:
     """Write the weights in float32, as they were trained, and the card."""
+    about = (
+        "# paper-1d\n\n"
+        "Noise predictions for the REG paper's 1D toy: `conditional` learns 0.5·N(0.5, 0.25²) + 0.5·N(1.5, 0.25²), "
+        "`unconditional` learns 0.5·N(-1, 0.5²) + 0.5·N(1, 0.5²).\n`companion.exact.load_paper_1d()`."
+    )
+    how = {"betas": "1e-4 to 0.02, linear", "retrain": "companion.exact.pretrained.retrain_paper_1d"}
+    save_branches(networks, paper_1d_data(), linear_schedule(20), folder, seconds, training, about=about, **how)
+
+
+def save_branches(
+    networks: Mapping[str, ToyDenoiser],
+    data: Mapping[str, GaussianMixture],
+    schedule: NoiseSchedule,
+    folder: Path,
+    seconds: float,
+    training: ToyTraining,
+    *,
+    about: str,
+    betas: str,
+    retrain: str,
+) -> None:
+    """Write the weights of both branches in float32, as they were trained, and their card.
+
+    Args:
+        data, schedule: what the networks learned.
+        seconds: of processor time that the training took.
+        about: title and description of the card.
+        betas: of the schedule, in words.
+        retrain: the function that trains them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    schedule, rows = linear_schedule(20), []
-    for branch, mixture in paper_1d_data().items():
+    rows, steps = [], schedule.steps
+    for branch, mixture in data.items():
         weights = {name: value.float().contiguous() for name, value in networks[branch].state_dict().items()}
         save_file(weights, folder / f"{branch}.safetensors")
         loss = excess_loss(denoiser_prediction(networks[branch], schedule), mixture, schedule)
-        rows.append(f"| {branch}: mean squared distance to the ideal ε, 4,000 draws at each of 20 t | {loss:.5f} |")
+        rows.append(
+            f"| {branch}: mean squared distance to the ideal ε, 4,000 draws at each of {steps} t | {loss:.5f} |"
+        )
     record = {
         "points": POINTS, "epochs": training.epochs, "batch_size": training.batch, "optimiser": "adamw",
         "learning_rate": training.learning_rate, "decay": "cosine to 0", "loss": "mean squared error of ε, uniform t",
-        "steps": 20, "betas": "1e-4 to 0.02, linear", "width": 128, "residual_layers": 3, "seeds": SEEDS,
+        "steps": steps, "betas": betas, "width": 128, "residual_layers": 3, "seeds": SEEDS,
         "processor_seconds": round(seconds), "device": f"CPU, {torch.get_num_threads()} thread",
         "torch": torch.__version__,
     }  # fmt: skip
     (folder / "README.md").write_text(
-        "# paper-1d\n\n"
-        "Noise predictions for the REG paper's 1D toy: `conditional` learns 0.5·N(0.5, 0.25²) + 0.5·N(1.5, 0.25²), "
-        "`unconditional` learns 0.5·N(-1, 0.5²) + 0.5·N(1, 0.5²).\n`companion.exact.load_paper_1d()`.\n\n"
-        "## Figures\n\n| what | measured |\n|---|---|\n" + "\n".join(rows) + "\n\n"
+        f"{about}\n\n## Figures\n\n| what | measured |\n|---|---|\n" + "\n".join(rows) + "\n\n"
         f"## How they were trained\n\n```json\n{json.dumps(record, indent=2, ensure_ascii=False)}\n```\n\n"
-        "`companion.exact.pretrained.retrain_paper_1d(folder)` trains them again.\n\n"
-        "Licence: MIT, like the package.\n"
+        f"`{retrain}(folder)` trains them again.\n\nLicence: MIT, like the package.\n"
     )
 
 

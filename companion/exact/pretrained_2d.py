@@ -5,23 +5,21 @@ network or its data, so these take the recipe that they give for one dimension (
 at a schedule that ends in noise.
 """
 
-import json
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor
 
-from companion.exact.chain import DDPMChain, NoiseSchedule, Prediction, denoiser_prediction, linear_schedule
+from companion.exact.chain import DDPMChain, NoiseSchedule, Prediction, linear_schedule
 from companion.exact.comparison import METHODS, Comparison, multiply
 from companion.exact.covariance import jacobian_matrix
 from companion.exact.grids import Grid, evaluate
 from companion.exact.mixtures import GaussianMixture
-from companion.exact.networks import ToyDenoiser, ToyTraining, train_toy_denoiser
-from companion.exact.pretrained import POINTS, SEEDS, excess_loss, load_branches
+from companion.exact.networks import ToyDenoiser, ToyTraining
+from companion.exact.pretrained import load_branches, save_branches, train_branches
 from companion.exact.rewards import classifier_free_reward
 from companion.exact.toys import tree
 
@@ -51,40 +49,20 @@ def load_tree(folder: Path = WEIGHTS) -> dict[str, ToyDenoiser]:
 
 def retrain_tree(folder: Path, training: ToyTraining | None = None) -> None:
     """Train both networks again, 8,000 points each, by default by the 1D recipe, and write them with their card."""
-    began, recipe, networks = time.process_time(), training or ToyTraining(), {}
-    for branch, mixture in tree_data().items():
-        data = mixture.sample(POINTS, torch.Generator().manual_seed(SEEDS[branch]))
-        networks[branch] = train_toy_denoiser(data, tree_schedule(), SEEDS[branch], recipe)
+    began, recipe = time.process_time(), training or ToyTraining()
+    networks = train_branches(tree_data(), tree_schedule(), recipe)
     save_tree(networks, folder, time.process_time() - began, recipe)
 
 
 def save_tree(networks: dict[str, ToyDenoiser], folder: Path, seconds: float, training: ToyTraining) -> None:
     """Write the weights in float32, as they were trained, and the card."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for branch, mixture in tree_data().items():
-        weights = {name: value.float().contiguous() for name, value in networks[branch].state_dict().items()}
-        save_file(weights, folder / f"{branch}.safetensors")
-        loss = excess_loss(denoiser_prediction(networks[branch], tree_schedule()), mixture, tree_schedule())
-        rows.append(
-            f"| {branch}: mean squared distance to the ideal ε, 4,000 draws at each of {STEPS} t | {loss:.5f} |"
-        )
-    record = {
-        "points": POINTS, "epochs": training.epochs, "batch_size": training.batch, "optimiser": "adamw",
-        "learning_rate": training.learning_rate, "decay": "cosine to 0", "loss": "mean squared error of ε, uniform t",
-        "steps": STEPS, "betas": "1e-3 to 0.36, linear", "width": 128, "residual_layers": 3, "seeds": SEEDS,
-        "processor_seconds": round(seconds), "device": f"CPU, {torch.get_num_threads()} thread",
-        "torch": torch.__version__,
-    }  # fmt: skip
-    (folder / "README.md").write_text(
+    about = (
         "# tree-2d\n\n"
         "Noise predictions for `companion.exact.toy('tree')`: `conditional` learns class 0, `unconditional` both."
-        "\n`companion.exact.pretrained_2d.load_tree()`; notebook 05 compares their directions.\n\n"
-        "## Figures\n\n| what | measured |\n|---|---|\n" + "\n".join(rows) + "\n\n"
-        f"## How they were trained\n\n```json\n{json.dumps(record, indent=2, ensure_ascii=False)}\n```\n\n"
-        "`companion.exact.pretrained_2d.retrain_tree(folder)` trains them again.\n\n"
-        "Licence: MIT, like the package.\n"
+        "\n`companion.exact.pretrained_2d.load_tree()`; notebook 05 compares their directions."
     )
+    how = {"betas": "1e-3 to 0.36, linear", "retrain": "companion.exact.pretrained_2d.retrain_tree"}
+    save_branches(networks, tree_data(), tree_schedule(), folder, seconds, training, about=about, **how)
 
 
 def network_shift(

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.exact.densities import normalise
+from companion.exact.grids import Grid, evaluate
 from companion.exact.mixtures import GaussianMixture
 
 
@@ -88,3 +90,8 @@ def callable_reward(
 ) -> Reward:
     """Any log-reward of clean points; standard guidance then uses it at x_t as it stands."""
     return Reward(lambda x, alpha, sigma: log_value(x), weight)
+
+
+def tilted_density(grid: Grid, mixture: GaussianMixture, reward: Reward) -> Float[Tensor, "*grid"]:
+    """`p(x_0) R_0(x_0) / Z` on a grid: what guidance by the reward should sample from."""
+    return normalise(grid, evaluate(grid, lambda x: mixture.log_prob(x) + reward(x)))

@@ -17,11 +17,11 @@ from companion.arguments import check_choice
 from companion.exact.chain import NoiseSchedule
 from companion.exact.coordinates import level
 from companion.exact.covariance import covariance_direction
-from companion.exact.densities import normalise, sample_density
-from companion.exact.grids import Grid, evaluate
+from companion.exact.densities import sample_density
+from companion.exact.grids import Grid
 from companion.exact.methods import INTERVAL
 from companion.exact.mixtures import GaussianMixture
-from companion.exact.rewards import classifier_free_reward
+from companion.exact.rewards import classifier_free_reward, tilted_density
 from companion.exact.toys import Toy
 from companion.guidance.variants import (
     magnitude_factor,
@@ -251,7 +251,7 @@ def guided_problem(
         wide, basis = surrounded(Toy(data.name, own[:1], own[1]), dimension, std, seed=seed)
         branches = wide.classes[0], wide.unconditional
     grid, reward = data.grid(points), classifier_free_reward(*own, weight)
-    density = normalise(grid, evaluate(grid, lambda x: own[0].log_prob(x) + reward(x)))
+    density = tilted_density(grid, own[0], reward)
     generator = torch.Generator().manual_seed(seed)
     target = sample_density(grid, density, 4 * count, generator)
     start = torch.randn(count, basis.shape[1], dtype=torch.float64, generator=generator) @ basis.T

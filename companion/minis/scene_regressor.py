@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from companion.minis.scenes import COLOURS, SHAPES, SIZE, TEXTURES, Scene, object_parameters, render, scene
+from companion.minis.scenes import (
+    COLOURS,
+    HELD_OUT_SEED,
+    SHAPES,
+    SIZE,
+    TEXTURES,
+    Scene,
+    object_parameters,
+    render,
+    scene,
+)
 from companion.minis.shipping import ship
 from companion.minis.training import TrainingConfig, train
 from companion.seeding import sample_seed
@@ -25,7 +35,6 @@ from companion.seeding import sample_seed
 WEIGHTS = Path(__file__).parent / "weights" / "scene-regressor"
 TRAINING = TrainingConfig(steps=1800, batch_size=64, learning_rate=2e-3, weight_decay=1e-2, ema_decay=0.998)
 RECONSTRUCTIONS = 2500
-_HELD_OUT_SEED = 99
 _TRAINING_SEED = 3  # other scenes than the generators and the classifier learn from
 
 _NUMBERS = {"place": 2, "radius": 1, "rotation": 1, "light": 2, "ground": 6, "ground_direction": 2}
@@ -226,7 +235,7 @@ def ship_regressor(
     network: ResNetForImageClassification, record: dict, autoencoder: AutoencoderKL, out: Path, *, samples: int = 2000
 ) -> Path:
     """Measure the regressor on held-out scenes and on their reconstructions, and write its folder."""
-    scenes = [scene(_HELD_OUT_SEED, index, 1) for index in range(samples)]
+    scenes = [scene(HELD_OUT_SEED, index, 1) for index in range(samples)]
     classes, _ = targets(scenes)
     true = object_parameters(scenes)
     centre = torch.stack([true.centre_x, true.centre_y], dim=1).flatten(1)

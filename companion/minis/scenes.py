@@ -20,6 +20,7 @@ from companion.arguments import check_choice
 from companion.seeding import sample_generators
 
 SIZE = 64
+HELD_OUT_SEED = 99  # of scenes that no model has learned from
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "crescent", "flower", "arrow")
 COLOURS = {
     "red": (0.85, 0.16, 0.18),

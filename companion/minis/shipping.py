@@ -2,6 +2,7 @@
 and a model card.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -13,6 +14,15 @@ import torch
 from companion.files import read_json, write_text
 
 WEIGHTS = Path(__file__).parent / "weights"
+
+
+def weights_digest(*names: str, folder: Path = WEIGHTS) -> str:
+    """SHA-256 of the weights of these models, all files together."""
+    digest = hashlib.sha256()
+    for name in names:
+        for file in sorted((folder / name).rglob("*.safetensors")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 class Saveable(Protocol):

@@ -9,9 +9,16 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 from matplotlib import rc_context
-from matplotlib.figure import Figure
 
-from companion.exact.exploration_drawings import RULES, SIZE, check_rule, draw_level, draw_outcome, round_kl
+from companion.exact.exploration_drawings import (
+    RULES,
+    SIZE,
+    check_rule,
+    draw_level,
+    draw_outcome,
+    empty_figure,
+    round_kl,
+)
 from companion.exact.exploring import (
     CHAINS,
     FEWEST_STEPS,
@@ -170,7 +177,7 @@ def figures(
 
 def _picture(draw: Callable[..., None], study: LineStudy | PlaneStudy, question: Question) -> str:
     """One half as an image in the page's own text: nothing to fetch, so it does not flicker."""
-    figure, data = Figure(figsize=SIZE, layout="none"), io.BytesIO()  # type: ignore[arg-type]
+    figure, data = empty_figure(SIZE), io.BytesIO()
     with rc_context({"svg.fonttype": "path", "savefig.dpi": 144}):
         draw(figure, study, question.rule, question.noise_level)
         figure.savefig(data, format="svg", metadata={"Date": None})

@@ -36,7 +36,7 @@ _TABLE = _names(
     "TCDScheduler",
     "UnCLIPScheduler",
 )
-# z is the sampler's own variance-preserving state; levels are kept as σ/α, one per step.
+# z is the sampler's own variance-preserving state; its levels are σ/α, one per step.
 _PRESERVING = _names(
     "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",

@@ -9,13 +9,6 @@ from companion.exact.drawings import draw_density, draw_field, draw_intervals, d
 GRID = Grid((-2.0, -1.0), (2.0, 3.0), (40, 40))
 
 
-@pytest.fixture
-def axis():
-    figure, axis = plt.subplots()
-    yield axis
-    plt.close(figure)
-
-
 def test_first_axis_of_a_density_is_drawn_to_the_right(axis):
     values = torch.zeros(40, 40, dtype=torch.float64)
     values[39, 0] = 1.0

@@ -12,13 +12,6 @@ from companion.plotting import COLOURS
 GRID = Grid.line(-1, 2, 31)
 
 
-@pytest.fixture
-def axis():
-    figure, axis = plt.subplots()
-    yield axis
-    plt.close(figure)
-
-
 def test_maps_have_the_paper_s_orientation(axis):
     """x_t to the right, t upwards."""
     values = torch.zeros(20, 31, dtype=torch.float64)
@@ -52,6 +45,17 @@ def test_a_panel_a_case():
     titles, legend = [axis.get_title() for axis in figure.axes], figure.axes[0].get_legend().get_texts()
     plt.close(figure)
     assert titles == ["a", "b"] and [text.get_text() for text in legend][-1] == "CFG"
+
+
+def test_densities_of_every_weight():
+    density = torch.linspace(0, 1, 31)
+    cases = {"w = 1": {"target": density, "CFG": 2 * density}, "w = 4": {"target": density, "REG": density}}
+    figure = produced_figure(GRID, cases, (-1, 2))
+    first, second = figure.axes
+    np.testing.assert_array_equal(first.lines[1].get_ydata(), 2 * density)
+    assert first.lines[1].get_color() == COLOURS["CFG"] and second.lines[1].get_color() == COLOURS["REG"]
+    assert second.get_title() == "w = 4"
+    plt.close(figure)
 
 
 def test_error_maps_are_not_clipped():

@@ -2,20 +2,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from companion.exact import Grid
-from companion.exact.line_figures import draw_produced_densities, draw_shared_mode
-from companion.plotting import COLOURS
-
-
-def test_densities_of_every_weight():
-    grid = Grid.line(-1, 1, 9)
-    density = torch.linspace(0, 1, 9)
-    figure = draw_produced_densities(grid, {1.0: {"target": density, "CFG": 2 * density}, 4.0: {"REG": density}})
-    first, second = figure.axes
-    np.testing.assert_array_equal(first.lines[0].get_ydata(), 2 * density)
-    assert first.lines[0].get_color() == COLOURS["CFG"] and second.lines[0].get_color() == COLOURS["REG"]
-    assert second.get_title() == "$w$ = 4"
-    plt.close(figure)
+from companion.exact.line_figures import draw_shared_mode
 
 
 def test_sampling_runs_from_left_to_right():

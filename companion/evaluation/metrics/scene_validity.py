@@ -6,7 +6,6 @@ of reconstructed held-out scenes. That number is measured, stored with what prod
 that it was measured with are others.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from companion.evaluation.metrics.figures import Figure, over_seeds
 from companion.evaluation.metrics.inversion import Inversion
 from companion.evaluation.sampling.folder import read_json
+from companion.minis import shipping
 from companion.minis.scene_regressor import reconstructed
 from companion.minis.scenes import COLOURS, ROTATION, SHAPES, SINGLE_RADIUS, TEXTURES, Scene, render, scene
 from companion.minis.shipping import WEIGHTS
@@ -33,11 +33,7 @@ _MEASURED_WITH = ("autoencoder", "scene-regressor")
 
 def weights_digest() -> str:
     """SHA-256 of the weights that the valid residual depends on, all together."""
-    digest = hashlib.sha256()
-    for name in _MEASURED_WITH:
-        for file in sorted((WEIGHTS / name).glob("*.safetensors")):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
+    return shipping.weights_digest(*_MEASURED_WITH, folder=WEIGHTS)
 
 
 def percentile(values: Float[Tensor, " samples"], share: float = VALID_SHARE) -> Figure:

@@ -27,14 +27,13 @@ from companion.evaluation.tables.results import Cell
 from companion.markdown import table
 from companion.minis.adm import enlarged, render_small
 from companion.minis.drawing import draw
-from companion.minis.scenes import SHAPES, scene
+from companion.minis.scenes import HELD_OUT_SEED, SHAPES, scene
 from companion.pipelines.adm.classifier import EMBEDDED_NOISY, EMBEDDED_RESNET, is_noise_aware, off_the_shelf_classifier
 from companion.pipelines.adm.loading import load_adm
 from companion.pixels import to_uint8
 
 Figures = dict[str, Figure]
 
-HELD_OUT_SEED = 99
 AS_TRAINED = "as trained"
 GUIDED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {

@@ -5,7 +5,6 @@
 It takes about a quarter of an hour on one processor core.
 """
 
-import csv
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -26,6 +25,7 @@ from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.metrics.metrics import share
 from companion.evaluation.sampling.evaluations import evaluations, scheduler_levels
 from companion.evaluation.studies.guided_drawing import draw_with_guider
+from companion.evaluation.studies.picture_scores import read_scores, write_scores
 from companion.evaluation.tables.engine import Measured
 from companion.evaluation.tables.options import TableOptions
 from companion.evaluation.tables.results import Cell
@@ -205,28 +205,12 @@ def comparison_table(cells: Sequence[Cell], scores: Mapping[str, Mapping[str, Fl
     return table([*headings, "more than no guidance", "more than CFG", "shape, %"], lines)
 
 
-def read_scores(file: Path) -> dict[str, dict[str, Float[Tensor, " samples"]]]:
-    """Of every row, by its name, the scores of its pictures, as `VariantsPlan` keeps them beside its file."""
-    with file.with_suffix(".csv").open(newline="") as stored:
-        lines = list(csv.DictReader(stored))
-    return {
-        name: {key: torch.tensor([float(line[key]) for line in lines if line["row"] == name]) for key in _SCORES}
-        for name in dict.fromkeys(line["row"] for line in lines)
-    }
-
-
-def _keep_scores(file: Path, name: str, scores: Mapping[str, Float[Tensor, " samples"]]) -> None:
-    found = read_scores(file) if file.with_suffix(".csv").exists() else {}
-    found[name] = {key: values.double() for key, values in scores.items()}
-    part = file.with_suffix(".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("w", newline="") as stored:
-        writer = csv.writer(stored, lineterminator="\n")
-        writer.writerow(("row", "picture", *_SCORES))
-        for row, own in found.items():
-            columns = zip(*(own[key].tolist() for key in _SCORES), strict=True)
-            writer.writerows((row, i, *(round(value, 3) for value in values)) for i, values in enumerate(columns))
-    part.replace(file.with_suffix(".csv"))
+def _add_scores(file: Path, name: str, scores: Mapping[str, Float[Tensor, " samples"]]) -> None:
+    """Add a row's scores to those of the others."""
+    found = read_scores(file) if file.exists() else {}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    found[name] = {key: scores[key].double() for key in _SCORES}
+    write_scores(file, found, lambda value: round(value, 3))
 
 
 @dataclass(frozen=True)
@@ -290,7 +274,7 @@ class VariantCells:
         seconds = round(time.monotonic() - began, 1)
         scores = self._scores(drawn)
         if self._file is not None:
-            _keep_scores(self._file, name, scores)
+            _add_scores(self._file.with_suffix(".csv"), name, scores)
         return Measured(figures_of(scores), evaluations, seconds)
 
 

@@ -8,7 +8,6 @@ Why: the share `‖KΔ‖ / ‖Δ‖` of the guidance direction that K passes, s
 """
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +19,6 @@ from unittest.mock import patch
 import torch
 from diffusers import DiffusionPipeline
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from companion.evaluation.metrics.figures import Figure
@@ -30,12 +28,11 @@ from companion.files import read_json, write_json
 from companion.guidance import skipping
 from companion.minis.drawing import draw
 from companion.minis.scenes import SHAPES, scene
-from companion.minis.shipping import WEIGHTS
+from companion.minis.shipping import weights_digest
 from companion.pipelines.configuration import RectifiedGuidanceConfig
 from companion.pipelines.hook import rectified_guidance
 from companion.pipelines.product_step import GuidanceStep, RectifiedRun
 from companion.pipelines.registry import load
-from companion.pixels import to_uint8
 from companion.provenance import provenance
 
 COMMAND = ("python", "-m", "companion.evaluation.studies.picture_distances")
@@ -122,11 +119,6 @@ def distance_ratios(
     return (images - reg).flatten(1).norm(dim=1) / (cfg - reg).flatten(1).norm(dim=1)
 
 
-def as_images(pictures: Float[Tensor, "samples 3 height width"]) -> list[Image.Image]:
-    """Pictures in [-1, 1] for a gallery."""
-    return [Image.fromarray(each) for each in to_uint8(pictures).permute(0, 2, 3, 1).cpu().numpy()]
-
-
 @contextmanager
 def shares_passed() -> Iterator[list[tuple[float, Float[Tensor, " samples"]]]]:
     """Within the block: (log SNR, `‖KΔ‖ / ‖Δ‖` of every sample) of each evaluation of a product, in a list."""
@@ -173,14 +165,6 @@ def summary(ratios: Sequence[float]) -> tuple[Figure, Figure]:
     """Median ratio and the share of pictures nearer to REG's than CFG's are, with 95 % intervals."""
     values = torch.tensor(ratios, dtype=torch.float64)
     return percentile(values, 0.5), share(values < 1)
-
-
-def weights_digest(model: str) -> str:
-    """SHA-256 of a mini's weights, all files together."""
-    digest = hashlib.sha256()
-    for file in sorted((WEIGHTS / model).rglob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,7 +6,6 @@ writes the figures and the paired differences, `threshold` measures which residu
 """
 
 import argparse
-import csv
 import json
 import sys
 import time
@@ -36,6 +35,7 @@ from companion.evaluation.metrics.scene_validity import (
 )
 from companion.evaluation.sampling.evaluations import evaluations, heun_levels, scheduler_levels
 from companion.evaluation.sampling.folder import write_json
+from companion.evaluation.studies.picture_scores import write_scores
 from companion.evaluation.studies.validity_pictures import (
     FOUND,
     PART,
@@ -49,7 +49,7 @@ from companion.evaluation.studies.validity_pictures import (
 from companion.evaluation.studies.validity_rows import METHODS, MODELS, Row, rows_of
 from companion.guidance.noise_level import NoiseLevel
 from companion.minis.scene_regressor import reconstructed
-from companion.minis.scenes import render, scene
+from companion.minis.scenes import HELD_OUT_SEED, render, scene
 from companion.pipelines.configuration import RectifiedGuidanceConfig
 from companion.pipelines.registry import load
 from companion.provenance import provenance
@@ -60,7 +60,6 @@ RESULTS = Path("notebooks/results/validity.json")
 ATTRIBUTES = ("shape", "colour", "texture", "size")
 CEILINGS = ("real scenes", "autoencoder")
 _RESAMPLES = 200  # of the law distance's paired bootstrap
-_HELD_OUT_SEED = 99  # scenes that no model has learned from
 _CHUNK = 100
 
 
@@ -205,19 +204,21 @@ def measure_rows(folder: Path, table: Path, models: Sequence[str], samples: int 
     for row in drawn:
         scores, told = read_row(folder, row, samples // PART)
         found[row] = Measured(scores, MODELS[row.model].captions)
+        figures = row_figures(found[row], largest)
         rows[row.name] = {
             **asdict(row),
             "evaluations": planned_evaluations(row),
             "cpu_seconds": round(sum(part["cpu_seconds"] for part in told), 1),
-            "figures": {name: asdict(figure) for name, figure in row_figures(found[row], largest).items()},
+            "figures": {name: asdict(figure) for name, figure in figures.items()},
             "law_distance": law_distance(found[row].found),
             "law_distances": {k: v._asdict() for k, v in law_distances(nearest(found[row].found)).items()},
             "drawn_by": told[0]["provenance"],
             "commits": sorted({str(part["provenance"]["commit"]) for part in told}),
         }
-        print(f"{row.name}: residual {row_figures(found[row], largest)['residual'].text(4)}", flush=True)
+        print(f"{row.name}: residual {figures['residual'].text(4)}", flush=True)
     perfect = ceilings(samples)
-    write_scores(table, {**{row.name: each.scores for row, each in found.items()}, **_scores_of(perfect)})
+    named = {row.name: each for row, each in found.items()} | perfect
+    write_scores(table, {name: each.scores for name, each in named.items()})
     pairs = [(one, other, comparisons(found[one], found[other], largest)) for one, other in wanted_pairs(list(found))]
     return {
         "models": {name: {**asdict(MODELS[name]), "scales": list(MODELS[name].scales)} for name in models},
@@ -239,41 +240,12 @@ def measure_rows(folder: Path, table: Path, models: Sequence[str], samples: int 
     }
 
 
-def _scores_of(cells: Mapping[str, Measured]) -> dict[str, Scores]:
-    return {name: each.scores for name, each in cells.items()}
-
-
-def write_scores(file: Path, rows: Mapping[str, Scores]) -> None:
-    """Every picture's scores as CSV."""
-    columns = list(next(iter(rows.values())))
-    part = file.with_suffix(".part")
-    with part.open("w", newline="") as stored:
-        writer = csv.writer(stored, lineterminator="\n")
-        writer.writerow(("row", "picture", *columns))
-        for name, scores in rows.items():
-            values = zip(*(scores[column].tolist() for column in columns), strict=True)
-            writer.writerows((name, i, *(f"{value:.5g}" for value in line)) for i, line in enumerate(values))
-    part.replace(file)
-
-
-def read_scores(file: Path) -> dict[str, dict[str, Tensor]]:
-    """Row -> scores of its pictures, as `write_scores` keeps them."""
-    rows: dict[str, list[dict[str, str]]] = {}
-    with file.open(newline="") as stored:
-        for line in csv.DictReader(stored):
-            rows.setdefault(line["row"], []).append(line)
-    return {
-        name: {key: torch.tensor([float(line[key]) for line in lines]) for key in list(lines[0])[2:]}
-        for name, lines in rows.items()
-    }
-
-
 def measure_threshold(samples: int = 2000) -> dict[str, Any]:
     """Residuals and attributes of held-out scenes, and of the first half of them reconstructed, as plain JSON."""
     source = provenance(command=[*COMMAND, "threshold", "--samples", str(samples)])
-    result: dict[str, Any] = {"seed": _HELD_OUT_SEED, "weights_sha256": weights_digest()}
+    result: dict[str, Any] = {"seed": HELD_OUT_SEED, "weights_sha256": weights_digest()}
     for kind, number in (("real", samples), ("reconstructed", samples // 2)):
-        scenes = [scene(_HELD_OUT_SEED, index, 1) for index in range(number)]
+        scenes = [scene(HELD_OUT_SEED, index, 1) for index in range(number)]
         images = render(scenes)
         if kind == "reconstructed":
             images = reconstructed(load_autoencoder(), images)

@@ -22,6 +22,7 @@ from companion.evaluation.metrics.features import SceneFeatures
 from companion.evaluation.metrics.inversion import attributes_met, invert
 from companion.evaluation.metrics.scene_validity import weights_digest
 from companion.evaluation.studies.validity_rows import MODELS, Row
+from companion.files import whole_file
 from companion.minis.drawing import draw
 from companion.minis.scenes import Scene, labels, scene
 from companion.pipelines.hook import rectified_guidance
@@ -121,11 +122,9 @@ def draw_rows(rows: Sequence[Row], folder: Path, samples: int, source: Mapping[s
             seconds = round(time.process_time() - begun, 1)
             told = {"row": asdict(row), "provenance": dict(source), "cpu_seconds": seconds, "weights": weights_digest()}
             file.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_suffix(".part")
-            save_file(
-                {"images": to_uint8(images), **scorer(images, asked)}, unfinished, metadata={"told": json.dumps(told)}
-            )
-            unfinished.replace(file)
+            tensors = {"images": to_uint8(images), **scorer(images, asked)}
+            with whole_file(file) as unfinished:
+                save_file(tensors, unfinished, metadata={"told": json.dumps(told)})
             print(f"{row.name} {first}: {seconds:.0f} s", flush=True)
 
 

@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from companion.evaluation.metrics.figures import Figure
-from companion.evaluation.studies.validity import Measured, read_scores
+from companion.evaluation.studies.picture_scores import read_scores
+from companion.evaluation.studies.validity import Measured
 from companion.evaluation.studies.validity_rows import MODELS, Row
 from companion.files import read_json
 from companion.markdown import table
@@ -81,6 +82,10 @@ class Study:
     def scales(self, model: str, method: str) -> list[float]:
         return sorted(row.guidance_scale for row in self.rows if (row.model, row.method) == (model, method))
 
+    def curve(self, model: str, method: str) -> list[Row]:
+        """No guidance, then the method's rows by their scale."""
+        return [Row(model, "no guidance", 1.0), *(Row(model, method, s) for s in self.scales(model, method))]
+
     def cost(self, row: Row) -> float:
         """Evaluations of the network, in units of CFG's."""
         return self.rows[row]["evaluations"] / self.rows[row.cfg]["evaluations"]
@@ -122,10 +127,15 @@ def differences(study: Study, metric: str, method: str, against: str = "CFG") ->
         if row is None or given is None:
             continue
         figure = Figure(**{key: given[key] for key in ("value", "low", "high", "method", "samples")})
-        good = (figure.value < 0) == (METRICS[metric].better == "low")
-        verdict = "undecided" if given["p_value_holm"] >= LEVEL else "better" if good else "worse"
+        verdict = _verdict(metric, figure.value, decided=given["p_value_holm"] < LEVEL)
         found.append(Difference(row, figure, given["p_value_holm"], verdict))
     return found
+
+
+def _verdict(metric: str, difference: float, *, decided: bool) -> str:
+    if not decided:
+        return "undecided"
+    return "better" if (difference < 0) == (METRICS[metric].better == "low") else "worse"
 
 
 def counted(study: Study, metric: str, method: str, against: str = "CFG") -> dict[str, int]:
@@ -215,8 +225,7 @@ def equal_strength(
     ends = torch.tensor(drawn, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
     low, high = min(float(ends[0]), value), max(float(ends[1]), value)
     figure = Figure(value, low, high, f"paired bootstrap, {len(drawn)} resamples", number)
-    good = (value < 0) == (METRICS[metric].better == "low")
-    return EqualStrength(model, shares, figure, "undecided" if low <= 0 <= high else "better" if good else "worse")
+    return EqualStrength(model, shares, figure, _verdict(metric, value, decided=not low <= 0 <= high))
 
 
 Curve = tuple[Float[Tensor, "scales samples"], Float[Tensor, "scales samples"]]
@@ -224,8 +233,7 @@ Curve = tuple[Float[Tensor, "scales samples"], Float[Tensor, "scales samples"]]
 
 
 def _curve(study: Study, model: str, method: str, metric: str) -> Curve:
-    rows = [Row(model, "no guidance", 1.0), *(Row(model, method, s) for s in study.scales(model, method))]
-    measured = [study.measured(row) for row in rows]
+    measured = [study.measured(row) for row in study.curve(model, method)]
     largest = study.stored["valid_residual"]
     strength = torch.stack([each.shares(largest)["recognised"].double() for each in measured])
     given = [each.shares(largest).get(metric, each.scores.get(metric)) for each in measured]
@@ -280,7 +288,6 @@ def equal_strength_markdown(
 
 def best_scale(study: Study, model: str, method: str, metric: str = "clip_score") -> float:
     """The scale with the method's best figure, no guidance (1) among them."""
-    rows = [Row(model, "no guidance", 1.0), *(Row(model, method, s) for s in study.scales(model, method))]
     sign = 1 if METRICS[metric].better == "high" else -1
     key: Callable[[Row], float] = lambda row: sign * study.rows[row]["figures"][metric]["value"]  # noqa: E731
-    return max(rows, key=key).guidance_scale
+    return max(study.curve(model, method), key=key).guidance_scale

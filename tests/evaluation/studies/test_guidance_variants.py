@@ -16,10 +16,10 @@ from companion.evaluation.studies.guidance_variants import (
     VariantsPlan,
     difference,
     pictures,
-    read_scores,
     renoising_weight,
     variants,
 )
+from companion.evaluation.studies.picture_scores import read_scores
 from companion.evaluation.tables.engine import RunOptions, run_table
 from companion.evaluation.tables.options import TableOptions
 from companion.evaluation.tables.results import read_cells, same_settings
@@ -102,7 +102,7 @@ def test_a_begun_table_is_continued(tmp_path, monkeypatch):
     cells = run_table(plan, options)
     assert draws == [rows[1]] and cells[0] == first
     assert [cell.name for cell in read_cells(file)] == [row.name for row in rows]
-    scores = read_scores(file)
+    scores = read_scores(file.with_suffix(".csv"))
     assert list(scores) == [row.name for row in rows]
     for cell in cells:
         assert set(cell.figures) == {"clip_score", "shape", "colour"}

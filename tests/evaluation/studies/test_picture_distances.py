@@ -9,7 +9,6 @@ from companion.evaluation.studies import picture_distances
 from companion.evaluation.studies.picture_distances import (
     WAYS,
     Setting,
-    as_images,
     distance_ratios,
     main,
     shares_passed,
@@ -19,6 +18,7 @@ from companion.guidance import skipping
 from companion.guidance.noise_level import NoiseLevel
 from companion.pipelines.configuration import RectifiedGuidanceConfig
 from companion.pipelines.product_step import RectifiedRun
+from companion.pixels import as_images
 
 
 def test_ratios_and_their_summary():

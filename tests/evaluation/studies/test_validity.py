@@ -10,15 +10,14 @@ from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.metrics.paired_statistics import Comparison
 from companion.evaluation.metrics.scene_validity import law_distances
 from companion.evaluation.studies import validity, validity_pictures
+from companion.evaluation.studies.picture_scores import read_scores, write_scores
 from companion.evaluation.studies.validity import (
     Measured,
     adjusted,
     comparisons,
     main,
     nearest,
-    read_scores,
     wanted_pairs,
-    write_scores,
 )
 from companion.evaluation.studies.validity_pictures import Scorer, asked_scenes, draw_rows, part_file, read_row
 from companion.evaluation.studies.validity_rows import METHODS, MODELS, Model, Row, rows_of
