@@ -119,25 +119,26 @@ def page(record: Mapping[str, Any]) -> str:
     names = [name for name in METHODS if name in rows[0]["time_ratio"]]
     parts = [
         "# Benchmarks",
-        "`make bench` measures this page. Everything is a multiple of CFG in the same run, so that machines compare.",
+        "`make bench` writes this page. Every figure is a multiple of CFG's in the same run, so machines can be"
+        " compared.",
         "\n".join(f"- {part}: {_made(record[part]['provenance'])}" for part in PARTS),
         "## Time",
-        "Processor time, which a busy machine changes least. The paper's column is its own ratio on one A40 (REG by"
-        " `ones`); `ones, public code` does here what its code does: both branches in one graph.",
+        "Processor time, because it depends least on other load. The column *the paper* has the published ratio on one"
+        " A40 (REG by `ones`). `ones, public code` computes as the authors' code does: both branches in one graph.",
         _cost_table(rows, names, "time_ratio", "time_ratio"),
         "## Network evaluations",
         "Forward, forward-mode and backward passes on one image, counted in the network. Where REG shows more than"
-        " 1.50, its run also held the one check, of three passes, of how the stacked batch may be cut.",
+        " 1.50, the run includes a check of three passes, made once: whether the stacked batch may be split.",
         _cost_table(rows, names, "evaluations", None),
         "## Peak memory",
-        "Weights and peak of the tensors, measured over two steps; `auto`, `skip` and `every` differ from REG in time"
-        " only.",
+        "Weights and the peak of all tensors, measured over two steps. `auto`, `skip` and `every` differ from REG in"
+        " time only.",
         _cost_table(rows, names, "memory_ratio", "memory_ratio"),
         "## Distance to full rectification's pictures",
-        f"Median over {small[0]['images']} pictures from the same noise, CFG's distance being 1; in brackets"
-        " how many are nearer to REG's than CFG's are.",
+        f"Median over {small[0]['images']} pictures from the same noise. CFG's distance is 1. In brackets: the share of"
+        " pictures that are nearer to REG's than CFG's are.",
         _distance_table(small),
-        "## What `auto` is to reach",
+        "## Goals for `auto`",
         _goals(rows, small),
         "## The exact optimum",
         _optimum(optimal),

@@ -90,6 +90,26 @@ def test_15_and_17_mcnemar_by_hand() -> None:
     assert "0.0625 for five, 0.031 for six" in text("15") and "= 0.25. Six, all one way, give p = 0.031" in text("17")
 
 
+def test_the_readme_has_the_figures_of_the_study() -> None:
+    study = read_study(NOTEBOOKS / "results/validity.json")
+    said = Path("README.md").read_text()
+    for model in study.models:
+        texts = []
+        for metric, digits in (("residual", 1), ("recognised", 0)):
+            [each] = [
+                each for each in differences(study, metric, "REG")
+                if (each.row.model, each.row.guidance_scale) == (model, 7.5)
+            ]  # fmt: skip
+            figure = each.figure.scaled(METRICS[metric].factor)
+            value, low, high = figure.value, figure.low, figure.high
+            text = f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+            texts.append(f"**{text}**" if each.verdict != "undecided" else text)
+        assert f"| {model} | {' | '.join(texts)} |" in said
+    for metric in ("residual", "recognised"):
+        found = [each.verdict for each in differences(study, metric, "REG") if each.row.guidance_scale <= 4]
+        assert set(found) == {"undecided"}, "README says that no difference is found at scales 2 and 4"
+
+
 def test_17_says_what_the_study_has() -> None:
     study = read_study(NOTEBOOKS / "results/validity.json")
     for each in differences(study, "residual", "REG"):

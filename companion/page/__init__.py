@@ -29,10 +29,10 @@ _HOUR = 3600  # seconds
 
 _INTRODUCTION = """
 <h1>CFG and REG, side by side</h1>
-<p>Classifier-free guidance (<b>CFG</b>) moves a picture along Δ, towards what you asked for; too much of it breaks
-shapes and colours. Rectified gradient guidance (<b>REG</b>) multiplies Δ by K, the derivative of the model's own
-estimate of the finished picture, and so leaves alone what the model is already certain of. Both sides start from the
-same noise.</p>
+<p>Classifier-free guidance (<b>CFG</b>) moves a picture along Δ, towards what you asked for. A large guidance scale
+breaks shapes and colours. Rectified gradient guidance (<b>REG</b>) multiplies Δ by K, the derivative of the model's
+estimate of the finished picture. K is small at high noise and where the model is already certain, so REG guides less
+there. Both sides start from the same noise.</p>
 <p>Papers: <a href="https://arxiv.org/abs/2501.18865" target="_blank" rel="noopener">REG, ICML 2025</a> ·
 <a href="https://arxiv.org/abs/2511.05844" target="_blank" rel="noopener">calibration and regularization, 2025</a></p>
 """

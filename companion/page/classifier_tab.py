@@ -49,9 +49,9 @@ _COMPARISONS = (
 )
 
 _INTRODUCTION = """
-<p>A classifier guides the sampling: each step follows the gradient of a score, log p(y|x) in standard classifier
-guidance. Where the classifier is certain, that gradient vanishes. <b>Divergences</b> and <b>temperatures</b> change the
-score; <b>rectification</b> multiplies its gradient by K, as REG does.</p>
+<p>A classifier guides the sampling: each step follows the gradient of a score. In standard classifier guidance the
+score is log p(y|x), and its gradient vanishes where the classifier is certain. <b>Divergences</b> and
+<b>temperatures</b> change the score. <b>Rectification</b> multiplies its gradient by K, as REG does.</p>
 """
 
 

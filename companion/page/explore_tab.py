@@ -37,8 +37,9 @@ from companion.plotting import COLOURS
 
 EXPLORE_TAB = "Explore"
 _INTRODUCTION = """
-<p>Guidance with weight w is to sample a <b>target</b>: p(x|y) [p(x|y)/p(x)]<sup>w</sup>. On these small problems the
-target and the scores are known, so you can see what each rule really samples. Choose a claim, then move a slider.</p>
+<p>Guidance with weight w (guidance scale 1 + w) should sample a <b>target</b>: p(x|y) [p(x|y)/p(x)]<sup>w</sup>. On
+these small problems the target and the scores are known, so you can see what each rule samples. The <b>optimum</b>
+follows the optimal direction of the paper's Theorem 4.1. Choose a claim, then move a slider.</p>
 """
 _LOCK = threading.Lock()  # one study and one drawing at a time: matplotlib is not made for several threads
 
@@ -73,9 +74,9 @@ class Preset(NamedTuple):
 def _see_marginal(question: Question) -> str:
     gaps = question.line().claim_gaps
     return (
-        "Standard guidance claims the density p<sub>t</sub>R<sub>t</sub>/Z at every t (section 3). CFG's chain starts "
-        f"on it here, and leaves it: KL is {round_kl(gaps[-1])} at the start and {round_kl(gaps[0])} at the end. Move "
-        "w: the gap grows with it."
+        "Standard guidance claims to have the density p<sub>t</sub>R<sub>t</sub>/Z at every t (section 3 of the "
+        "paper). Here CFG's chain starts with that density and then leaves it: KL is "
+        f"{round_kl(gaps[-1])} at the start and {round_kl(gaps[0])} at the end. Move w: the gap grows with w."
     )
 
 
@@ -83,7 +84,7 @@ def _see_nearer(question: Question) -> str:
     ends = question.line().divergences
     return (
         f"CFG samples too much of the right mode: KL to the target is {round_kl(ends['CFG'])}. REG multiplies the same "
-        f"push by K (eq. 21), which is small in the noise: KL is {round_kl(ends['REG'])}. Move w: REG stays nearer."
+        f"push by K (eq. 21), which is small at high noise: KL is {round_kl(ends['REG'])}. Move w: REG stays nearer."
     )
 
 
@@ -94,7 +95,7 @@ def _see_loses(question: Question) -> str:
     ends = study.divergences
     return (
         "Guidance must move mass from the left mode to the right one. K is small on the left, so REG does not push "
-        f"there: {stays['REG']:.0f} % of its samples stay, {stays['CFG']:.0f} % of CFG's. KL is "
+        f"there: {stays['REG']:.0f} % of its samples stay left, against {stays['CFG']:.0f} % of CFG's. KL is "
         f"{round_kl(ends['REG'])} for REG and {round_kl(ends['CFG'])} for CFG."
     )
 
@@ -104,9 +105,9 @@ def _see_covariance(question: Question) -> str:
     assert isinstance(study, PlaneStudy)
     gap = covariance_gap(study, study.problem.step_at(question.noise_level))
     return (
-        "The ellipses are K. REG keeps the part of CFG's push along which the clean point is still undecided. K by the "
-        "Jacobian of the prediction, and (α²/σ²) Cov[x<sub>0</sub>|x<sub>t</sub>] integrated on a grid, differ by at "
-        f"most {max(100 * gap, 0.001):.1g} % at five draws of x<sub>t</sub>."
+        "The ellipses are K. REG keeps the part of CFG's push along which the clean point is still undecided. We "
+        "compute K from the Jacobian of the prediction, and (α²/σ²) Cov[x<sub>0</sub>|x<sub>t</sub>] on a grid: they "
+        f"differ by at most {max(100 * gap, 0.001):.1g} % at five draws of x<sub>t</sub>."
     )
 
 
@@ -115,7 +116,7 @@ def _see_limit(question: Question) -> str:
     return (
         f"From T = 25 to T = {question.steps} the optimum's KL falls from {round_kl(few['optimal'])} to "
         f"{round_kl(many['optimal'])}: with the optimal direction the chain samples the target as T → ∞ (Theorem 4.1). "
-        f"CFG's goes from {round_kl(few['CFG'])} to {round_kl(many['CFG'])}. More steps do not repair it."
+        f"CFG's KL goes from {round_kl(few['CFG'])} to {round_kl(many['CFG'])}: more steps do not repair CFG."
     )
 
 

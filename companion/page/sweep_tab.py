@@ -31,9 +31,9 @@ from companion.pipelines.capabilities import MAX_STEPS
 
 MOST_PICTURES = 8
 _INTRODUCTION = """
-<p>Each row is a guidance scale; every row starts from the same noise. With <b>CFG</b> a low scale draws unclear things
-and a high one breaks shapes and colours; <b>REG</b> multiplies Δ by K, so that the choice of a scale matters less.
-</p>
+<p>Each row has another guidance scale, and every row starts from the same noise. With <b>CFG</b> a low scale gives
+unclear shapes and a high scale breaks shapes and colours. <b>REG</b> multiplies Δ by K: the choice of the scale then
+matters less.</p>
 """
 
 

@@ -84,22 +84,22 @@ def describe(layout: GuidanceLayout) -> str:
 _HEADINGS = {
     "run": (
         "Run",
-        "Each is run by the tests, described by hand, and compared step by step: branches, level, direction, and what\n"
-        "the scheduler is given (`tests/pipelines/test_zoo.py`).",
+        "The tests run each of these and compare it step by step with a description written by hand: branches, noise\n"
+        "level, direction, and the scheduler's input (`tests/pipelines/test_zoo.py`).",
     ),
     "checked": (
         "Built and checked",
-        "Built from diffusers' own component classes with random weights, in float32, and run. `none` gives the same\n"
-        "result bit for bit, and so does the pipeline after the hook is taken off. The last columns are relative\n"
-        "distances: of the rectified direction from central differences, and of the result at weight 0 from the\n"
-        "unguided one (of three images where the pipeline draws several).",
+        "These are built from diffusers' own component classes with random weights, in float32, and run. With\n"
+        '`product="none"`, and after the hook is removed, the result is the pipeline\'s own, bit for bit. The\n'
+        "columns *K Δ* and *weight 0* are relative distances: of the rectified direction from central differences,\n"
+        "and of the result at weight 0 from the unguided one (of three images where the pipeline draws several).",
     ),
     "mechanism": (
         "By mechanism only",
-        "Their source is understood; nothing was run, or the check did not pass for the reason given.",
+        "Their source can be read, but nothing was run, or the check failed for the reason given.",
     ),
-    "refused": ("Refused", "`apply_rectified_guidance` raises this sentence."),
-    "unguided": ("Nothing to rectify", "There are no two branches."),
+    "refused": ("Refused", "`apply_rectified_guidance` raises an error with this sentence."),
+    "unguided": ("Nothing to rectify", "These pipelines have no conditional and unconditional branch."),
 }
 
 
@@ -132,13 +132,14 @@ def page(table: list[Support], data: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{len(lines)} {_HEADINGS[part][0].lower()}" for part, lines in parts.items())
     text = (
         f"# Pipelines of diffusers {diffusers.__version__}\n\n"
-        "What `companion.rectified_guidance` makes of every pipeline class in torch that has a `__call__`: "
+        "What `companion.rectified_guidance` does with every PyTorch pipeline class that has a `__call__`: "
         f"{counts}.\n\n"
         f"{_made(table, checked, made)}\n\n"
-        "The residuals of a control network are held fixed in K: its own derivative is left out. The pipelines scale,\n"
-        "join and cut them in their own ways before their denoiser is called, and the hook sees that call only.\n\n"
-        "`python -m companion pipelines` builds and checks what it can of the installed diffusers, and writes this\n"
-        "page and `docs/pipelines.json`.\n"
+        "For pipelines with a control network, K leaves out the control network's derivative: its residuals are held\n"
+        "fixed. Each pipeline scales, joins and splits them in its own way before it calls the denoiser, and the hook\n"
+        "sees only that call.\n\n"
+        "`python -m companion pipelines` builds and checks all pipelines of the installed diffusers that it can, and\n"
+        "writes this page and `docs/pipelines.json`.\n"
     )
     for part, lines in parts.items():
         heading, intro = _HEADINGS[part]

@@ -107,11 +107,12 @@ def test_the_table_in_the_documents():
         for family, scheduler, prediction in CASES
     ]
     text = (
-        "# The hook against the exact mixture oracle\n\n"
-        "Largest error of the rectified direction inside the pipeline, relative to Δ's largest entry, over short runs\n"
-        "in float64: the network's `forward` is replaced by the closed-form denoiser of a Gaussian mixture, and the\n"
-        "direction that the pipeline follows is compared with the mixture's own K. The tests ask for 1e-6, and for\n"
-        '1e-3 of `finite_difference`. Written by `UPDATE_DOCS=1 make test ARGS="-k oracle"`.\n\n'
+        "# Exactness: the hook against a closed-form denoiser\n\n"
+        "Is the direction inside a pipeline really K Δ? To check it, the network's `forward` is replaced by the\n"
+        "closed-form denoiser of a Gaussian mixture, and the direction that the pipeline follows is compared with the\n"
+        "mixture's own K. The table has the largest error over short runs in float64, relative to Δ's largest entry.\n"
+        "The tests require at most 1e-6, and 1e-3 for `finite_difference`. The columns are the values of `product`.\n"
+        'This page is written by `UPDATE_DOCS=1 make test ARGS="-k oracle"`.\n\n'
         f"| pipeline | scheduler | prediction | {' | '.join(PRODUCTS)} |\n|{'---|' * (3 + len(PRODUCTS))}\n"
         + "\n".join(rows)
         + "\n"
