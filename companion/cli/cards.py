@@ -119,6 +119,7 @@ ADM_SETTINGS: dict[str, dict[str, Any]] = {
 
 _GUIDES = {
     "mini-adm-resnet": "A classifier of clean 32x32 scenes, of the kind that is used off the shelf",
+    "mini-adm-resnet-entropy": "mini-adm-resnet trained with an entropy term: a classifier of clean 32x32 scenes",
     "mini-adm-noisy": "ADM's noise-aware classifier in small, of noisy 32x32 scenes and their timestep",
 }
 

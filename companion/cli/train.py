@@ -134,8 +134,8 @@ def _adm(job: Job) -> Path:
     return cards.ship_adm(*adm.train_adm(job.folder, job.config(adm.TRAINING), start=start), job.out, job.parts)
 
 
-def _adm_resnet(job: Job) -> Path:
-    network, record = guides.train_resnet(job.folder)
+def _adm_resnet(job: Job, entropy: float = 0.0) -> Path:
+    network, record = guides.train_resnet(job.folder, entropy=entropy)
     return cards.ship_guide(job.name, network, record, {}, job.out)
 
 
@@ -226,6 +226,7 @@ _MODELS: dict[str, tuple[tuple[str, ...], Callable[[Job], Path]]] = {  # what ea
     "mini-clip": ((), _clip),
     "scene-regressor": (("autoencoder",), _regressor),
     "mini-adm-resnet": ((), _adm_resnet),
+    "mini-adm-resnet-entropy": ((), partial(_adm_resnet, entropy=guides.ENTROPY_WEIGHT)),
     "mini-adm": (("scene-classifier", "mini-adm-resnet"), _adm),
     "mini-adm-noisy": (("mini-adm",), _adm_noisy),
     "mini-adm-resnet-calibrated": (("mini-adm-resnet",), partial(_calibrated, "mini-adm-resnet")),

@@ -1,7 +1,8 @@
 """The classifiers that guide mini-adm: one of clean pictures, off the shelf in style, and one that knows the noise.
 
 Both learn from a set that ends, with plain cross-entropy, as real ones do. The first goes through it many times, knows
-it by heart, and is then surer of other pictures than it is right; the second sees every picture in new noise.
+it by heart, and is then surer of other pictures than it is right; the second sees every picture in new noise. A third
+learns as the first does, with a reward for the entropy of its answers.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,6 +25,9 @@ Batch = tuple[Float[Tensor, "batch 3 32 32"], Int[Tensor, " batch"]]
 
 TRAINING_SEED = 3  # other scenes than mini-adm's and its evaluator's
 SCENES = 6000
+
+ENTROPY_WEIGHT = 0.1
+"""η of the entropy-aware classifier; the value of Pereyra et al. (2017)."""
 
 RESNET_TRAINING = TrainingConfig(steps=1500, batch_size=64, learning_rate=2e-3, weight_decay=1e-2, ema_decay=0.99)
 NOISY_TRAINING = TrainingConfig(
@@ -73,18 +77,39 @@ def scene_batches(seed: int, batch_size: int, *, scenes: int | None = None) -> C
 
 
 def train_resnet(
-    folder: Path, config: TrainingConfig = RESNET_TRAINING, *, scenes: int = SCENES
+    folder: Path, config: TrainingConfig = RESNET_TRAINING, *, scenes: int = SCENES, entropy: float = 0.0
 ) -> tuple[ResNetForImageClassification, dict]:
-    """The classifier of clean pictures, and `train`'s record."""
+    """The classifier of clean pictures, and `train`'s record.
+
+    Args:
+        entropy: η of `entropy_aware_loss`; 0 is plain cross-entropy.
+    """
     torch.manual_seed(config.seed)
     model = build_resnet()
     batch = scene_batches(TRAINING_SEED, config.batch_size, scenes=scenes)
 
     def loss(step: int) -> Tensor:
         pictures, classes = batch(step)
-        return F.cross_entropy(model(pictures).logits.float(), classes)
+        return entropy_aware_loss(model(pictures).logits.float(), classes, entropy)
 
-    return model, {**train(model, loss, config, folder), "scenes": scenes}
+    record = {**train(model, loss, config, folder), "scenes": scenes}
+    return model, record | ({"entropy": entropy} if entropy else {})
+
+
+def entropy_aware_loss(
+    logits: Float[Tensor, "batch classes"], classes: Int[Tensor, " batch"], weight: float
+) -> Float[Tensor, ""]:
+    """Cross-entropy less `weight` times the mean entropy of the answers, in nats: certainty costs.
+
+    The confidence penalty of Pereyra et al. (2017). The entropy-aware classifier of Zheng et al. (ECCV 2022) has such
+    a term, too, and is noise-aware. Of a picture whose likeliest class is right with probability a, the best answer
+    is below a: the classifier learns to be less certain than it is right.
+
+    Args:
+        weight: η, at least 0; 0 is plain cross-entropy.
+    """
+    loss = F.cross_entropy(logits, classes)
+    return loss if weight == 0 else loss - weight * torch.special.entr(logits.softmax(dim=1)).sum(dim=1).mean()
 
 
 @torch.no_grad()

@@ -1,5 +1,9 @@
 """The recipes of mini-adm's classifiers."""
 
+import math
+
+import pytest
+import scipy.optimize
 import torch
 from torch import nn
 
@@ -36,6 +40,28 @@ def test_batches_come_from_a_set_that_ends_or_are_always_new():
 def test_training_is_recorded(tmp_path):
     model, record = guides.train_resnet(tmp_path, CONFIG, scenes=20)
     assert record["steps"] == 2 and record["scenes"] == 20 and not model.training
+
+
+@pytest.mark.parametrize(("weight", "right"), [(0.0, 0.8), (0.1, 0.8), (0.3, 0.95)])
+def test_the_entropy_term_asks_for_less_certainty_than_is_right(weight, right):
+    """Of pictures that look alike, the share `right` has class 0 and the others class 1; the best answer is the root of
+    the loss's derivative, which is written out here."""
+    best = scipy.optimize.brentq(
+        lambda p: (1 - right) / (1 - p) - right / p + weight * math.log(p / (1 - p)), 0.5, 1 - 1e-9
+    )
+
+    def loss(p: float) -> tuple[float, float]:
+        """Value and slope in the logit."""
+        logit = torch.tensor(math.log(p / (1 - p)), dtype=torch.float64, requires_grad=True)
+        logits = torch.stack([logit, torch.zeros_like(logit)]).expand(1, 2)
+        of_class = [guides.entropy_aware_loss(logits, torch.tensor([each]), weight) for each in (0, 1)]
+        value = right * of_class[0] + (1 - right) * of_class[1]
+        value.backward()
+        return float(value.detach()), float(logit.grad)
+
+    assert loss(best)[1] == pytest.approx(0, abs=1e-9)
+    assert best == pytest.approx(right) if weight == 0 else best < right - 0.01
+    assert loss(best)[0] < loss(right + 0.01)[0] < loss(0.9999)[0]
 
 
 def test_the_noise_aware_one_sees_mini_adms_noise(tmp_path):

@@ -22,8 +22,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 """What ImageNet's classifiers were trained on."""
 
 EMBEDDED_RESNET, EMBEDDED_NOISY = "mini-adm-resnet", "mini-adm-noisy"
-EMBEDDED_CLASSIFIERS = tuple(name + kind for name in (EMBEDDED_RESNET, EMBEDDED_NOISY) for kind in ("", "-calibrated"))
-"""Of mini-adm's pictures: one for clean ones, one noise-aware; each as trained, and fine-tuned to be calibrated."""
+EMBEDDED_ENTROPY = f"{EMBEDDED_RESNET}-entropy"
+EMBEDDED_CLASSIFIERS = (
+    *(name + kind for name in (EMBEDDED_RESNET, EMBEDDED_NOISY) for kind in ("", "-calibrated")),
+    EMBEDDED_ENTROPY,
+)
+"""Of mini-adm's pictures: one for clean ones, one noise-aware; each as trained, and fine-tuned to be calibrated. The
+last is the first, trained with an entropy term."""
 
 
 def is_noise_aware(classifier: nn.Module) -> bool:
