@@ -1,6 +1,7 @@
 """Pareto fronts: FID against Inception or CLIP score, for each guidance, all points shown."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -8,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from companion import plotting
+from companion.evaluation.metrics.figures import Figure as Measured
 from companion.evaluation.tables.results import Cell
 from companion.evaluation.tables.text import METRICS, UNGUIDED, Line, lines_of
 
@@ -39,7 +41,13 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def draw_fronts(
-    cells: Iterable[Cell], second: str, *, model: str, methods: Sequence[str] | None = None, columns: int = 3
+    cells: Iterable[Cell],
+    second: str,
+    *,
+    model: str,
+    methods: Sequence[str] | None = None,
+    columns: int = 3,
+    ceilings: Mapping[str, Mapping[str, Measured]] | None = None,
 ) -> Figure:
     """A panel for each of the model's guidances: a point with its 95 % intervals for every row, a line for every front.
 
@@ -51,6 +59,7 @@ def draw_fronts(
         model: whose cells.
         methods: which methods; None is all.
         columns: panels side by side.
+        ceilings: perfect pictures by their label, of `studies.ceilings`: hexagons in every panel, the first one hollow.
 
     Raises:
         ValueError: there are no guided cells of this model.
@@ -72,6 +81,8 @@ def draw_fronts(
             if own and (methods is None or method in methods or method == "no guidance"):
                 _draw_method(axis, own, method, second)
                 present[method] = None
+        for place, found in enumerate((ceilings or {}).values()):
+            axis.plot(found[second].value, found["fid"].value, **_perfect(place))
         axis.set_title(guidance)
     for axis in list(axes.flat)[len(guidances) :]:
         axis.set_visible(False)
@@ -82,10 +93,17 @@ def draw_fronts(
         axes[last, column].set_xlabel(f"{METRICS[second][0]} (higher is better)")
         axes[last, column].tick_params(labelbottom=True)
     handles = [_handle(method) for method in _LOOKS if method in present]
+    perfect = [Line2D([], [], **_perfect(place)) for place in range(len(ceilings or {}))]
     ringed = Line2D([], [], linestyle="none", marker="o", markersize=11, markerfacecolor="none", color="black")
-    figure.legend([*handles, ringed], [*present, "lowest FID"], loc="outside lower center", ncols=3, fontsize="small")
+    labels = [*present, "lowest FID", *(ceilings or {})]
+    figure.legend([*handles, ringed, *perfect], labels, loc="outside lower center", ncols=3, fontsize="small")
     figure.suptitle(model)
     return figure
+
+
+def _perfect(place: int) -> dict[str, Any]:
+    face = "black" if place else "white"
+    return {"color": "black", "marker": "h", "markersize": 8, "markerfacecolor": face, "linestyle": "none"}
 
 
 def _handle(method: str) -> Line2D:

@@ -8,7 +8,7 @@ from companion.evaluation.metrics.metrics import frechet_distance
 from companion.evaluation.metrics.reference_statistics import statistics_of
 from companion.evaluation.metrics.scene_validity import ceiling_pictures
 from companion.evaluation.studies import ceilings
-from companion.files import write_json
+from companion.files import read_json, write_json
 
 
 def test_figures_are_those_of_a_run_that_draws_real_scenes(tmp_path) -> None:
@@ -26,3 +26,11 @@ def test_figures_are_those_of_a_run_that_draws_real_scenes(tmp_path) -> None:
     assert rows["real scenes"]["agreement"].value > 0.95
     small = ceilings.read_ceilings(tmp_path / "ceilings.json", "32x32")
     assert list(small) == ["real scenes"] and "clip_score" not in small["real scenes"]
+
+
+def test_the_committed_ceilings_are_of_a_clean_commit() -> None:
+    stored = read_json(ceilings.RESULTS)
+    assert "dirty" not in stored["provenance"]["commit"]
+    assert (stored["samples"], stored["reference_samples"]) == (2000, 5000)  # as the tables' cells
+    real, latent = (stored["64x64"][kind]["fid"] for kind in ("real", "reconstructed"))
+    assert 0 < real["value"] < latent["value"] < 1

@@ -29,6 +29,11 @@ def test_all_points_fronts_and_bests_are_drawn():
     assert ringed == {(7.0, 4.5), (7.9, 2.8), (8.0, 3.0), (8.1, 3.3)}
     fronts = [line.get_xydata().tolist() for line in vanilla.lines if line.get_zorder() == 1 and len(line.get_xdata())]
     assert [[7.0, 4.5]] in fronts  # of CFG: 7.0 beats both others in both figures
+    perfect = {name: cell("vanilla", "none", 2.0, fid, 9.5).figures for name, fid in (("real", 0.3), ("latent", 0.7))}
+    with_ceilings = draw_fronts(cells, "inception_score", model="m", ceilings=perfect)
+    marked = [line.get_xydata()[0].tolist() for line in with_ceilings.axes[0].lines if line.get_marker() == "h"]
+    assert marked == [[9.5, 0.3], [9.5, 0.7]]
+    assert {"real", "latent"} <= {text.get_text() for text in with_ceilings.legends[0].get_texts()}
     only = draw_fronts(cells, "inception_score", model="m", methods=("CFG",))
     assert len(only.axes[0].containers) == 4  # three of CFG, one without guidance
     with pytest.raises(ValueError, match="there are no guided cells of 'other'"):
