@@ -15,7 +15,8 @@ from torch import Tensor
 
 from companion.evaluation.sampling.folder import Pixels
 from companion.minis.classifier import WEIGHTS, load_classifier
-from companion.minis.scenes import SIZE
+from companion.minis.scene_regressor import load_regressor, with_coordinates
+from companion.minis.scenes import SHAPES, SIZE
 
 NETWORKS = ("scenes", "inception")
 _ALIASES = {"mini-inception": "scenes"}
@@ -62,6 +63,31 @@ class SceneFeatures:
         scaled = images.to(self._device).float() / 127.5 - 1
         pooled = self._network.resnet(scaled).pooler_output
         return Features(pooled.flatten(1), self._network.classifier(pooled))
+
+
+class RegressorFeatures:
+    """The scene regressor's pooled features, 136 of them, and its logits of the ten shapes; 64x64 pictures.
+
+    It learned to tell colour, texture, place and ground, which the classifier of shapes need not see.
+
+    Args:
+        device: where it runs.
+    """
+
+    name = "scene-regressor"
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._network = load_regressor(device).network
+        self._device = torch.device(device)
+        self.dimensions = int(self._network.config.hidden_sizes[-1])
+
+    @torch.no_grad()
+    def __call__(self, images: UInt8[Tensor, "batch 3 64 64"]) -> Features:
+        if images.shape[1:] != (3, SIZE, SIZE):
+            raise ValueError(f"images must be 3x{SIZE}x{SIZE} for {self.name}, got {tuple(images.shape[1:])}")
+        scaled = images.to(self._device).float() / 127.5 - 1
+        pooled = self._network.resnet(with_coordinates(scaled)).pooler_output
+        return Features(pooled.flatten(1), self._network.classifier(pooled)[:, : len(SHAPES)])
 
 
 class InceptionFeatures:

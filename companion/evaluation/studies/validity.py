@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
+from companion.evaluation.metrics.evaluators import scene_batches
+from companion.evaluation.metrics.features import RegressorFeatures, extract
 from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.metrics.inversion import Inversion
+from companion.evaluation.metrics.kernel_distance import KernelReference, kernel_values
 from companion.evaluation.metrics.metrics import share
 from companion.evaluation.metrics.paired_statistics import Comparison, holm, mcnemar, paired_bootstrap, paired_means
 from companion.evaluation.metrics.scene_validity import (
@@ -44,6 +47,7 @@ from companion.evaluation.studies.validity_pictures import (
     asked_scenes,
     draw_rows,
     parts_there,
+    read_images,
     read_row,
 )
 from companion.evaluation.studies.validity_rows import METHODS, MODELS, Row, rows_of
@@ -52,6 +56,7 @@ from companion.minis.scene_regressor import reconstructed
 from companion.minis.scenes import HELD_OUT_SEED, render, scene
 from companion.pipelines.configuration import RectifiedGuidanceConfig
 from companion.pipelines.registry import load
+from companion.pixels import to_uint8
 from companion.provenance import provenance
 
 COMMAND = ("python", "-m", "companion.evaluation.studies.validity")
@@ -59,6 +64,7 @@ SAMPLES = 60
 RESULTS = Path("notebooks/results/validity.json")
 ATTRIBUTES = ("shape", "colour", "texture", "size")
 CEILINGS = ("real scenes", "autoencoder")
+_REFERENCE = 2000  # scenes that the kernel distance compares with
 _RESAMPLES = 200  # of the law distance's paired bootstrap
 _CHUNK = 100
 
@@ -68,7 +74,7 @@ class Measured:
     """A row's pictures, by the scores of each.
 
     Args:
-        scores: of `Scorer`, one value a picture.
+        scores: of `Scorer`, and `kid`, of `kernel_values`: one value a picture.
         captions: whether the model was asked for colour, texture and size too; else for the shape alone.
     """
 
@@ -77,8 +83,9 @@ class Measured:
 
     @property
     def numbers(self) -> dict[str, Float[Tensor, " samples"]]:
-        """Residual to the nearest scene and to the nearest of the asked-for shape; of captions, the CLIP score."""
-        names = ("residual", "class_residual", *(("clip_score",) if self.captions else ()))
+        """Residual to the nearest scene and to the nearest of the asked-for shape; the kernel distance's values; of
+        captions, the CLIP score."""
+        names = ("residual", "class_residual", "kid", *(("clip_score",) if self.captions else ()))
         return {name: self.scores[name] for name in names}
 
     def shares(self, largest: float) -> dict[str, Bool[Tensor, " samples"]]:
@@ -177,12 +184,31 @@ def planned_evaluations(row: Row) -> int:
     return evaluations(row.config or RectifiedGuidanceConfig(product="none"), levels)
 
 
-def ceilings(samples: int) -> dict[str, Measured]:
+class KernelDistance:
+    """Kernel distances of rows to held-out scenes that nobody is asked for, in the regressor's features."""
+
+    @cached_property
+    def _network(self) -> RegressorFeatures:
+        return RegressorFeatures()
+
+    @cached_property
+    def _reference(self) -> KernelReference:
+        scenes = [scene(HELD_OUT_SEED, index, 1) for index in range(_REFERENCE)]
+        return KernelReference(extract(self._network, scene_batches(scenes)).features)
+
+    def __call__(self, images: UInt8[Tensor, "samples 3 64 64"]) -> Float[Tensor, " samples"]:
+        """`kernel_values` of a row's pictures."""
+        return kernel_values(self._network(images).features, self._reference).float()
+
+
+def ceilings(samples: int, kernel: KernelDistance) -> dict[str, Measured]:
     """The asked-for scenes themselves, and what the autoencoder makes of them: the best that a model could draw."""
     asked, scorer = asked_scenes(samples), Scorer()
     real = render(asked)
     pictures = {"real scenes": real, "autoencoder": reconstructed(load_autoencoder(), real)}
-    return {name: Measured(scorer(pictures[name], asked)) for name in CEILINGS}
+    return {
+        name: Measured({**scorer(pictures[name], asked), "kid": kernel(to_uint8(pictures[name]))}) for name in CEILINGS
+    }
 
 
 def measure_rows(folder: Path, table: Path, models: Sequence[str], samples: int = SAMPLES) -> dict[str, Any]:
@@ -194,7 +220,7 @@ def measure_rows(folder: Path, table: Path, models: Sequence[str], samples: int 
         ValueError: no row has that many pictures, or they were measured with other weights.
     """
     source = provenance(command=[*COMMAND, "measure", "--models", ",".join(models), "--samples", str(samples)])
-    largest = valid_residual()
+    largest, kernel = valid_residual(), KernelDistance()
     rows: dict[str, Any] = {}
     found: dict[Row, Measured] = {}
     planned = [row for model in models for row in rows_of(model)]
@@ -203,6 +229,7 @@ def measure_rows(folder: Path, table: Path, models: Sequence[str], samples: int 
         raise ValueError(f"{folder} holds no row of {samples} pictures; draw them first: {' '.join(COMMAND)} draw")
     for row in drawn:
         scores, told = read_row(folder, row, samples // PART)
+        scores["kid"] = kernel(read_images(folder, row, samples // PART))
         found[row] = Measured(scores, MODELS[row.model].captions)
         figures = row_figures(found[row], largest)
         rows[row.name] = {
@@ -216,7 +243,7 @@ def measure_rows(folder: Path, table: Path, models: Sequence[str], samples: int 
             "commits": sorted({str(part["provenance"]["commit"]) for part in told}),
         }
         print(f"{row.name}: residual {figures['residual'].text(4)}", flush=True)
-    perfect = ceilings(samples)
+    perfect = ceilings(samples, kernel)
     named = {row.name: each for row, each in found.items()} | perfect
     write_scores(table, {name: each.scores for name, each in named.items()})
     pairs = [(one, other, comparisons(found[one], found[other], largest)) for one, other in wanted_pairs(list(found))]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -147,6 +147,16 @@ def read_part(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if told["weights"] != weights_digest():
             raise ValueError(f"{file} was measured with another autoencoder or regressor; delete it and draw it again")
         return {name: stored.get_tensor(name) for name in list(stored.keys()) if name != "images"}, told
+
+
+def read_images(folder: Path, row: Row, parts: int, part: int = PART) -> UInt8[Tensor, "samples 3 64 64"]:
+    """Pictures of a row's first parts, 0 to 255."""
+    files = [part_file(folder, row, number * part, part) for number in range(parts)]
+    found = []
+    for file in files:
+        with safe_open(file, "pt") as stored:
+            found.append(stored.get_tensor("images"))
+    return torch.cat(found)
 
 
 def read_row(folder: Path, row: Row, parts: int, part: int = PART) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:

@@ -9,11 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-from companion.evaluation.metrics.features import InceptionFeatures, SceneFeatures, extract, feature_network
+from companion.evaluation.metrics.features import (
+    InceptionFeatures,
+    RegressorFeatures,
+    SceneFeatures,
+    extract,
+    feature_network,
+)
 from companion.evaluation.metrics.image_sets import captioned_files, open_images
 from companion.evaluation.sampling.runs import sample
 from companion.evaluation.sampling.settings import SamplingSettings
 from companion.minis.classifier import load_classifier
+from companion.minis.scene_regressor import load_regressor
 from companion.minis.scenes import labels, render, scene
 from tests.pipelines.tiny import tiny_dit
 
@@ -143,3 +150,17 @@ def test_captions_match_their_pictures(tmp_path):
     coco.write_text(json.dumps({"images": images, "annotations": said}))
     with pytest.raises(ValueError, match=r"captions\.json has a caption of '002\.png', which is not in"):
         captioned_files(coco, folder)
+
+
+def test_regressor_features_are_the_regressors():
+    pixels, network = scenes(6), RegressorFeatures()
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    found, regressor = network(images), load_regressor()
+    assert found.features.shape == (6, network.dimensions) == (6, 136)
+    guess = regressor(images.float() / 127.5 - 1)
+    assert torch.allclose(found.logits, guess.shape, atol=1e-5)
+    head = regressor.network.classifier[-1]
+    light = (found.features @ head.weight.T + head.bias)[:, -10:-8]
+    assert torch.allclose(torch.atan2(light[:, 0], light[:, 1]), guess.light, atol=1e-4)
+    with pytest.raises(ValueError, match="must be 3x64x64 for scene-regressor"):
+        network(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))

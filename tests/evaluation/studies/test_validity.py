@@ -1,17 +1,20 @@
 """The study of validity: pictures share their noise, are kept with their scores, and are compared pair by pair."""
 
-import json
 import math
 
 import pytest
 import torch
 
+from companion.evaluation.metrics.evaluators import scene_batches
+from companion.evaluation.metrics.features import RegressorFeatures, extract
 from companion.evaluation.metrics.figures import Figure
+from companion.evaluation.metrics.kernel_distance import KernelReference, kernel_distance
 from companion.evaluation.metrics.paired_statistics import Comparison
 from companion.evaluation.metrics.scene_validity import law_distances
 from companion.evaluation.studies import validity, validity_pictures
 from companion.evaluation.studies.picture_scores import read_scores, write_scores
 from companion.evaluation.studies.validity import (
+    KernelDistance,
     Measured,
     adjusted,
     comparisons,
@@ -21,9 +24,11 @@ from companion.evaluation.studies.validity import (
 )
 from companion.evaluation.studies.validity_pictures import Scorer, asked_scenes, draw_rows, part_file, read_row
 from companion.evaluation.studies.validity_rows import METHODS, MODELS, Model, Row, rows_of
+from companion.files import read_json
 from companion.minis.drawing import draw
-from companion.minis.scenes import labels, render
+from companion.minis.scenes import HELD_OUT_SEED, labels, render, scene
 from companion.pipelines.registry import load
+from companion.pixels import to_uint8
 
 
 @pytest.fixture
@@ -72,11 +77,15 @@ def test_every_method_has_every_scale_once() -> None:
 def test_comparisons_are_paired() -> None:
     asked = asked_scenes(6)
     images = render(asked)
-    scorer = Scorer()
-    clean = Measured(scorer(images, asked))
+    scorer, kernel = Scorer(), KernelDistance()
     noise = 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    noisy = Measured(scorer((images + noise).clamp(-1, 1), asked))
+    both = (images, (images + noise).clamp(-1, 1))
+    clean, noisy = (Measured({**scorer(each, asked), "kid": kernel(to_uint8(each))}) for each in both)
     found = comparisons(noisy, clean, largest=0.02)
+    network, real = RegressorFeatures(), [scene(HELD_OUT_SEED, index, 1) for index in range(2000)]
+    reference = KernelReference(extract(network, scene_batches(real)).features)
+    distances = [kernel_distance(network(to_uint8(each)).features, reference).value for each in both]
+    assert found["kid"].figure.value == pytest.approx(distances[1] - distances[0], rel=1e-4)
     assert found["residual"].figure.value == pytest.approx(0.05, rel=0.05)  # half of 0.1: colours in [0, 1]
     assert found["residual"].figure.low > 0.045
     assert found["valid"].figure.value == -1.0
@@ -113,7 +122,7 @@ def test_measuring_says_what_is_missing(tmp_path, capsys) -> None:
 
 
 def test_committed_figures_follow_from_the_committed_scores() -> None:
-    stored = json.loads(validity.RESULTS.read_text())
+    stored = read_json(validity.RESULTS)
     scores = read_scores(validity.RESULTS.with_suffix(".csv"))
     assert "dirty" not in stored["provenance"]["commit"]
     for name, row in stored["rows"].items():

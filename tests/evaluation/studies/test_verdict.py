@@ -35,6 +35,7 @@ def scores(residual: float, recognised: int, seed: int = 0) -> dict[str, torch.T
         "residual": residual + noise,
         "class_residual": residual + noise,
         "clip_score": 90 * right + 1,
+        "kid": noise,
         **met,
         **found,
     }
