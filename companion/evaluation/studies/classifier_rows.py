@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from companion.guidance.classifier.scores import DIVERGENCES, PLAIN, ClassifierScore
-from companion.pipelines.adm.classifier import EMBEDDED_NOISY, EMBEDDED_RESNET
+from companion.pipelines.adm.classifier import EMBEDDED_ENTROPY, EMBEDDED_NOISY, EMBEDDED_RESNET
 from companion.pipelines.adm.presets import PUBLISHED_GUIDANCE, published_guidance
 from companion.pipelines.hook import SamplingProduct
 
@@ -91,6 +91,8 @@ def mini_rows() -> tuple[Row, ...]:
     forward, reverse = divergences["forward_kl"], divergences["reverse_kl"]
     js, hellinger = divergences["jensen_shannon"], divergences["squared_hellinger"]
     js_calibrated, reverse_calibrated = _calibrated(js), _calibrated(reverse)
+    aware = _row("entropy-aware classifier", _TEMPERED, published="cal_imagenet128_50k:entropy-aware classifier")
+    aware = replace(aware, guide=EMBEDDED_ENTROPY)
     plain = _row("plain score at x̂0", PLAIN, {"gradient_at": "clean", "classifier_scale": MINI_SCALE})
     noisy = _noisy()
     noisy_calibrated = replace(_calibrated(noisy), published="cal_smooth_ece:smooth ECE fine-tuned classifier")
@@ -101,7 +103,7 @@ def mini_rows() -> tuple[Row, ...]:
         published="cal_sampling_10k:entropy regularisation",
     )
     first = [unguided, ecd, _rectified(ecd), js_calibrated, _rectified(js_calibrated), free, js, ecd_calibrated]
-    first += [_rectified(js), _with_budget(free, "rectified", "it rectified")]
+    first += [aware, _rectified(aware), _rectified(js), _with_budget(free, "rectified", "it rectified")]
     scaled = [_at_scale(each, scale) for scale in (2.0, 4.0) for each in (ecd, _rectified(ecd))]
     scaled += [_at_scale(free, 4.0)]
     published = [reverse, noisy, noisy_calibrated, plain, _rectified(plain), forward]

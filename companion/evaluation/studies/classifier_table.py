@@ -203,6 +203,8 @@ def published_columns(place: str | None) -> tuple[str, str]:
         other = {"cal_smooth_ece": " (fine-tuned)"}.get(name, "")
         if method in ("unguided diffusion", "classifier-free"):
             other = " (no classifier)"
+        elif method == "entropy-aware classifier":
+            other = " (noise-aware)"
         columns[0 if name in _TABLES_OF_10K else 1] = published_figures(each) + other
     return columns[0], columns[1]
 

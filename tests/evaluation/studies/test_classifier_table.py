@@ -225,6 +225,7 @@ def test_published_sizes_stand_in_columns_of_their_own():
     assert published_columns("cal_sampling_10k:baseline (Ma et al. 2023)") == ("5.34, 0.78, 0.67", "2.19, 0.79, 0.58")
     assert published_columns("cal_imagenet128_50k:reverse KL") == ("5.12, 0.78, 0.68", "2.14, 0.79, 0.59")
     assert published_columns("cal_imagenet128_50k:classifier-free") == ("–", "2.43, –, – (no classifier)")
+    assert published_columns("cal_imagenet128_50k:entropy-aware classifier") == ("–", "2.68, 0.80, 0.56 (noise-aware)")
     assert published_columns(None) == ("–", "–")
     tens = [row.published for row in imagenet128().rows if row.published and row.published.startswith("cal_sampling")]
     assert tens and all(published_columns(place)[0] != "–" for place in tens)
