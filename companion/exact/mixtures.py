@@ -185,7 +185,10 @@ class GaussianMixture:
 
     def _log_joint(self, offsets: Tensor, variances: Tensor) -> Float[Tensor, "batch components"]:
         normaliser = (2 * torch.pi * variances).log().sum(dim=-1)
-        return self.weights.log() - 0.5 * (normaliser + (offsets**2 / variances).sum(dim=-1))
+        squares = offsets**2 / variances
+        # The same sum, but torch takes five times as long over so short an axis.
+        distance = squares[..., 0] + squares[..., 1] if self.dimension == 2 else squares.sum(dim=-1)
+        return self.weights.log() - 0.5 * (normaliser + distance)
 
     def _average(self, projected: Tensor, shares: Float[Tensor, "batch components"]) -> Float[Tensor, "batch dim"]:
         """Σ_k share_k U_k projected_k."""

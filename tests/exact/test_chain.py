@@ -207,7 +207,7 @@ def test_marginal_scaling_fails_by_more_with_weight():
     assert 0.01 < gaps[0] < gaps[1]
 
 
-def test_golden_chain_approaches_the_target_with_steps():
+def test_the_optimal_chain_approaches_the_target_with_steps():
     gaps = []
     for steps in (50, 200):
         chain, reward = paper_chain(schedule=linear_schedule(steps, 1e-4, 10 / steps))

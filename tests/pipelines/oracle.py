@@ -77,7 +77,7 @@ class OracleFamily:
     Args:
         pipe: the pipeline.
         component: attribute name of its network.
-        draw: runs it with two samples, the branches told apart by `CONDITIONAL` and `REFERENCE`.
+        draw: runs it with two samples; the branches are labelled `CONDITIONAL` and `REFERENCE`.
         levels: what (α, σ) the network's timestep means.
         size: numbers in one sample of latents.
         steps: of a run.
@@ -166,7 +166,7 @@ def oracle_pipeline(name: str, scheduler: SchedulerMixin, prediction: str) -> tu
     levels = family.levels
     if type(scheduler).__name__.startswith("KDPM2"):
         levels = partial(preserving_levels, logarithmic=True)
-    if scheduler.config.get("use_flow_sigmas"):  # tells the network whole timesteps, beside the levels it is at
+    if scheduler.config.get("use_flow_sigmas"):  # the network gets whole timesteps, next to its levels
 
         def levels(_: Tensor) -> tuple[Tensor, Tensor]:
             sigma = scheduler.sigmas[scheduler.step_index or 0].double()
@@ -195,24 +195,24 @@ def oracle_pipeline(name: str, scheduler: SchedulerMixin, prediction: str) -> tu
 _UNDERSTOOD = ("hidden_states", "sample", "timestep", "class_labels", "encoder_hidden_states")
 
 
-def closed_form(oracle: MixtureDenoiser, step: GuidanceStep, told: float, product: str, sign: int = 1) -> Tensor:
-    """The rectified direction at a recorded step, from the mixtures alone; `told` is the network's own timestep."""
+def closed_form(oracle: MixtureDenoiser, step: GuidanceStep, timestep: float, sign: int = 1) -> dict[str, Tensor]:
+    """Every product's direction at a recorded step, from the mixtures alone; the timestep is the network's own."""
     z = step.sample.double()
     labels = [torch.full((len(z),), label) for label in (CONDITIONAL, oracle.null_class)]
-    c, u = (sign * oracle(z, told, label).sample for label in labels)
-    return products_of(oracle.rectification_matrix(z, told, labels[0]), c - u)[product]
+    c, u = (sign * oracle(z, timestep, label).sample for label in labels)
+    return products_of(oracle.rectification_matrix(z, timestep, labels[0]), c - u)
 
 
 def errors(name: str, scheduler: SchedulerMixin, prediction: str) -> dict[str, float]:
     """Largest error of each product's direction over a short run, relative to the largest entry of Δ (K may vanish)."""
     family, oracle = oracle_pipeline(name, scheduler, prediction)
-    network, told = getattr(family.pipe, family.component), 0.0
+    network, timestep = getattr(family.pipe, family.component), 0.0
     inner = network.forward
 
     def listening(*args: Any, **kwargs: Any) -> Any:
-        nonlocal told
+        nonlocal timestep
         time = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        told = float(torch.as_tensor(time).flatten()[0])
+        timestep = float(torch.as_tensor(time).flatten()[0])
         return inner(*args, **kwargs)
 
     network.forward = listening
@@ -220,8 +220,8 @@ def errors(name: str, scheduler: SchedulerMixin, prediction: str) -> dict[str, f
     for product in PRODUCTS:
 
         def check(step: GuidanceStep, product: str = product) -> None:
-            exact, everyday = (closed_form(oracle, step, told, name, family.sign) for name in (product, "none"))
-            error = float((step.direction - exact).abs().max() / everyday.abs().max())
+            exact = closed_form(oracle, step, timestep, family.sign)
+            error = float((step.direction - exact[product]).abs().max() / exact["none"].abs().max())
             assert error == error, "a direction that is not a number"
             found[product] = max(found[product], error)
 

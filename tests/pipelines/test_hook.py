@@ -121,8 +121,8 @@ def dense_jacobian(pipe, sample: Tensor, t: int) -> Tensor:
         stacked[i] = x.view_as(stacked[i])
         return branches(pipe, stacked, t)[0][i].flatten()
 
-    rows = [torch.autograd.functional.jacobian(partial(one, i=i), x.flatten()) for i, x in enumerate(sample)]
-    return torch.stack(rows)
+    jacobian = partial(torch.autograd.functional.jacobian, vectorize=True)
+    return torch.stack([jacobian(partial(one, i=i), x.flatten()) for i, x in enumerate(sample)])
 
 
 @pytest.mark.parametrize("product", PRODUCTS)

@@ -29,7 +29,7 @@ EXPLODING = (
     "KDPM2AncestralDiscreteScheduler",
     "LMSDiscreteScheduler",
 )
-UNSAID = {  # diffusers has not implemented these
+NOT_IMPLEMENTED = {  # by diffusers
     ("EulerAncestralDiscreteScheduler", "sample"),
     ("HeunDiscreteScheduler", "sample"),
     ("KDPM2DiscreteScheduler", "sample"),
@@ -43,13 +43,13 @@ CASES = [
         ("StableDiffusionPipeline", name, kind)
         for name in (*TABLE, *OTHERS, *EXPLODING)
         for kind in KINDS
-        if (name, kind) not in UNSAID
+        if (name, kind) not in NOT_IMPLEMENTED
     ],
     *[
         ("DiTPipeline", name, kind)
         for name in ("DDIMScheduler", "DPMSolverMultistepScheduler", "PNDMScheduler")
         for kind in KINDS
-        if (name, kind) not in UNSAID
+        if (name, kind) not in NOT_IMPLEMENTED
     ],
     *[
         ("StableDiffusionXLPipeline", name, kind)
