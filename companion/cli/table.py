@@ -14,6 +14,8 @@ from companion.evaluation.studies.guidance_table import coco, imagenet
 from companion.evaluation.studies.guidance_variants import variants
 from companion.evaluation.tables.engine import RunOptions, TablePlan, run_table
 from companion.evaluation.tables.options import TableOptions
+from companion.evaluation.tables.paired import compared, compared_markdown
+from companion.files import write_json
 from companion.pipelines.saved import DTYPES
 
 TABLES: dict[str, Callable[[TableOptions], TablePlan]] = {
@@ -39,7 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--only", metavar="CELL", help="make one cell")
     add("--models", metavar="A,B,...", help="only these models' cells")
     add("--limit-minutes", type=float, metavar="M", help="begin no cell after so many minutes")
-    add("--collect", type=Path, metavar="FILE", help="one file for all finished cells; --resume keeps them, too")
+    add(
+        "--collect",
+        type=Path,
+        metavar="FILE",
+        help="one file for all finished cells; --resume keeps them, too; "
+        "FILE's name with -paired receives their comparisons",
+    )
     add("--num-samples", type=int, metavar="N", help="samples a cell; default: the table's")
     add("--batch-size", type=int, metavar="B", help="samples a batch; default: the table's")
     add("--seeds", type=int, metavar="K", help="seeds a row, from 0; default: 1")
@@ -65,7 +73,12 @@ def run(options: argparse.Namespace) -> int:
             return "\n".join([*plan.names(), *plan.left_out()])
         if state.is_main_process and (left_out := plan.left_out()):
             print("\n".join(left_out), file=sys.stderr)
-        return plan.as_markdown(run_table(plan, _run_options(options, chosen)))
+        made = _run_options(options, chosen)
+        cells = run_table(plan, made)
+        entries = compared(plan.pairs(cells), made.out)
+        if entries and made.collected is not None and state.is_main_process:
+            write_json(made.collected.with_name(f"{made.collected.stem}-paired.json"), entries)
+        return "\n\n".join([plan.as_markdown(cells), *([compared_markdown(entries)] if entries else [])])
 
     return exit_status(state, work, "stopped; the same command with --resume goes on where it was")
 

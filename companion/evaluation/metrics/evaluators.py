@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,13 +12,18 @@ from diffusers import DiffusionPipeline
 
 from companion.evaluation.metrics.features import FeatureNetwork, extract
 from companion.evaluation.metrics.figures import Figure
+from companion.evaluation.metrics.kernel_distance import KernelReference, kernel_distance, kernel_values
 from companion.evaluation.metrics.metrics import (
     ClipNetwork,
     class_agreement,
     clip_score,
+    clip_values,
     fid,
+    frechet_values,
     inception_score,
-    precision_recall,
+    inception_values,
+    inside_manifolds,
+    share,
 )
 from companion.evaluation.metrics.reference_statistics import GaussianStatistics, statistics_of
 from companion.evaluation.sampling.folder import Pixels, read_batches
@@ -46,6 +51,26 @@ class Reference:
     described: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Evaluation(NamedTuple):
+    """What was measured of a run.
+
+    Attributes:
+        figures: by metric.
+        pictures: by metric, what each picture contributes, as `paired` takes it; for recall, each picture of the
+            reference. `features` are the pictures' own, in half precision.
+    """
+
+    figures: dict[str, Figure]
+    pictures: dict[str, torch.Tensor]
+
+
+class KernelMeasure(NamedTuple):
+    """The features in which the kernel distance is taken, and what it is taken to."""
+
+    network: FeatureNetwork
+    reference: KernelReference
+
+
 class Evaluator(Protocol):
     """Measures one model's runs.
 
@@ -68,7 +93,7 @@ class Evaluator(Protocol):
         """What is drawn, in turn."""
         ...
 
-    def measure(self, folder: Path) -> dict[str, Figure]:
+    def measure(self, folder: Path) -> Evaluation:
         """All figures of a finished run."""
         ...
 
@@ -78,12 +103,20 @@ class Evaluator(Protocol):
 
 
 class _Evaluator:
-    """What both kinds of evaluators share: a network of features, and a reference that is made when first needed."""
+    """What both kinds of evaluators share: a network of features, and a reference that is made when first needed.
+
+    The kernel distance is no part of `described`: cells that were made without it stay what they are.
+    """
 
     def __init__(
-        self, network: FeatureNetwork, reference: Callable[[], Reference], described: Mapping[str, Any]
+        self,
+        network: FeatureNetwork,
+        reference: Callable[[], Reference],
+        described: Mapping[str, Any],
+        kernel: Callable[[], KernelMeasure] | None = None,
     ) -> None:
         self._network, self._make = network, reference
+        self._kernel = None if kernel is None else cache(kernel)
         self._made: Reference | None = None
         self.described: Mapping[str, Any] = {"network": network.name, "neighbours": NEIGHBOURS, **described}
         self.least = network.dimensions + 1
@@ -102,17 +135,23 @@ class _Evaluator:
             )
 
     def reference(self) -> Mapping[str, Any]:
-        return self._reference.described
+        named = {} if self._kernel is None else {"kernel_distance": self._kernel().network.name}
+        return {**self._reference.described, **named}
 
-    def _distances(self, features: torch.Tensor) -> dict[str, Figure]:
-        """FID and, where the reference has its features, precision and recall."""
+    def _distances(self, folder: Path, features: torch.Tensor) -> Evaluation:
+        """FID; where the reference has its features, precision and recall; where there is a kernel, its distance."""
         against = self._reference
         figures = {"fid": fid_of(features, against.statistics)}
+        pictures = {"fid": frechet_values(features, against.statistics), "features": features.half()}
         if against.features is not None:
-            figures["precision"], figures["recall"] = precision_recall(
-                against.features, features, neighbours=NEIGHBOURS
-            )
-        return figures
+            inside = inside_manifolds(against.features, features, neighbours=NEIGHBOURS)
+            for name, values in zip(("precision", "recall"), inside, strict=True):
+                figures[name], pictures[name] = share(values), values
+        if self._kernel is not None:
+            seen = extract(self._kernel().network, (images for images, _ in read_batches(folder))).features
+            figures["kid"] = kernel_distance(seen, self._kernel().reference)
+            pictures["kid"] = kernel_values(seen, self._kernel().reference)
+        return Evaluation(figures, pictures)
 
 
 class ClassEvaluator(_Evaluator):
@@ -122,6 +161,7 @@ class ClassEvaluator(_Evaluator):
         network: the features and classes.
         reference: called once, when first needed.
         described: of the reference: what decides it.
+        kernel: called once, when first needed; None measures no kernel distance.
         names_classes: whether the network's classes are the model's, so that their agreement can be measured.
     """
 
@@ -131,21 +171,25 @@ class ClassEvaluator(_Evaluator):
         reference: Callable[[], Reference],
         described: Mapping[str, Any],
         *,
+        kernel: Callable[[], KernelMeasure] | None = None,
         names_classes: bool = True,
     ) -> None:
-        super().__init__(network, reference, described)
+        super().__init__(network, reference, described, kernel)
         self._names_classes = names_classes
 
     def conditions(self, pipe: DiffusionPipeline) -> tuple[int, ...] | tuple[str, ...]:
         return tuple(sorted(set(conditions_for(pipe))))  # type: ignore[type-var, return-value]
 
-    def measure(self, folder: Path) -> dict[str, Figure]:
+    def measure(self, folder: Path) -> Evaluation:
         asked: list[int] = []
         found = extract(self._network, _pictures(folder, asked))
-        figures = self._distances(found.features) | {"inception_score": inception_score(found.logits)}
+        figures, pictures = self._distances(folder, found.features)
+        figures["inception_score"] = inception_score(found.logits)
+        pictures["inception_score"] = inception_values(found.logits)
         if self._names_classes:
             figures["agreement"] = class_agreement(found.logits, torch.tensor(asked))
-        return figures
+            pictures["agreement"] = found.logits.argmax(dim=1) == torch.tensor(asked)
+        return Evaluation(figures, pictures)
 
 
 class CaptionEvaluator(_Evaluator):
@@ -157,6 +201,7 @@ class CaptionEvaluator(_Evaluator):
         captions: what is drawn, in turn.
         reference: called once, when first needed.
         described: of the reference: what decides it.
+        kernel: called once, when first needed; None measures no kernel distance.
     """
 
     def __init__(
@@ -166,25 +211,28 @@ class CaptionEvaluator(_Evaluator):
         captions: Sequence[str],
         reference: Callable[[], Reference],
         described: Mapping[str, Any],
+        kernel: Callable[[], KernelMeasure] | None = None,
     ) -> None:
-        super().__init__(network, reference, {"clip": clip.name, **described})
+        super().__init__(network, reference, {"clip": clip.name, **described}, kernel)
         self._clip, self._captions = clip, tuple(captions)
 
     def conditions(self, pipe: DiffusionPipeline) -> tuple[int, ...] | tuple[str, ...]:
         return self._captions
 
-    def measure(self, folder: Path) -> dict[str, Figure]:
-        pictures, captions = [], []
+    def measure(self, folder: Path) -> Evaluation:
+        images, captions = [], []
 
         def embedded() -> Iterator[Pixels]:
-            for images, asked in read_batches(folder):
-                tensor = torch.from_numpy(images.copy()).permute(0, 3, 1, 2)
-                pictures.append(self._clip.embed_images(tensor).float().cpu())
+            for pixels, asked in read_batches(folder):
+                tensor = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
+                images.append(self._clip.embed_images(tensor).float().cpu())
                 captions.append(self._clip.embed_captions([str(caption) for caption in asked]).float().cpu())
-                yield images
+                yield pixels
 
-        figures = self._distances(extract(self._network, embedded()).features)
-        return figures | {"clip_score": clip_score(torch.cat(pictures), torch.cat(captions))}
+        figures, pictures = self._distances(folder, extract(self._network, embedded()).features)
+        both = torch.cat(images), torch.cat(captions)
+        figures["clip_score"], pictures["clip_score"] = clip_score(*both), clip_values(*both)
+        return Evaluation(figures, pictures)
 
 
 def _pictures(folder: Path, asked: list) -> Iterator[Pixels]:
@@ -227,15 +275,33 @@ def scene_reference(
     return Reference(statistics_of(features), features, {"scenes": samples, "seed": REFERENCE_SEED, **also})
 
 
-def scene_evaluator(network: FeatureNetwork, samples: int) -> ClassEvaluator:
-    """Against that many held-out scenes of one object."""
-    return ClassEvaluator(network, partial(scene_reference, network, samples), {"reference_samples": samples})
+def scene_kernel(
+    network: FeatureNetwork, samples: int, *, rendered: Callable[[Sequence[Scene]], torch.Tensor] = render
+) -> KernelMeasure:
+    """The kernel distance to as many held-out scenes; arguments as of `scene_reference`."""
+    features = scene_reference(network, samples, rendered=rendered).features
+    assert features is not None
+    return KernelMeasure(network, KernelReference(features))
+
+
+def scene_evaluator(network: FeatureNetwork, samples: int, kernel: FeatureNetwork | None = None) -> ClassEvaluator:
+    """Against that many held-out scenes of one object.
+
+    Args:
+        kernel: features for the kernel distance; None measures none.
+    """
+    make = partial(scene_reference, network, samples)
+    measure = None if kernel is None else partial(scene_kernel, kernel, samples)
+    return ClassEvaluator(network, make, {"reference_samples": samples}, kernel=measure)
 
 
 def scene_caption_evaluator(
-    network: FeatureNetwork, clip: ClipNetwork, samples: int, captions: int
+    network: FeatureNetwork, clip: ClipNetwork, samples: int, captions: int, kernel: FeatureNetwork | None = None
 ) -> CaptionEvaluator:
     """Against that many held-out scenes of one object, whose first captions are drawn.
+
+    Args:
+        kernel: features for the kernel distance; None measures none.
 
     Raises:
         ValueError: more captions than scenes.
@@ -244,4 +310,5 @@ def scene_caption_evaluator(
         raise ValueError(f"captions must be at most as many as reference scenes, {samples}, got {captions}")
     drawn = [scene(REFERENCE_SEED, i, 1).caption for i in range(captions)]
     make = partial(scene_reference, network, samples)
-    return CaptionEvaluator(network, clip, drawn, make, {"reference_samples": samples})
+    measure = None if kernel is None else partial(scene_kernel, kernel, samples)
+    return CaptionEvaluator(network, clip, drawn, make, {"reference_samples": samples}, measure)

@@ -108,6 +108,22 @@ def frechet_influence(
     return influence - influence.mean()
 
 
+def frechet_values(
+    features: Float[Tensor, "samples dimensions"], reference: GaussianStatistics
+) -> Float[Tensor, " samples"]:
+    """A value for each sample whose mean is the Fréchet distance, and whose scatter is its influences'."""
+    return frechet_distance(statistics_of(features), reference) + frechet_influence(features, reference)
+
+
+def inception_values(logits: Float[Tensor, "samples classes"]) -> Float[Tensor, " samples"]:
+    """A value for each sample whose mean is the Inception score (of one part), and whose scatter is its influences':
+    `IS (1 + KL(p(y|x_i) ‖ p(y)) - log IS)`."""
+    logarithms = logits.double().cpu().log_softmax(dim=1)
+    chances = logarithms.exp()
+    divergence = (chances * (logarithms - chances.mean(dim=0).log())).sum(dim=1)
+    return divergence.mean().exp() * (1 + divergence - divergence.mean())
+
+
 def inception_score(
     logits: Float[Tensor, "samples classes"], *, splits: int = 1, resamples: int = RESAMPLES, seed: int = 0
 ) -> Figure:
@@ -155,6 +171,18 @@ def precision_recall(
     Raises:
         ValueError: a set has no more members than there are neighbours, or the dimensions differ.
     """
+    precise, recalled = inside_manifolds(real, generated, neighbours=neighbours)
+    return share(precise), share(recalled)
+
+
+def inside_manifolds(
+    real: Float[Tensor, "real dimensions"], generated: Float[Tensor, "generated dimensions"], *, neighbours: int = 3
+) -> tuple[Bool[Tensor, " generated"], Bool[Tensor, " real"]]:
+    """Which generated pictures lie in the real ones' manifold, and which real ones in the generated ones'.
+
+    Raises:
+        ValueError: as `precision_recall`.
+    """
     if neighbours < 1 or min(len(real), len(generated)) <= neighbours:
         raise ValueError(
             f"precision and recall need more than {neighbours} pictures in each set, got {len(real)} real and "
@@ -162,9 +190,8 @@ def precision_recall(
         )
     if real.shape[1] != generated.shape[1]:
         raise ValueError(f"both sets must have the same features, got {real.shape[1]} and {generated.shape[1]}")
-    precision = _inside(generated, real, _radii(real, neighbours))
-    recall = _inside(real, generated, _radii(generated, neighbours))
-    return share(precision), share(recall)
+    precise = _inside(generated, real, _radii(real, neighbours))
+    return precise, _inside(real, generated, _radii(generated, neighbours))
 
 
 _CHUNK = 1000
@@ -245,7 +272,7 @@ class ClipNetwork(Protocol):
 
 
 def clip_score(images: Float[Tensor, "samples dimensions"], captions: Float[Tensor, "samples dimensions"]) -> Figure:
-    """`100 max(cos(image, caption), 0)`, averaged (Hessel et al. 2021, on CLIP's own scale), with a t interval.
+    """The mean of `clip_values` (Hessel et al. 2021, on CLIP's own scale), with a t interval.
 
     Raises:
         ValueError: not one caption per picture, or fewer than two.
@@ -255,10 +282,17 @@ def clip_score(images: Float[Tensor, "samples dimensions"], captions: Float[Tens
             f"there must be one caption per picture, at least 2, got embeddings of shapes {tuple(images.shape)} and "
             f"{tuple(captions.shape)}"
         )
-    scores = 100 * torch.cosine_similarity(images.double(), captions.double(), dim=1).clamp(min=0)
+    scores = clip_values(images, captions)
     half = scipy.stats.t.ppf(0.975, len(scores) - 1) * float(scores.std()) / math.sqrt(len(scores))
     value = float(scores.mean())
     return Figure(value, value - half, value + half, "t", len(scores))
+
+
+def clip_values(
+    images: Float[Tensor, "samples dimensions"], captions: Float[Tensor, "samples dimensions"]
+) -> Float[Tensor, " samples"]:
+    """`100 max(cos(image, caption), 0)` of every picture."""
+    return 100 * torch.cosine_similarity(images.double(), captions.double(), dim=1).clamp(min=0)
 
 
 def _bootstrap(value: float, resampled: Callable[[Tensor], float], number: int, resamples: int, seed: int) -> Figure:

@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from companion.evaluation.metrics.figures import Figure
-from companion.evaluation.metrics.metrics import frechet_distance, frechet_influence
-from companion.evaluation.metrics.reference_statistics import GaussianStatistics, statistics_of
+from companion.evaluation.metrics.metrics import frechet_values
+from companion.evaluation.metrics.reference_statistics import GaussianStatistics
 from companion.seeding import sample_generators
 
 RESAMPLES = 1000
@@ -109,6 +109,19 @@ def mcnemar(first: Bool[Tensor, " samples"], second: Bool[Tensor, " samples"]) -
     return Comparison(Figure(value, low, high, "Agresti-Min, McNemar's exact test", number), p_value)
 
 
+def paired(first: Tensor, second: Tensor) -> Comparison:
+    """Difference of two figures from what each sample contributes to them.
+
+    Args:
+        first, second: true or false of each sample, for shares: McNemar's test; or numbers whose means are the figures
+            and whose scatter is the influences' (`frechet_values` and its kind): Student's t test for pairs.
+
+    Raises:
+        ValueError: as `mcnemar` and `paired_means`.
+    """
+    return mcnemar(first, second) if first.dtype == torch.bool else paired_means(first, second)
+
+
 def frechet_difference(
     first: Float[Tensor, "samples dimensions"],
     second: Float[Tensor, "samples dimensions"],
@@ -127,10 +140,7 @@ def frechet_difference(
             f"both sets must hold one row of {len(reference.mean)} features for each sample, got "
             f"{tuple(first.shape)} and {tuple(second.shape)}"
         )
-    distances = [frechet_distance(statistics_of(features), reference) for features in (first, second)]
-    influence = frechet_influence(first, reference) - frechet_influence(second, reference)
-    spread = float(influence.std()) / math.sqrt(len(influence))
-    return _normal(distances[0] - distances[1], spread, "paired infinitesimal jackknife", len(first))
+    return paired_means(frechet_values(first, reference), frechet_values(second, reference))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

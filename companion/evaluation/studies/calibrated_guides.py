@@ -23,6 +23,7 @@ from companion.evaluation.metrics.metrics import precision_recall, share
 from companion.evaluation.metrics.reference_statistics import statistics_of
 from companion.evaluation.tables.engine import Measured
 from companion.evaluation.tables.options import TableOptions
+from companion.evaluation.tables.paired import Pair
 from companion.evaluation.tables.results import Cell
 from companion.markdown import table
 from companion.minis.adm import enlarged, render_small
@@ -123,6 +124,9 @@ class CalibratedPlan:
         return list(self.rows())
 
     def left_out(self) -> list[str]:
+        return []
+
+    def pairs(self, cells: Sequence[Cell]) -> list[Pair]:
         return []
 
     def open(self, names: Sequence[str]) -> "CalibratedCells":

@@ -17,14 +17,21 @@ from matplotlib.figure import Figure as Drawing
 from torch import Tensor
 
 from companion import plotting
-from companion.evaluation.metrics.evaluators import ClassEvaluator, Evaluator, scene_reference
-from companion.evaluation.metrics.features import FeatureNetwork, Features, InceptionFeatures, SceneFeatures
+from companion.evaluation.metrics.evaluators import ClassEvaluator, Evaluator, scene_kernel, scene_reference
+from companion.evaluation.metrics.features import (
+    FeatureNetwork,
+    Features,
+    InceptionFeatures,
+    RegressorFeatures,
+    SceneFeatures,
+)
 from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.metrics.references import imagenet_evaluator
 from companion.evaluation.sampling.settings import SamplingSettings
 from companion.evaluation.studies.arithmetic import cost_of
 from companion.evaluation.studies.classifier_rows import MINI, NO_GUIDE, PAPER, Budget, Row, mini_rows, paper_rows
 from companion.evaluation.tables.options import TableOptions
+from companion.evaluation.tables.paired import Pair, shares_noise
 from companion.evaluation.tables.published import published
 from companion.evaluation.tables.results import Cell
 from companion.evaluation.tables.sampled import SampledPlan
@@ -92,6 +99,20 @@ class ClassifierPlan(SampledPlan[Row]):
         """One line a cell, with the published figures as far as there are any."""
         return as_markdown(cells)
 
+    def pairs(self, cells: Sequence[Cell]) -> list[Pair]:
+        """Every rectified cell less the same one without K; every other cell less the first one with a classifier."""
+        found, first = [], next((cell for cell in cells if cell.settings["row"]["guide"] is not None), None)
+        for cell in cells:
+            row = cell.settings["row"]
+            rectified = row["product"] != "none"
+            others = [each for each in cells if label_of(each) == row["method"]] if rectified else [first]
+            found += [
+                (f"{label_of(cell)} less {label_of(other)}", cell, other)
+                for other in others
+                if other is not None and other is not cell and shares_noise(cell, other)
+            ]
+        return found
+
 
 def imagenet128(options: TableOptions = TableOptions()) -> ClassifierPlan:  # noqa: B008
     """The command line's plan: mini-adm on scenes, or ADM on ImageNet 128x128 with 50,000 samples a cell.
@@ -124,7 +145,8 @@ def _load(
 
 
 def _scenes(options: TableOptions, plan: ClassifierPlan) -> Callable[[str], Evaluator]:
-    evaluator = small_scene_evaluator(SmallSceneFeatures(options.device), plan.reference_samples)
+    features, kernel = SmallSceneFeatures(options.device), EnlargedFeatures(RegressorFeatures(options.device))
+    evaluator = small_scene_evaluator(features, plan.reference_samples, kernel)
     return lambda model: evaluator
 
 
@@ -134,26 +156,35 @@ def _imagenet(options: TableOptions, plan: ClassifierPlan) -> Callable[[str], Ev
     return lambda model: evaluator
 
 
-class SmallSceneFeatures:
-    """The scene classifier's features of 32x32 pictures, enlarged bilinearly: samples and reference alike.
+class EnlargedFeatures:
+    """A network's features of 32x32 pictures, enlarged bilinearly: samples and reference alike."""
 
-    It guides no row, and knows none of the pictures that the guides learned from.
-    """
-
-    name = "scene-classifier, pictures enlarged from 32x32"
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._network = SceneFeatures(device)
-        self.dimensions = self._network.dimensions
+    def __init__(self, network: FeatureNetwork) -> None:
+        self._network = network
+        self.name, self.dimensions = f"{network.name}, pictures enlarged from 32x32", network.dimensions
 
     def __call__(self, images: Tensor) -> Features:
         return self._network(enlarged(images.float()).round().clamp(0, 255).byte())
 
 
-def small_scene_evaluator(network: FeatureNetwork, samples: int) -> ClassEvaluator:
-    """Against that many held-out scenes of one object, at mini-adm's size."""
+class SmallSceneFeatures(EnlargedFeatures):
+    """The scene classifier's. It guides no row, and knows none of the pictures that the guides learned from."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__(SceneFeatures(device))
+
+
+def small_scene_evaluator(
+    network: FeatureNetwork, samples: int, kernel: FeatureNetwork | None = None
+) -> ClassEvaluator:
+    """Against that many held-out scenes of one object, at mini-adm's size.
+
+    Args:
+        kernel: features for the kernel distance; None measures none.
+    """
     reference = partial(scene_reference, network, samples, rendered=render_small, size="32x32")
-    return ClassEvaluator(network, reference, {"reference_samples": samples})
+    measure = None if kernel is None else partial(scene_kernel, kernel, samples, rendered=render_small)
+    return ClassEvaluator(network, reference, {"reference_samples": samples}, kernel=measure)
 
 
 def as_markdown(cells: Sequence[Cell], ceilings: Mapping[str, Mapping[str, Figure]] | None = None) -> str:
@@ -164,12 +195,15 @@ def as_markdown(cells: Sequence[Cell], ceilings: Mapping[str, Mapping[str, Figur
         cells: of the table.
         ceilings: rows of perfect pictures by their label, listed below the cells.
     """
-    headings = [heading for heading, _, _ in METRICS.values()]
+    metrics = dict(METRICS)
+    if any("kid" in cell.figures for cell in cells):
+        metrics["kid"] = ("KID", 3, 1.0)
+    headings = [heading for heading, _, _ in metrics.values()]
 
     def shown(found: Mapping[str, Figure]) -> list[str]:
         return [
             found[name].scaled(factor).text(digits) if name in found else "–"
-            for name, (_, digits, factor) in METRICS.items()
+            for name, (_, digits, factor) in metrics.items()
         ]
 
     rows = []

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 
 from companion.evaluation.metrics.clip_score import PaperClip, SceneClip
 from companion.evaluation.metrics.evaluators import Evaluator, scene_caption_evaluator, scene_evaluator
-from companion.evaluation.metrics.features import InceptionFeatures, SceneFeatures
+from companion.evaluation.metrics.features import InceptionFeatures, RegressorFeatures, SceneFeatures
 from companion.evaluation.metrics.references import coco_evaluator, imagenet_evaluator
 from companion.evaluation.sampling.settings import SamplingSettings, weights_fingerprint
 from companion.evaluation.studies.guidance_rows import (
@@ -26,6 +26,7 @@ from companion.evaluation.studies.guidance_rows import (
 )
 from companion.evaluation.tables import text
 from companion.evaluation.tables.options import TableOptions
+from companion.evaluation.tables.paired import Pair, shares_noise
 from companion.evaluation.tables.results import Cell
 from companion.evaluation.tables.sampled import SampledPlan
 from companion.pipelines.edm2.loading import load_edm2
@@ -54,6 +55,28 @@ class GuidancePlan(SampledPlan[Row]):
     def as_markdown(self, cells: Sequence[Cell]) -> str:
         """All cells, one line a row."""
         return text.as_markdown(cells)
+
+    def pairs(self, cells: Sequence[Cell]) -> list[Pair]:
+        """Every rectified cell less CFG at the same guidance and scale, of the same steps and of as many evaluations;
+        every CFG cell less no guidance."""
+        found = []
+        for cell in cells:
+            for other in cells:
+                one, two = (each.settings["row"] for each in (cell, other))
+                same = (one["model"], one["guidance"], one["guidance_scale"]) == (
+                    two["model"], two["guidance"], two["guidance_scale"],
+                )  # fmt: skip
+                method, against = text.method_of(one), text.method_of(two)
+                rule = same and against.startswith("CFG") and not method.startswith("CFG")
+                guided = method == "CFG" and against == "no guidance" and one["model"] == two["model"]
+                if (rule or guided) and shares_noise(cell, other):
+                    name = f"{one['model']}, {one['guidance']}, scale {one['guidance_scale']:g}, seed {_seed(cell)}"
+                    found.append((f"{name}: {method} less {against}", cell, other))
+        return found
+
+
+def _seed(cell: Cell) -> int:
+    return int(cell.settings["sampling"]["seed"])
 
 
 def imagenet(options: TableOptions = TableOptions()) -> GuidancePlan:  # noqa: B008
@@ -109,13 +132,15 @@ def _load(name: str, *, device: torch.device | str, dtype: torch.dtype) -> Diffu
 
 
 def _scenes(options: TableOptions, plan: GuidancePlan) -> Callable[[str], Evaluator]:
-    evaluator = scene_evaluator(SceneFeatures(options.device), plan.reference_samples)
+    features, kernel = SceneFeatures(options.device), RegressorFeatures(options.device)
+    evaluator = scene_evaluator(features, plan.reference_samples, kernel)
     return lambda model: evaluator
 
 
 def _scene_captions(options: TableOptions, plan: GuidancePlan) -> Callable[[str], Evaluator]:
     features, clip = SceneFeatures(options.device), SceneClip(options.device)
-    evaluator = scene_caption_evaluator(features, clip, plan.reference_samples, plan.num_samples)
+    kernel = RegressorFeatures(options.device)
+    evaluator = scene_caption_evaluator(features, clip, plan.reference_samples, plan.num_samples, kernel)
     return lambda model: evaluator
 
 

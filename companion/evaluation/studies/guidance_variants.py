@@ -28,6 +28,7 @@ from companion.evaluation.studies.guided_drawing import draw_with_guider
 from companion.evaluation.studies.picture_scores import read_scores, write_scores
 from companion.evaluation.tables.engine import Measured
 from companion.evaluation.tables.options import TableOptions
+from companion.evaluation.tables.paired import Pair
 from companion.evaluation.tables.results import Cell
 from companion.guidance.variants import renoising_scale
 from companion.guidance.weights import GuidanceWeight, IntervalWeight
@@ -231,6 +232,9 @@ class VariantsPlan:
         return [row.name for row in self.rows]
 
     def left_out(self) -> list[str]:
+        return []
+
+    def pairs(self, cells: Sequence[Cell]) -> list[Pair]:
         return []
 
     def open(self, names: Sequence[str]) -> "VariantCells":

@@ -5,8 +5,9 @@
     python -m companion table imagenet --profile mini --out runs/again --only NAME-OF-A-CELL
 
 A plan says which cells a table has, what makes them and how they are shown; all else is here. A cell's file holds its
-figures with their intervals, network evaluations, time and provenance, and the command that makes it anew. Its samples
-are removed once it is written, unless they are to be kept.
+figures with their intervals, network evaluations, time and provenance, and the command that makes it anew. What each
+picture contributes is kept beside the cells, so that rows can be compared picture by picture. A cell's samples are
+removed once it is written, unless they are to be kept.
 """
 
 import shutil
@@ -22,6 +23,7 @@ from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 
 from companion.evaluation.metrics.figures import Figure
+from companion.evaluation.tables.paired import Pair, pictures_file, write_pictures
 from companion.evaluation.tables.results import (
     Cell,
     finished_cells,
@@ -45,6 +47,7 @@ class Measured:
         seconds: of sampling; None where a session was killed and its time is lost.
         device: that it was made on.
         provenance: what else is worth keeping, plain JSON.
+        pictures: what each picture contributes to the figures; see `Evaluation`.
     """
 
     figures: Mapping[str, Figure]
@@ -52,6 +55,7 @@ class Measured:
     seconds: float | None
     device: torch.device | str = "cpu"
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    pictures: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class CellMaker(Protocol):
@@ -102,13 +106,17 @@ class TablePlan(Protocol):
         """The table."""
         ...
 
+    def pairs(self, cells: Sequence[Cell]) -> list[Pair]:
+        """Which cells are compared picture by picture."""
+        ...
+
 
 @dataclass(frozen=True)
 class RunOptions:
     """How a table is made.
 
     Args:
-        out: receives `cells/NAME.json`, and `samples/NAME` while a cell is made.
+        out: receives `cells/NAME.json`, `pictures/NAME.npz`, and `samples/NAME` while a cell is made.
         resume: whether to reuse cells that exist already; without it, they are an error.
         only: the name of the one cell to make; None makes all.
         collected: one file of all cells, written anew whenever a cell is finished; with `resume`, the cells it has
@@ -193,4 +201,6 @@ def _cell(name: str, maker: CellMaker, folder: Path, options: RunOptions) -> Cel
     found = maker.measure(name, folder)
     command = None if options.command is None else options.command(name)
     made = {**provenance(found.device, command), **found.provenance}
+    if found.pictures:
+        write_pictures(pictures_file(options.out, name), found.pictures)
     return Cell(name, maker.settings[name], found.figures, found.evaluations, found.seconds, made)

@@ -14,6 +14,7 @@ from companion.evaluation.sampling.folder import PROVENANCE, read_manifest
 from companion.evaluation.sampling.runs import sample
 from companion.evaluation.sampling.settings import SamplingSettings, check_sampling
 from companion.evaluation.tables.engine import Measured
+from companion.evaluation.tables.paired import Pair
 from companion.evaluation.tables.results import Cell, Cost
 from companion.files import read_json
 from companion.pipelines.configuration import Preset
@@ -93,6 +94,10 @@ class SampledPlan(ABC, Generic[RowT]):
     def as_markdown(self, cells: Sequence[Cell]) -> str:
         """The table."""
 
+    @abstractmethod
+    def pairs(self, cells: Sequence[Cell]) -> list[Pair]:
+        """Which cells are compared picture by picture."""
+
     def left_out(self) -> list[str]:
         """Cells that cannot be made, with what is missing: none."""
         return []
@@ -164,7 +169,8 @@ class SampledCells(Generic[RowT]):
             cost = self._cost(pipe, self._drawn[name])
             evaluations, made["per_sample"] = cost.evaluations, dict(cost.described)
         seconds = None if None in times else round(sum(times), 3)
-        return Measured(evaluator.measure(folder), evaluations, seconds, pipe.device, made)
+        figures, pictures = evaluator.measure(folder)
+        return Measured(figures, evaluations, seconds, pipe.device, made, pictures)
 
 
 _OF_A_SESSION = ("started", "sampling_seconds", "samples", "processes")  # in a cell's provenance

@@ -17,6 +17,7 @@ UNGUIDED = "unguided"
 Better = Literal["low", "high"]
 METRICS: Mapping[str, tuple[str, int, float, Better]] = {
     "fid": ("FID", 2, 1, "low"),
+    "kid": ("KID", 3, 1, "low"),
     "inception_score": ("IS", 2, 1, "high"),
     "clip_score": ("CLIP score", 2, 1, "high"),
     "precision": ("precision", 3, 1, "high"),

@@ -23,6 +23,7 @@ from companion.evaluation.metrics.metrics import (
     frechet_distance,
     frechet_influence,
     inception_score,
+    inception_values,
     matrix_root,
     precision_recall,
     share,
@@ -108,6 +109,17 @@ def test_inception_score_in_closed_form():
     chances = torch.tensor([[0.9, 0.1], [0.3, 0.7]], dtype=torch.float64)
     entropy = (chances * chances.log()).sum(dim=1).mean() - (torch.tensor([0.6, 0.4]).double().log() @ chances.mean(0))
     assert inception_score(chances.log(), resamples=2).value == pytest.approx(math.exp(float(entropy)))
+
+
+def test_inception_values_have_the_scores_mean_and_its_scatter():
+    logits = 2 * normal(9, 800, 6)
+    found, values = inception_score(logits, resamples=400), inception_values(logits)
+    assert float(values.mean()) == pytest.approx(found.value)
+    error = float(values.std()) / math.sqrt(len(values))
+    assert 1.96 * error == pytest.approx(found.high - found.value, rel=0.1)
+    more = torch.cat([logits, logits[:1]])  # one sample more, in the direction of its influence
+    rise = inception_score(more, resamples=2).value - found.value
+    assert rise == pytest.approx(float(values[0] - found.value) / 801, rel=0.05)
 
 
 def test_precision_and_recall_by_brute_force():

@@ -18,6 +18,7 @@ from companion.evaluation.studies.guidance_rows import Row
 from companion.evaluation.studies.guidance_table import GuidancePlan, imagenet
 from companion.evaluation.tables import engine, sampled
 from companion.evaluation.tables.engine import RunOptions, run_table
+from companion.evaluation.tables.paired import compared, pictures_file, read_pictures
 from companion.evaluation.tables.results import read_cell, read_cells
 from companion.pipelines.registry import load
 from tests.evaluation.scene_pipelines import save_scene_dit
@@ -109,6 +110,24 @@ def test_a_cell_alone_is_the_same(make, tmp_path):
         ValueError, match="no cell is called 'x'; names are like 'tiny,vanilla,none,s=3,steps=2,seed=0'"
     ):
         make("alone", only="x")
+
+
+def test_pictures_are_kept_and_cells_compared(make, tmp_path):
+    rows = (replace(ROWS[0]), replace(ROWS[0], product="finite_difference"), replace(ROWS[0], guidance_scale=1.0))
+    plan = replace(PLAN, rows=rows, seeds=(0,))
+    cells = make("whole", plan=plan)
+    for cell in cells:
+        kept = read_pictures(pictures_file(tmp_path / "whole", cell.name))
+        assert set(kept) == {*cell.figures, "features"}
+        means = {name: float(kept[name].double().mean()) for name in cell.figures}
+        assert means == pytest.approx({name: figure.value for name, figure in cell.figures.items()}, rel=1e-5)
+    entries = compared(plan.pairs(cells), tmp_path / "whole")
+    assert [entry["label"] for entry in entries] == [
+        "tiny, vanilla, scale 3, seed 0: CFG less no guidance",
+        "tiny, vanilla, scale 3, seed 0: REG less CFG",
+    ]
+    less = cells[1].figures["fid"].value - cells[0].figures["fid"].value
+    assert entries[1]["figures"]["fid"]["value"] == pytest.approx(less, rel=1e-3, abs=1e-7)
 
 
 def test_what_cannot_be_measured_is_not_drawn(make, tmp_path):
