@@ -38,9 +38,11 @@ METRICS: Mapping[str, Metric] = {
     "recognised": Metric("recognised", 0, 100, "%", "high"),
     "attributes": Metric("attributes met", 0, 100, "%", "high"),
     "law_distance": Metric("distance from the law", 1, 100, "%", "low"),
+    "kid": Metric("KID", 2, 1, "", "low"),
     "clip_score": Metric("CLIP score", 1, 1, "", "high"),
 }
 """Residual: RMSE to the nearest scene, in thousandths of the range of colours. Distance from the law: lack of variety.
+KID: `kernel_distance` to held-out scenes, in the regressor's features.
 """
 
 

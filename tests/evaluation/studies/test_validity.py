@@ -131,6 +131,7 @@ def test_committed_figures_follow_from_the_committed_scores() -> None:
         assert row["figures"]["residual"]["value"] == pytest.approx(float(own.scores["residual"].mean()), rel=1e-4)
         for share, right in own.shares(stored["valid_residual"]).items():
             assert row["figures"][share]["value"] == pytest.approx(float(right.double().mean()), abs=0.011)
+        assert row["figures"]["kid"]["value"] == pytest.approx(float(own.scores["kid"].mean()), abs=1e-3)
         distances = [each.value for each in law_distances(nearest(own.found)).values()]
         assert row["law_distance"] == pytest.approx(math.fsum(distances) / 6, abs=1e-3)
         assert not any("dirty" in commit for commit in row["commits"])
