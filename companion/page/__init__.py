@@ -21,6 +21,7 @@ from companion.page.guidance_tab import guidance_tab
 from companion.page.listeners import Listeners, allowed_hosts
 from companion.page.models import CLASSIFIER_TAB, Models
 from companion.page.queue import LONGEST_QUEUE, Queue
+from companion.page.requests import refusing
 from companion.page.sweep_tab import sweep_tab
 
 __all__ = ["Models", "build_page", "serve"]
@@ -133,6 +134,7 @@ def serve(models: Models, *, host: str, port: int, share: bool = False, hosts: S
             "middleware": [
                 Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts(host, *hosts, share=share)),
                 Middleware(listeners.middleware),
+                Middleware(refusing),
             ]
         },
     )

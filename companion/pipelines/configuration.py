@@ -86,6 +86,9 @@ class RectifiedGuidanceConfig:
             and the product are evaluated at as many steps as the budget allows, and the last rectified direction is
             reused in between (`companion.guidance.skipping`). `GuidanceStep.spent` counts what a run spends. None is no
             budget.
+        include_controlnet: whether K has the part of the derivative that runs through the residuals of a ControlNet,
+            which is called again with the network wherever the product evaluates it; False holds the residuals fixed.
+            Not counted in `spent` and `cost`.
 
     Raises:
         ValueError: an unknown product or method, a weight that is neither a function nor a finite number, a number out
@@ -102,6 +105,7 @@ class RectifiedGuidanceConfig:
     every: int = 1
     skip: float | None = None
     cost: float | None = None
+    include_controlnet: bool = False
 
     def __post_init__(self) -> None:
         if self.product == "covariance":
@@ -132,6 +136,8 @@ class RectifiedGuidanceConfig:
         if self.guide is not None and not isinstance(self.guide, nn.Module):
             raise ValueError(f"guide must be a network (torch.nn.Module) or None, got {self.guide!r}")
         check_every(self.every), check_skip(self.skip), check_cost(self.cost)
+        if not isinstance(self.include_controlnet, bool):
+            raise ValueError(f"include_controlnet must be True or False, got {shortened(self.include_controlnet)}")
         self._check_economy()
 
     @classmethod

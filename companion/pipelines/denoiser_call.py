@@ -1,12 +1,13 @@
 """A pipeline's call of its denoiser: one branch of it, another sample in it, the latents within input and output."""
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from companion.pipelines.layout import SAMPLE_NAMES
 
@@ -57,16 +58,17 @@ class DenoiserCall:
     @property
     def structure(self) -> tuple:
         """What network is called with arguments of what names, types and shapes."""
-        return (
-            self.forward.__module__,
-            getattr(self.forward, "__qualname__", ""),
-            _structure((self.args, self.kwargs)),
-        )
+        network = getattr(self.forward, "network", self.forward)
+        return (network.__module__, getattr(network, "__qualname__", ""), _structure((self.args, self.kwargs)))
 
     @property
     def has_state(self) -> bool:
         """Whether an argument is an object that may change from call to call: a cache of keys and values, say."""
         return _has_state((self.args, self.kwargs))
+
+    def frozen(self) -> "DenoiserCall":
+        """The call with the present state of such objects, whatever the pipeline makes of them later."""
+        return replace(self, args=_frozen(self.args), kwargs=_frozen(self.kwargs)) if self.has_state else self
 
     @torch.no_grad()
     def repeats(self, output: Any) -> bool:
@@ -81,6 +83,11 @@ class DenoiserCall:
         for time in times:
             if torch.is_tensor(time) and time.numel() > 1 and bool((time != time.flatten()[0]).any()):
                 raise ValueError("the network is called at several noise levels at once, which cannot be rectified")
+
+    def of(self, network: Callable[..., Any]) -> "DenoiserCall":
+        """The same call of another network, with the same control network where one is called with it."""
+        joint = getattr(self.forward, "of", None)  # of a `JointNetwork`
+        return replace(self, forward=network if joint is None else joint(network))
 
     def __call__(self) -> Any:
         # Some networks pop what they are given from its list, and are called more than once.
@@ -130,6 +137,9 @@ def replaced(whole: Tensor, part: Tensor, region: tuple[int, ...]) -> Tensor:
     return whole
 
 
+CONTROL = "controlnet_residuals"
+"""Name under which a joint call has the arguments of the control network (`companion.pipelines.control`)."""
+
 _UNBATCHED = ("rotary", "rope", "img_ids", "txt_ids")  # positions, shared by the batch whatever their length
 _REPEATED = ("encoder_hidden_states", "residual")  # video U-Nets are given these once per frame of every sample
 
@@ -171,6 +181,22 @@ def _has_state(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(map(_has_state, value))
     return not (value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype)))
+
+
+def _frozen(value: Any, known: dict[int, Any] | None = None) -> Any:
+    """A copy of objects and containers with the same tensors and networks in it; `known` has the copies made so far."""
+    known = {} if known is None else known
+    if id(value) in known:
+        return known[id(value)]
+    if isinstance(value, dict):
+        return {key: _frozen(item, known) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_frozen(item, known) for item in value)
+    if isinstance(value, (Tensor, nn.Module, type)) or not hasattr(value, "__dict__") or callable(value):
+        return value
+    known[id(value)] = copied = copy(value)
+    vars(copied).update({name: _frozen(item, known) for name, item in vars(value).items()})
+    return copied
 
 
 def _with_own_lists(value: Any) -> Any:
@@ -222,7 +248,7 @@ def branches(
     else:
         cut = _CUTS[key]
     if guide is not None:
-        return _cut(call, conditional, cut), _cut(replace(call, forward=guide), conditional, cut)
+        return _cut(call, conditional, cut), _cut(call.of(guide), conditional, cut)
     return _cut(call, conditional, cut), _cut(call, reference, cut)
 
 
@@ -236,8 +262,7 @@ def _find_cut(call: DenoiserCall, conditional: slice, reference: slice) -> tuple
     both = first_output(call())
     wanted, other = both[conditional].double(), both[reference].double()
     apart = float((wanted - other).norm())
-    coarse = torch.float16 if both.is_cuda and both.dtype == torch.float32 else both.dtype  # TF32 has float16's digits
-    rounding = max(8 * torch.finfo(coarse).eps, 1e-5) * float(wanted.norm())
+    rounding = rounding_of(both) * float(wanted.norm())
     rows = len(call.sample)
     names = [found for i, value in enumerate(call.args) for found in _second(value, rows, str(i))]
     names += _second(call.kwargs, rows, "")
@@ -250,6 +275,12 @@ def _find_cut(call: DenoiserCall, conditional: slice, reference: slice) -> tuple
         if error <= rounding and (error <= 0.25 * apart or apart == 0):
             return second, apart > 0
     return None, apart > 0
+
+
+def rounding_of(output: Tensor) -> float:
+    """By how much, relative to its norm, an output may differ when it is computed again in another batch."""
+    coarse = torch.float16 if output.is_cuda and output.dtype == torch.float32 else output.dtype  # TF32's digits
+    return max(8 * torch.finfo(coarse).eps, 1e-5)
 
 
 def first_output(output: Any) -> Tensor:

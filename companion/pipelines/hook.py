@@ -27,6 +27,7 @@ from companion.pipelines.configuration import (
     SamplingProduct,
     check_sampling_product,
 )
+from companion.pipelines.control import ControlCall, ControlNetHook, control_networks, with_control
 from companion.pipelines.denoiser_call import (
     DenoiserCall,
     branches,
@@ -92,11 +93,13 @@ class _Moment:
 
 @dataclass(frozen=True)
 class _Branch:
-    """The conditional branch of a call that has been evaluated, with the region of the sample that is denoised."""
+    """The conditional branch of a call that has been evaluated, the region of the sample that is denoised, and the
+    control network's calls before."""
 
     call: DenoiserCall
     output: Any
     region: tuple[int, ...]
+    controls: tuple[ControlCall, ...] = ()
 
 
 @dataclass
@@ -108,6 +111,7 @@ class _Run:
     moment: _Moment | None = None
     pending: _Branch | None = None
     repeatable: bool = False
+    controls: tuple[ControlCall, ...] = ()
 
     @property
     def index(self) -> int:
@@ -127,6 +131,11 @@ class _Rectifier:
         self.pipe, self.layout, self.config, self.on_step = pipe, layout, config, on_step
         self.code = call_code(type(pipe))
 
+    def note_control(self, control: ControlCall) -> None:
+        """Keep a call of a control network until the denoiser is called."""
+        if (frame := _running(self.code)) is not None:
+            self._run_of(frame).controls += (control,)
+
     def evaluate(self, call: DenoiserCall) -> Any:
         """The output that the pipeline is given for its call."""
         frame = _running(self.code)
@@ -140,6 +149,7 @@ class _Rectifier:
             if branch is None or run.moment is None:
                 raise ValueError(f"{type(self.pipe).__name__} called its reference branch without a conditional one")
             return self._rectified_reference(branch, call, run)
+        controls, run.controls = run.controls, ()
         run.moment = moment = self._moment(frame, run, guided)
         call.check_one_level()
         rows, samples = len(call.sample), len(moment.latents)
@@ -149,11 +159,11 @@ class _Rectifier:
                     f"{type(self.pipe).__name__} guides {samples} samples by a batch of {rows}; "
                     "rectified guidance knows batches of two branches"
                 )
-            return self._rectified_stack(call, run, moment)
+            return self._rectified_stack(call, run, moment, controls)
         if role == "stacked" and rows != samples and rows % samples == 0 and moment.latents.ndim == call.sample.ndim:
             raise ValueError(f"{type(self.pipe).__name__} was called with guidance that is not understood")
-        output = call()
-        branch = _Branch(call, output, self._region(call.sample, first_output(output), moment.latents))
+        before, output = call.frozen(), call()
+        branch = _Branch(before, output, self._region(call.sample, first_output(output), moment.latents), controls)
         if guided:
             run.pending = branch
         else:
@@ -166,7 +176,13 @@ class _Rectifier:
             run = frame.f_locals[_RUN] = _Run(self, RectifiedRun(self.config))
         return run
 
-    def _rectified_stack(self, call: DenoiserCall, run: _Run, moment: _Moment) -> Any:
+    def _joint(self, call: DenoiserCall, run: _Run, controls: tuple[ControlCall, ...]) -> DenoiserCall:
+        """The call to evaluate at other samples: with the control network that it was given residuals of."""
+        return with_control(self.pipe, call, controls) if controls and run.rectified.evaluates else call
+
+    def _rectified_stack(
+        self, call: DenoiserCall, run: _Run, moment: _Moment, controls: tuple[ControlCall, ...]
+    ) -> Any:
         """The output for a stacked batch, its reference rows moved."""
         rows = len(call.sample)
         first, second = slice(0, rows // 2), slice(rows // 2, rows)
@@ -197,6 +213,9 @@ class _Rectifier:
             known = map_output(both, lambda whole: whole[conditional])
             reference_output = first_output(both)[reference]
         region = self._region(only.sample, reference_output, moment.latents)
+        joint = self._joint(call, run, controls)
+        if joint is not call:
+            only, other = branches(joint, conditional, reference, self.config.guide)
         branch, direction = self._rectify(only, known, other, inside(reference_output, region), region, run)
         self._report(run, branch, direction)
         outside = reference_output if self.config.guide is None else first_output(branch.output)
@@ -217,7 +236,7 @@ class _Rectifier:
 
     def _rectified_reference(self, branch: _Branch, call: DenoiserCall, run: _Run) -> Any:
         """The output for the reference call of a pipeline that calls once per branch."""
-        known, moment = first_output(branch.output), run.moment
+        known, moment, later, run.controls = first_output(branch.output), run.moment, run.controls, ()
         assert moment is not None
         if not moment.guided:
             c = inside(known, branch.region)
@@ -225,7 +244,7 @@ class _Rectifier:
             self._report(run, branch, direction)
             return map_output(branch.output, lambda whole: replaced(whole, c - direction, branch.region))
         guide = self.config.guide
-        other = call if guide is None else replace(branch.call, forward=guide)
+        other = call if guide is None else branch.call.of(guide)
         output = other()
         reference = inside(first_output(output), branch.region)
         if self._is_plain(moment):
@@ -238,7 +257,10 @@ class _Rectifier:
                     "so that the conditional branch cannot be evaluated again and rectified"
                 )
             run.repeatable = True
-        branch, direction = self._rectify(branch.call, branch.output, other, reference, branch.region, run)
+        again = self._joint(branch.call, run, branch.controls)
+        if again is not branch.call:
+            other = again.of(guide) if guide is not None else self._joint(call, run, branch.controls + later)
+        branch, direction = self._rectify(again, branch.output, other, reference, branch.region, run)
         self._report(run, branch, direction)
         c = inside(first_output(branch.output), branch.region)
         return map_output(output, lambda whole: replaced(whole, c - direction, branch.region))
@@ -371,28 +393,31 @@ def apply_rectified_guidance(
         on_step: called after every denoiser call, e.g. for progress and previews; an exception in it ends the sampling.
 
     Raises:
-        ValueError: the pipeline's class or scheduler is not supported, its denoiser is in training mode, or the hook is
-            installed already.
+        ValueError: the pipeline's class or scheduler is not supported, its denoiser is in training mode, the hook is
+            installed already, or there is no ControlNet to include.
     """
     config = RectifiedGuidanceConfig() if config is None else config
     if not isinstance(config, RectifiedGuidanceConfig):
         raise ValueError(f"config must be a RectifiedGuidanceConfig or None, got {config!r}")
     if isinstance(pipe, RectifiesItself):
+        control_networks(pipe, (), config)
         pipe._set_rectification(config, on_step)
         return
     check_pipeline(pipe)
     layout = _read(pipe)
-    denoisers = _denoisers(pipe, layout)
-    for name, denoiser in denoisers.items():
-        if denoiser.training:
+    denoisers, controls = _denoisers(pipe, layout), control_networks(pipe, layout.controls, config)
+    for name, module in (denoisers | controls).items():
+        if module.training:
             raise ValueError(
                 f"the pipeline's {name} is in training mode, where it drops conditions at random; call .eval() on it"
             )
-        if HookRegistry.check_if_exists_or_initialize(denoiser).get_hook(_HOOK) is not None:
+        if HookRegistry.check_if_exists_or_initialize(module).get_hook(_HOOK) is not None:
             raise ValueError("rectified guidance is on already; call remove_rectified_guidance(pipe) first")
     rectifier = _Rectifier(pipe, layout, config, on_step)
-    for denoiser in denoisers.values():
-        HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(RectifiedGuidanceHook(rectifier), _HOOK)
+    hooks = [(module, RectifiedGuidanceHook(rectifier)) for module in denoisers.values()]
+    hooks += [(module, ControlNetHook(rectifier.note_control)) for module in controls.values()]
+    for module, hook in hooks:
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _HOOK)
 
 
 def remove_rectified_guidance(pipe: DiffusionPipeline) -> None:
@@ -404,8 +429,9 @@ def remove_rectified_guidance(pipe: DiffusionPipeline) -> None:
     if isinstance(pipe, RectifiesItself):
         pipe._clear_rectification()
         return
-    for denoiser in _denoisers(pipe, _read(pipe)).values():
-        HookRegistry.check_if_exists_or_initialize(denoiser).remove_hook(_HOOK)
+    for name in (*_read(pipe).components, *_read(pipe).controls):
+        if isinstance(module := getattr(pipe, name, None), nn.Module):
+            HookRegistry.check_if_exists_or_initialize(module).remove_hook(_HOOK)
 
 
 @contextmanager

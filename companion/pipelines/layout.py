@@ -49,6 +49,7 @@ class GuidanceLayout:
     Args:
         mechanism: `stacked`: one call on both branches; `per_branch`: one call each.
         components: attribute names of the denoisers (some pipelines have one for high and one for low noise).
+        controls: attribute names of the control networks that the loop calls.
         scheduler: attribute name of the scheduler.
         reference_first: `stacked`: whether the batch is [reference, conditional]; `per_branch`: whether the reference
             is called first.
@@ -65,6 +66,7 @@ class GuidanceLayout:
 
     mechanism: Literal["stacked", "per_branch"]
     components: tuple[str, ...]
+    controls: tuple[str, ...]
     scheduler: str
     reference_first: bool
     sites: tuple[CallSite, ...]
@@ -224,6 +226,7 @@ def read_call(function: ast.FunctionDef) -> GuidanceLayout:
     return GuidanceLayout(
         mechanism="stacked" if stacked else "per_branch",
         components=tuple(dict.fromkeys(reading.components)),
+        controls=tuple(dict.fromkeys(_called_controls(loop))),
         scheduler=str(_scheduler_of(step)),
         reference_first=reference.half == 0 if stacked else reference.site < conditional.site,
         sites=tuple(
@@ -240,6 +243,14 @@ def read_call(function: ast.FunctionDef) -> GuidanceLayout:
         latents=_compiled(latents),
         timesteps=_loop_over(loop),
     )
+
+
+def _called_controls(loop: ast.For) -> Iterator[str]:
+    """Names of the control networks in `self.controlnet(...)`."""
+    for node in ast.walk(loop):
+        name = _component(node.func) if isinstance(node, ast.Call) else None
+        if name is not None and "controlnet" in name and not name.startswith(_METHODS):
+            yield name
 
 
 def _refuse_without_combination(function: ast.FunctionDef, loop: ast.For, reading: _Reading) -> NoReturn:

@@ -5,8 +5,11 @@ network is evaluated on the very arguments the pipeline gave it, displaced in it
 """
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -38,6 +41,10 @@ class PipelineCheck:
         unguided: relative distance of the result with weight 0 from the result without guidance, or with next to none
             where a pipeline without guidance also does something else; None where it has no argument for it.
         images: of one prompt, in the comparison with weight 0.
+        controlnet: relative distance of the rectified direction with `include_controlnet` from central differences of
+            the whole pipeline; None without a ControlNet, or where the pipeline changes its latents after the step.
+        controlnet_share: relative distance between the directions with and without `include_controlnet`, the largest of
+            the guided steps.
     """
 
     dtype: str
@@ -47,10 +54,12 @@ class PipelineCheck:
     finite_difference: float | None
     unguided: float | None
     images: int
+    controlnet: float | None = None
+    controlnet_share: float | None = None
 
     def passed(self, tolerance: float = 0.05) -> bool:
         """Whether all that was compared agrees, and the finite difference was."""
-        compared = (self.finite_difference, self.unguided)
+        compared = (self.finite_difference, self.unguided, self.controlnet)
         small = all(error is None or error < tolerance for error in compared)
         return self.none and self.restored and self.finite_difference is not None and small
 
@@ -82,10 +91,11 @@ def check(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> PipelineChec
     if not guided:
         raise ValueError("no step of this call is guided")
     step, calls = guided[min(1, len(guided) - 1)]
-    expected = _central(layout, step, calls)
+    _, expected = _central(layout, step, calls)
     if expected is None and arguments.get("max_sequence_length", _LONG) < _LONG:  # what differs was cut off the prompts
         return check(pipe, {**arguments, "max_sequence_length": _LONG})
     images, unguided = _unguided(pipe, layout, arguments)
+    controlnet, share = _controlled(pipe, layout, arguments, fine, step.index) if layout.controls else (None, None)
     return PipelineCheck(
         dtype=str(step.sample.dtype).removeprefix("torch."),
         steps=len(guided),
@@ -93,6 +103,8 @@ def check(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> PipelineChec
         finite_difference=None if expected is None else _distance(step.direction, expected),
         unguided=unguided,
         images=images,
+        controlnet=controlnet,
+        controlnet_share=share,
         restored=torch.equal(_run(pipe, layout, arguments, None).result, plain.result),
     )
 
@@ -149,7 +161,7 @@ def _run(
     ]
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        recording.calls.append(DenoiserCall(module, _kept(args), _kept(kwargs)))
+        recording.calls.append(DenoiserCall(module, _kept(args), _kept(kwargs)).frozen())
 
     def on_step(step: GuidanceStep) -> None:
         recording.steps.append((step, recording.calls[-2:]))
@@ -196,8 +208,8 @@ def _distance(one: Tensor | None, other: Tensor) -> float:
     return float((one.double() - other.double()).norm() / other.double().norm().clamp_min(1e-30))
 
 
-def _central(layout: GuidanceLayout, step: GuidanceStep, calls: list[DenoiserCall]) -> Tensor | None:
-    """`K Δ` at a step by central differences of the network on the pipeline's own arguments; None without a Δ."""
+def _central(layout: GuidanceLayout, step: GuidanceStep, calls: list[DenoiserCall]) -> tuple[Tensor, Tensor | None]:
+    """Δ at a step, and `K Δ` by central differences of the network on the pipeline's own arguments, if Δ is not 0."""
     region = tuple(step.sample.shape[1:])
     if layout.trailing:
         region = (-region[0], *region[1:])
@@ -213,7 +225,7 @@ def _central(layout: GuidanceLayout, step: GuidanceStep, calls: list[DenoiserCal
         c, reference = (inside(first_output(_outside(branch)), region) for branch in calls)
     delta = (c - reference).to(step.sample.dtype)
     if not delta.any():
-        return None
+        return delta, None
     size = _DISPLACEMENT.get(step.sample.dtype, 3e-3) * float(step.sample.norm() / delta.norm())
 
     def displaced(amount: float) -> Tensor:
@@ -225,7 +237,61 @@ def _central(layout: GuidanceLayout, step: GuidanceStep, calls: list[DenoiserCal
         ].double()
 
     identity, jacobian = step.level.coefficients
-    return identity * delta + jacobian * (displaced(size) - displaced(-size)) / (2 * size)
+    return delta, identity * delta + jacobian * (displaced(size) - displaced(-size)) / (2 * size)
+
+
+def _controlled(
+    pipe: DiffusionPipeline,
+    layout: GuidanceLayout,
+    arguments: Mapping[str, Any],
+    config: RectifiedGuidanceConfig,
+    index: int,
+) -> tuple[float | None, float]:
+    """What `include_controlnet` gives: its distance from central differences at a step, and what it changes of K Δ.
+
+    The differences are the whole pipeline's: its latents are displaced behind the scheduler's step before, so that it
+    calls its control network and gives the residuals to its denoiser by itself.
+    """
+    config = replace(config, include_controlnet=True)
+    steps = [found for found in _run(pipe, layout, arguments, config).steps if found[0].direction is not None]
+    [(step, calls)] = [found for found in steps if found[0].index == index]
+    delta, _ = _central(layout, step, calls)
+    fixed = ((other, _central(layout, other, theirs)[1]) for other, theirs in steps)
+    share = max(_distance(k_delta, other.direction) for other, k_delta in fixed if k_delta is not None)
+    size = _DISPLACEMENT.get(step.sample.dtype, 3e-3) * float(step.sample.norm() / delta.norm())
+    ends = []
+    for amount in (size, -size):
+        with _displaced(getattr(pipe, layout.scheduler), index - 1, amount * delta):
+            moved = _run(pipe, layout, arguments, config).steps
+        ends.append(next(found for found, _ in moved if found.index == index))
+    way = (ends[0].sample - ends[1].sample).double()
+    length = (way * delta).sum() / (delta.double() ** 2).sum()
+    if (way - length * delta).norm() > 0.05 * way.norm():  # masked after the step
+        return None, share
+    identity, jacobian = step.level.coefficients
+    slope = (ends[0].prediction.double() - ends[1].prediction.double()) / length
+    return _distance(step.direction, identity * delta + jacobian * slope), share
+
+
+@contextmanager
+def _displaced(scheduler: Any, number: int, displacement: Tensor) -> Iterator[None]:
+    """The scheduler, with the latents of its step of that number displaced where they have the displacement's shape."""
+    own, count = scheduler.step, itertools.count()
+
+    @wraps(own)  # pipelines look at its parameters
+    def step(*args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        if next(count) != number:
+            return output
+        latents = output[0]
+        moved = latents + displacement.to(latents) if latents.shape == displacement.shape else latents
+        return (moved, *output[1:]) if isinstance(output, tuple) else type(output)(moved)
+
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        del scheduler.step
 
 
 @torch.no_grad()

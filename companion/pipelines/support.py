@@ -121,12 +121,18 @@ def page(table: list[Support], data: Mapping[str, Any]) -> str:
             parts[row.status].append(_line(cells, old))
             continue
         passed = [result for result in results[row.name] if result.get("passed")]
+        control = [f"ControlNet's share of K Δ {_largest(passed, 'controlnet_share')}"] if _has(passed) else []
+        if _has(passed) and any(result["controlnet"] is not None for result in passed):
+            control = [f"{control[0]}, distance {_largest(passed, 'controlnet')}"]
         reasons = list(dict.fromkeys(_reason(result) for result in results[row.name] if not result.get("passed")))
         if row.name in run:
-            parts["run"].append(_line(cells, [run[row.name], *(["also built and checked"] if passed else [])]))
+            parts["run"].append(
+                _line(cells, [run[row.name], *(["also built and checked"] if passed else []), *control])
+            )
         elif passed:
             numbers = (_largest(passed, key) for key in ("finite_difference", "unguided"))
-            parts["checked"].append(_line([*cells, *numbers], [f"another configuration: {r}" for r in reasons] + old))
+            others = [f"another configuration: {r}" for r in reasons]
+            parts["checked"].append(_line([*cells, *numbers], [*control, *others, *old]))
         else:
             parts["mechanism"].append(_line(cells, reasons + old))
     counts = ", ".join(f"{len(lines)} {_HEADINGS[part][0].lower()}" for part, lines in parts.items())
@@ -135,9 +141,10 @@ def page(table: list[Support], data: Mapping[str, Any]) -> str:
         "What `companion.rectified_guidance` does with every PyTorch pipeline class that has a `__call__`: "
         f"{counts}.\n\n"
         f"{_made(table, checked, made)}\n\n"
-        "For pipelines with a control network, K leaves out the control network's derivative: its residuals are held\n"
-        "fixed. Each pipeline scales, joins and splits them in its own way before it calls the denoiser, and the hook\n"
-        "sees only that call.\n\n"
+        "K holds the residuals of a ControlNet fixed, unless the configuration has `include_controlnet=True`: then\n"
+        "the ControlNet is called again with its denoiser. Where this was checked, the last column has the share of\n"
+        "K Δ that it changes (the largest of the run's steps), and the distance of the result from central\n"
+        "differences of the whole pipeline. The weights are random; the share of a trained ControlNet is another.\n\n"
         "`python -m companion pipelines` builds and checks all pipelines of the installed diffusers that it can, and\n"
         "writes this page and `docs/pipelines.json`.\n"
     )
@@ -169,8 +176,12 @@ def _line(cells: list[str], notes: list[str]) -> str:
     return f"| {' | '.join([*cells, '; '.join(notes)])} |\n".replace("|  |", "| |")
 
 
+def _has(results: list[Mapping[str, Any]]) -> bool:
+    return any(result.get("controlnet_share") is not None for result in results)
+
+
 def _largest(results: list[Mapping[str, Any]], key: str) -> str:
-    found = [result[key] for result in results if result[key] is not None]
+    found = [result[key] for result in results if result.get(key) is not None]
     return f"{max(found):.0e}" if found else "-"
 
 

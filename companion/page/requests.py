@@ -1,0 +1,39 @@
+"""Requests that Gradio cannot understand, answered in one sentence.
+
+Its routes suppose names, types and numbers that a program need not send, and fail with whatever Python raises about
+them. None of the page's own code runs there: that runs in the queue, and says itself what is wrong (`running`).
+"""
+
+import logging
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_log = logging.getLogger(__name__)
+
+_MISUNDERSTOOD = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+
+
+def refusing(app: ASGIApp) -> ASGIApp:
+    """The page with status 400 for requests that it cannot understand; other errors stay what they are."""
+
+    async def refused(scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await app(scope, receive, sending)
+        except _MISUNDERSTOOD as error:
+            if begun or scope["type"] != "http":
+                raise
+            _log.warning(
+                "a request was not understood: %s %r: %s", scope["method"], scope["path"], type(error).__name__
+            )
+            sentence = "the request is not understood; /gradio_api/info lists what can be called, and with what"
+            await JSONResponse({"detail": sentence}, 400)(scope, receive, send)
+
+    return refused

@@ -1,0 +1,237 @@
+"""Malformed requests to the page's server, as a program may send them: a refusal, never a traceback or a hang.
+
+The demo runs in a process of its own. Whatever it was sent, it serves the next proper request.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.evaluation.scene_pipelines import save_scene_dit
+from tests.page.test_page import free_port
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 5  # of patience for one request
+NESTED = b"[" * 100_000
+LONG_INTEGER = b"1" + b"0" * 5000
+
+
+class Demo:
+    """The server in its own process, its output in a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log, port, scenes = folder / "log", free_port(), save_scene_dit(folder / "scenes")
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "demo.py"), "--port", str(port), "--model", str(scenes)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            )
+        until = time.monotonic() + 240
+        while "Open http" not in self.said():
+            assert self.process.poll() is None and time.monotonic() < until, self.said()
+            time.sleep(0.2)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}/", timeout=60)
+        self.config = self.http.get("config").json()
+        self.functions = {str(each["api_name"]): each["id"] for each in self.config["dependencies"]}
+        self.defaults = self.http.get("gradio_api/info").json()["named_endpoints"]
+        self.ask("POST", "gradio_api/call/v2/explore", json={})  # the first answers take longer
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def ask(self, method: str, path: str, **request: Any) -> httpx.Response:
+        """The answer, which came in time and was no internal error."""
+        before, asked = self.process_seconds(), f"{method} {path} {request!r:.300}"
+        answer = self.http.request(method, path, **request)
+        assert self.process_seconds() - before < SECONDS, asked
+        assert answer.status_code < 500, f"{asked}\n{answer.status_code} {answer.text[:500]}\n{self.said()[-3000:]}"
+        assert "Traceback" not in answer.text
+        return answer
+
+    def process_seconds(self) -> float:
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def ended(self, name: str, event: str) -> str:
+        """How a call ended: the last message of its stream."""
+        with self.http.stream("GET", f"gradio_api/call/{name}/{event}") as stream:
+            text = "".join(stream.iter_text())
+        assert "Traceback" not in text
+        return text
+
+    def values(self, name: str, **changes: Any) -> list[Any]:
+        parameters = self.defaults[f"/{name}"]["parameters"]
+        return [changes.get(each["parameter_name"], each.get("parameter_default")) for each in parameters]
+
+    def stop(self) -> None:
+        self.http.close()
+        self.process.terminate()
+        self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Iterator[Demo]:
+    running = Demo(tmp_path_factory.mktemp("demo"))
+    yield running
+    running.stop()
+
+
+@pytest.fixture(autouse=True)
+def served_afterwards(demo) -> Iterator[None]:
+    """No traceback was printed, and the next proper request is answered."""
+    yield
+    assert "Traceback" not in demo.said(), demo.said()[-3000:]
+    asked = demo.ask("POST", "gradio_api/call/explore", json={"data": demo.values("explore")})
+    assert "event: complete" in demo.ended("explore", asked.json()["event_id"])
+
+
+NASTY: tuple[Any, ...] = (
+    *(None, True, -1, 0, 3, 10**7, 10**400, 0.5, 1e308, "", "x", "x" * 5000, "a\x00b", "\x1b[31mred", "\ud800"),
+    *([], {}, [None], [[[]]], {"a": {}}, [0], {"path": "/etc/passwd"}, {"meta": {"_type": "gradio.FileData"}}),
+    *({"__type__": "update", "value": 1}, [float("nan")], float("inf")),
+)
+nested = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(NASTY[:15]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+WHOLE = (
+    *(b"", b"\x00", b"\xff\xfe", b"{", b"[]", b"null", b"1", b'"x"', NESTED, b'{"data": ' + NESTED, b"<html>", b"{}"),
+    *(b'{"data": [NaN, Infinity]}', b'{"data": [' + LONG_INTEGER + b"]}", b'{"data": ["\\ud800"]}', b'{"data": null}'),
+    *(b'{"data": {}}', b'{"data": [], "session_hash": [1]}', b'{"data": [1], "data": 2}'),
+)
+bodies = st.sampled_from(WHOLE)
+POSTED = ("call/generate", "call/v2/generate", "call/explore", "call/v2/explore", "call/absent", "call/v2/absent")
+POSTED += ("queue/join", "cancel", "reset", "component_server", "run/generate", "api/explore", "process_recording")
+POSTED += ("stream/absent", "stream/absent/close", "upload", "login", "vibe-edit", "undo-vibe-edit", "vibe-code")
+
+
+def fewer(examples: int):
+    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+    return settings(max_examples=examples, derandomize=True, deadline=None, suppress_health_check=checks)
+
+
+def as_json(value: Any) -> dict[str, Any]:
+    """Python's JSON, which has NaN and lone surrogates."""
+    return {"content": json.dumps(value).encode(), "headers": {"content-type": "application/json"}}
+
+
+@pytest.mark.parametrize("path", POSTED)
+def test_bodies_that_are_no_request(demo, path):
+    for body in (b"", b"\xff\xfe", b"{", b"[]", b"null", b"1", NESTED, b'{"data": ' + NESTED, b"{}", b'{"data": null}'):
+        for kind in ("application/json", "text/plain", "multipart/form-data", "multipart/form-data; boundary=x"):
+            demo.ask("POST", f"gradio_api/{path}", content=body, headers={"content-type": kind})
+
+
+@fewer(80)
+@given(data=st.data())
+def test_generated_bodies(demo, data):
+    path = data.draw(st.sampled_from(POSTED))
+    body = data.draw(bodies | nested.map(lambda value: json.dumps(value).encode()))
+    demo.ask("POST", f"gradio_api/{path}", content=body, headers={"content-type": "application/json"})
+
+
+FIELDS = ("data", "fn_index", "session_hash", "event_data", "trigger_id", "event_id", "simple_format", "batched")
+
+
+@fewer(60)
+@given(field=st.sampled_from(FIELDS), value=st.sampled_from(NASTY) | nested, entry=st.sampled_from(["queue", "call"]))
+def test_fields_of_a_call(demo, field, value, entry):
+    body = {"data": demo.values("explore"), "session_hash": "mine", "fn_index": demo.functions["explore"]}
+    path = "queue/join" if entry == "queue" else "call/explore"
+    demo.ask("POST", f"gradio_api/{path}", **as_json(body | {field: value}))
+
+
+@fewer(40)
+@given(data=st.data(), name=st.sampled_from(["explore", "generate"]))
+def test_values_of_a_call(demo, data, name):
+    """Every control over HTTP; what is not refused is cancelled, so that nothing is drawn."""
+    parameter = data.draw(st.sampled_from([each["parameter_name"] for each in demo.defaults[f"/{name}"]["parameters"]]))
+    value = data.draw(st.sampled_from(NASTY) | nested)
+    asked = demo.ask("POST", f"gradio_api/call/{name}", **as_json({"data": demo.values(name, **{parameter: value})}))
+    if asked.status_code == 200 and name == "explore":
+        assert "event: " in demo.ended(name, asked.json()["event_id"])
+    if asked.status_code == 200 and name == "generate":
+        event = asked.json()["event_id"]
+        cancelled = {"session_hash": event, "fn_index": demo.functions["generate"], "event_id": event}
+        demo.ask("POST", "gradio_api/cancel", json=cancelled)
+
+
+@pytest.mark.parametrize("fn_index", [-1, 10**6, 10**400, None, "0", 1.5, True, [0]])
+def test_functions_that_do_not_exist(demo, fn_index):
+    body = {"data": [], "session_hash": "mine", "fn_index": fn_index}
+    demo.ask("POST", "gradio_api/queue/join", **as_json(body))
+    demo.ask("POST", "gradio_api/cancel", **as_json({"session_hash": "mine", "fn_index": fn_index, "event_id": "x"}))
+
+
+@pytest.mark.parametrize("component", [-1, 0, 1, 10**6, "x", None, [1]])
+def test_functions_of_components(demo, component):
+    for name in ("load", "__class__", "preprocess", "", None, "\ud800"):
+        body = {"data": None, "fn_name": name, "component_id": component, "session_hash": "mine"}
+        demo.ask("POST", "gradio_api/component_server", **as_json(body))
+
+
+def test_data_for_every_function_of_the_page(demo):
+    """Those without a name for programs, too: of too few, too many and wrong values."""
+    for number in demo.functions.values():
+        for values in ([], [None] * 60, ["\ud800"] * 3, {"a": 1}):
+            body = {"data": values, "session_hash": f"s{number}", "fn_index": number}
+            demo.ask("POST", "gradio_api/queue/join", **as_json(body))
+
+
+PLACES = (
+    *("queue/data", "queue/data?session_hash=", "queue/data?session_hash=absent", "queue/data?session_hash=%ff%00"),
+    *("call/explore/absent", "call/absent/absent", "file=/etc/passwd", "file=../../demo.py", "file=%00", "file=~"),
+    *("upload_progress?upload_id=absent", "upload_progress", "stream/a/b/c/playlist.m3u8", "stream/a/1/2/3.ts"),
+    *("custom_component/x/y/z/w", "proxy=http://127.0.0.1:1/", "file=http://127.0.0.1:1/", "queue/status", "%ff"),
+    *("stream/a/1/2/playlist-file", "vibe-code", "dev/reload", "runs", "openapi.json", "info?all_endpoints=x"),
+)
+
+
+@pytest.mark.parametrize("path", PLACES)
+def test_places_that_do_not_exist(demo, path):
+    with demo.http.stream("GET", f"gradio_api/{path}", timeout=SECONDS) as answer:
+        assert answer.status_code < 500, demo.said()[-3000:]
+        head = b""
+        for part in answer.iter_raw():
+            head += part
+            if len(head) > 100:
+                break
+        assert b"root:" not in head and b"Traceback" not in head
+
+
+def test_uploads(demo):
+    """Too large, of odd names and kinds, without an end, and many."""
+    for name in ("x" * 3000, "../../x.png", "a\x00b", "", "\ud83d\ude00.png", "CON"):
+        demo.ask("POST", "gradio_api/upload", files={"files": (name, b"0" * 100)})
+    assert demo.ask("POST", "gradio_api/upload", files={"files": ("a.png", b"0" * 3_000_000)}).status_code == 413
+    demo.ask("POST", "gradio_api/upload", files=[("files", (f"{i}.png", b"0")) for i in range(300)])
+    demo.ask("POST", "gradio_api/upload", data={"files": "no file"})
+    head = {"content-type": "multipart/form-data; boundary=x"}
+    for body in (
+        b"--x",
+        b"--x\r\n\r\n",
+        b"--x\r\nContent-Disposition: form-data\r\n\r\n1\r\n--x--",
+        b"--x\r\n" + b"a" * 9999,
+    ):
+        demo.ask("POST", "gradio_api/upload", content=body, headers=head)
+
+
+@pytest.mark.parametrize("session", ["", "x" * 100_000, "a\x00b", "../..", "\ud800", "absent"])
+def test_sessions_that_are_not_ones_own(demo, session):
+    demo.ask("POST", "gradio_api/cancel", **as_json({"session_hash": session, "fn_index": 0, "event_id": session}))
+    body = {"data": demo.values("explore"), "session_hash": session, "fn_index": demo.functions["explore"]}
+    demo.ask("POST", "gradio_api/queue/join", **as_json(body))
