@@ -26,9 +26,40 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 PATIENCE = 300  # seconds
 STANDARD_ERROR = pytest.StashKey[int]()
 
+LONGEST = (  # after the notebooks: files that take more than about ten seconds on a quiet core
+    "tests/page/test_browser.py",
+    "tests/test_site.py",
+    "tests/test_hostile_input.py",
+    "tests/page/test_page.py",
+    "tests/page/test_listeners.py",
+    "tests/minis/test_shipped.py",
+    "tests/evaluation/sampling/test_runs.py",
+    "tests/pipelines/test_oracle.py",
+    "tests/pipelines/test_hook.py",
+    "tests/pipelines/test_support.py",
+    "tests/pipelines/edm2/test_pipeline.py",
+    "tests/pipelines/test_zoo.py",
+    "tests/evaluation/metrics/test_inversion.py",
+    "tests/pipelines/guider/test_guider.py",
+    "tests/pipelines/adm/test_pipeline.py",
+    "tests/evaluation/comparison/test_side_by_side.py",
+)
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[STANDARD_ERROR] = os.dup(2)  # while a test runs, 2 is where its output is kept
+    config.stash[STANDARD_ERROR] = os.dup(2)  # while a test runs, pytest captures what is written to 2
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: `make test` gives whole files to its processes, and none should begin one at the end."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+
+    def rank(item: pytest.Item) -> int:
+        file = item.nodeid.partition("::")[0]
+        return -1 if file.endswith(".ipynb") else ranks.get(file, len(ranks))
+
+    items.sort(key=rank)
 
 
 @pytest.hookimpl(wrapper=True)

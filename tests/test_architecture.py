@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST
+
 ROOT = Path(__file__).parent.parent
 LAYERS = (  # from the top; docs/architecture.md says what is in them
     "companion.cli",
@@ -31,6 +33,16 @@ LAYERS = (  # from the top; docs/architecture.md says what is in them
 )
 OUTSIDE = {"companion", "companion.__main__"}  # the public names, and the command's entrance, import from everywhere
 LONGEST_FUNCTION, LONGEST_FILE = 80, 450
+
+WHOLE = {  # tests of several modules together, in the folder of `tests/` that they belong to
+    "evaluation/studies/test_committed_cells.py",
+    "minis/test_shipped.py",
+    "page/test_browser.py",
+    "pipelines/test_conventions.py",
+    "pipelines/test_oracle.py",
+    "pipelines/test_zoo.py",
+    "ranking/test_measuring.py",
+}
 
 # To be cut. No line may be added; one that is cut must go.
 LONG_FUNCTIONS = {
@@ -70,7 +82,7 @@ def arrows() -> dict[str, frozenset[str]]:
 
 
 def height(module: str) -> int:
-    """Of a module's layer: 0 is the bottom, where the files beside the packages are."""
+    """Of a module's layer: 0 is the bottom, where the package's own files are."""
     for place, layer in enumerate(LAYERS):
         if module == layer or module.startswith(f"{layer}."):
             return len(LAYERS) - place
@@ -78,7 +90,7 @@ def height(module: str) -> int:
 
 
 def circles(graph: dict[str, frozenset[str]]) -> list[list[str]]:
-    """A walk from a module back to itself for every circle that a depth-first search meets."""
+    """A path from a module back to itself for every circle that a depth-first search meets."""
     done, found = set(), []
 
     def visit(module: str, path: list[str]) -> None:
@@ -150,6 +162,20 @@ def test_functions_and_files_can_be_read(found, known):
     """What is longer says why in its docstring, by naming the limit."""
     assert found() <= known, f"too long: {sorted(found() - known)}"
     assert known <= found(), f"no longer too long, take out of the list: {sorted(known - found())}"
+
+
+def test_tests_mirror_the_package():
+    """In a folder, `test_NAME.py` or `test_NAME_ASPECT.py` tests the module NAME of the same folder of the package, or
+    the folder itself; the tests at the top are also of documents, demo and tools."""
+    astray = set()
+    for path in (ROOT / "tests").glob("*/**/test_*.py"):
+        folder = ROOT / "companion" / path.parent.relative_to(ROOT / "tests")
+        known = {each.stem for each in folder.iterdir()} | {folder.name}
+        name = path.stem.removeprefix("test_")
+        if not any(name == module or name.startswith(f"{module}_") for module in known):
+            astray.add(str(path.relative_to(ROOT / "tests")))
+    assert astray == WHOLE
+    assert all((ROOT / file).exists() for file in LONGEST)
 
 
 def test_the_document_names_files_that_are_there():

@@ -119,6 +119,7 @@ def _ddim(steps: int, offset: int = 0) -> list[NoiseLevel]:
 _cached_heun = cache(heun_levels)
 
 
+@cache
 def mini_imagenet_rows() -> tuple[Row, ...]:
     """Table 2 for mini-edm2 (12 steps of Heun's method, 23 evaluations) and mini-dit (20 steps of DDIM).
 
@@ -140,6 +141,7 @@ def mini_imagenet_rows() -> tuple[Row, ...]:
     return _ordered(models, ("vanilla",))
 
 
+@cache
 def mini_coco_rows() -> tuple[Row, ...]:
     """Table 3 for mini-sd and mini-sd-v, the paper's SD 1.4 and its v-prediction SD 2.1 in small: 20 steps of DDIM."""
     levels = partial(_ddim, offset=1)
@@ -176,6 +178,7 @@ def _over_time(along: str) -> Mapping[str, tuple[str, Reference | None]]:
     return {**_OVER_TIME, "linear": (f"linear@{along}", None), "cosine": (f"power-cosine@{along}:1,2", None)}
 
 
+@cache
 def paper_imagenet_rows() -> tuple[Row, ...]:
     """Table 2 at the paper's size: DiT-XL/2-256, EDM2-S-64, EDM2-S-512 and EDM2-XXL-512.
 
@@ -197,6 +200,7 @@ def paper_imagenet_rows() -> tuple[Row, ...]:
     return _ordered(models, ("vanilla", "autoguidance"))
 
 
+@cache
 def paper_coco_rows() -> tuple[Row, ...]:
     """Table 3 at the paper's size: SD 1.4, SD 2.1 and SD-XL."""
     models = tuple(_paper_swept(name, _OVER_TIME, (3.0, 1.5, 5.0, 7.5)) for name in ("sd-v1-4", "sd-v2-1", "sd-xl"))

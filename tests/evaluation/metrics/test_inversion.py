@@ -73,12 +73,12 @@ def test_noise_leaves_itself_as_the_residual() -> None:
 
 
 def test_residuals_rise_with_a_deformation() -> None:
-    scenes = [scene(SEED, index, 1) for index in range(24)]
+    scenes = [scene(SEED, index, 1) for index in range(12)]
     images = render(scenes)
     residuals = torch.stack(
         [
             invert(
-                deformed(images, torch.full((24,), strength), torch.Generator().manual_seed(5)), regressor=about(scenes)
+                deformed(images, torch.full((12,), strength), torch.Generator().manual_seed(5)), regressor=about(scenes)
             ).residual
             for strength in (0.0, 0.4, 0.8, 1.2, 1.6)
         ]

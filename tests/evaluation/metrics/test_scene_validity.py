@@ -42,15 +42,15 @@ def drawn_from_the_law(number: int, seed: int = 0) -> Inversion:
 
 
 def test_real_scenes_and_reconstructions_are_recognised_and_valid() -> None:
-    scenes = [scene(SEED, index, 1) for index in range(60)]
+    scenes = [scene(SEED, index, 1) for index in range(24)]
     largest = valid_residual()
     found = invert(render(scenes), asked=labels(scenes))
     met = torch.stack(list(attributes_met(found, scenes).values()))
-    assert met.double().mean() >= 0.98  # of 240; the stored figure is of 8,000
+    assert met.double().mean() >= 0.97  # of 96; the stored figure is of 8,000
     assert found.residual.median() < 1e-3
-    images, same = ceiling_pictures("reconstructed", 60)
+    images, same = ceiling_pictures("reconstructed", 24)
     again = invert(images, asked=labels(same))
-    assert (again.residual < largest).double().mean() > 0.93
+    assert (again.residual < largest).double().mean() > 0.9
     assert again.residual.median() > 0.3 * largest
 
 
