@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="also count how many of N samples are recognised; default: 0",
+        help="also count how many of N samples the classifier recognises; default: 0",
     )
 
 

@@ -34,12 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         default=Path("docs/pipelines.json"),
-        help="file of results; results of other pipelines in it stay",
+        help="JSON file of results; it keeps the results of pipelines that are not checked again",
     )
-    parser.add_argument("--page", type=Path, default=Path("docs/pipelines.md"), help="the page, written anew")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of processor time for one pipeline; default: 60")
+    parser.add_argument("--page", type=Path, default=Path("docs/pipelines.md"), help="the page to write")
     parser.add_argument(
-        "--missing", action="store_true", help="only pipelines that this diffusers' results do not show to pass"
+        "--seconds", type=float, default=60.0, help="processor time limit for each pipeline; default: 60"
+    )
+    parser.add_argument(
+        "--missing",
+        action="store_true",
+        help="check only pipelines without a passed check under this version of diffusers",
     )
 
 

@@ -13,13 +13,17 @@ from companion.ranking.suites import SUITES
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--rule", action="append", default=[], metavar="MODULE:FUNCTION", help="your own; repeatable")
+    parser.add_argument(
+        "--rule", action="append", default=[], metavar="MODULE:FUNCTION", help="your own rule; may be repeated"
+    )
     parser.add_argument("--suite", choices=SUITES, default="quick", help="quick takes under a minute; default: quick")
-    parser.add_argument("--against", nargs="*", metavar="NAME", help=f"of {', '.join(RULES)}; default: all")
+    parser.add_argument(
+        "--against", nargs="*", metavar="NAME", help=f"rules to compare with: {'; '.join(RULES)}. Default: all"
+    )
     parser.add_argument("--folder", type=Path, help="where measured problems are stored, so that a run can be resumed")
     parser.add_argument("--out", type=Path, help="write everything as JSON")
-    parser.add_argument("--read", type=Path, help="a file that --out wrote: show it, and measure nothing")
-    parser.add_argument("--docs", type=Path, help="write the tables as a document; docs/ranking.md is one")
+    parser.add_argument("--read", type=Path, help="show a file that --out wrote, without measuring")
+    parser.add_argument("--docs", type=Path, help="write the tables as a Markdown page, such as docs/ranking.md")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -26,22 +26,41 @@ from companion.pipelines.saved import DTYPES
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m companion sample`."""
     add = parser.add_argument
-    add("--model", required=True, help="an embedded model, one of the paper's, a local folder, or owner/model")
+    add("--model", required=True, help="an embedded model, one of the paper's models, a local folder, or owner/model")
     add("--num-samples", type=int, required=True, metavar="N")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of the run; a stopped one is continued")
-    add("--batch-size", type=int, default=50, metavar="B", help="samples a batch; default: 50")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the run; a stopped run is continued")
+    add("--batch-size", type=int, default=50, metavar="B", help="samples in each batch; default: 50")
     add("--steps", type=int, metavar="S", help="sampler steps; default: the paper's, else the pipeline's")
     add("--seed", type=int, default=0, metavar="K", help="default: 0; sample i draws from the generator (K, i)")
-    add("--guidance-scale", type=float, metavar="G", help="1 + w; default: the paper's, else the pipeline's")
+    add(
+        "--guidance-scale",
+        type=float,
+        metavar="G",
+        help="1 + w, as in diffusers; default: the paper's, else the pipeline's",
+    )
     add("--weight", default="constant", metavar="SCHEDULE", help=f"weight over time: {WEIGHT_SYNTAX}")
-    add("--product", choices=SAMPLING_PRODUCTS, default="finite_difference", help="none is CFG; this is the default")
-    add("--reference", choices=get_args(Reference), help="of EDM2's guidance; default: its guide network if it has one")
+    add(
+        "--product",
+        choices=SAMPLING_PRODUCTS,
+        default="finite_difference",
+        help="none is CFG; default: finite_difference",
+    )
+    add(
+        "--reference",
+        choices=get_args(Reference),
+        help="EDM2's reference branch; default: its guide network if it has one",
+    )
     add("--scheduler", metavar="CLASS", help="diffusers' class name; default: the model's own")
     add("--classes", metavar="A,B,...", help="names or numbers, drawn in turn; default: all")
-    add("--prompts", type=Path, metavar="FILE", help="one prompt a line, drawn in turn; or COCO's caption file (.json)")
-    add("--format", choices=get_args(Format), default="png", help="PNGs, or one npz file a batch; default: png")
+    add(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="one prompt on each line, drawn in turn; or COCO's captions (.json)",
+    )
+    add("--format", choices=get_args(Format), default="png", help="PNGs, or one npz file for each batch; default: png")
     add("--device", help='"cpu", "cuda", ...; default: what accelerate finds')
-    add("--dtype", choices=tuple(DTYPES), default="float32", help="of the weights; default: float32")
+    add("--dtype", choices=tuple(DTYPES), default="float32", help="dtype of the weights; default: float32")
 
 
 def run(options: argparse.Namespace) -> int:

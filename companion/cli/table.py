@@ -35,12 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("name", choices=tuple(TABLES), help="which table")
     add("--profile", choices=("mini", "paper"), default="mini", help="embedded models and scenes, or the papers' own")
-    add("--data", type=Path, metavar="DIR", help="the paper profile's references, see below")
+    add("--data", type=Path, metavar="DIR", help="reference pictures of the paper profile, see below")
     add("--out", type=Path, default=None, metavar="DIR", help="folder of the cells; default: runs/table-NAME-PROFILE")
-    add("--resume", action="store_true", help="keep the cells that are there, and make the others")
+    add("--resume", action="store_true", help="keep finished cells and make the others")
     add("--only", metavar="CELL", help="make one cell")
     add("--models", metavar="A,B,...", help="only these models' cells")
-    add("--limit-minutes", type=float, metavar="M", help="begin no cell after so many minutes")
+    add("--limit-minutes", type=float, metavar="M", help="start no cell after M minutes")
     add(
         "--collect",
         type=Path,
@@ -48,17 +48,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one file for all finished cells; --resume keeps them, too; "
         "FILE's name with -paired receives their comparisons",
     )
-    add("--num-samples", type=int, metavar="N", help="samples a cell; default: the table's")
-    add("--batch-size", type=int, metavar="B", help="samples a batch; default: the table's")
-    add("--seeds", type=int, metavar="K", help="seeds a row, from 0; default: 1")
-    add("--list", action="store_true", help="print the cells' names in the order of their making, and draw nothing")
-    add("--keep-samples", action="store_true", help="do not remove the pictures once they are measured")
+    add("--num-samples", type=int, metavar="N", help="samples in each cell; default: the table's")
+    add("--batch-size", type=int, metavar="B", help="samples in each batch; default: the table's")
+    add("--seeds", type=int, metavar="K", help="number of seeds for each row, from 0; default: 1")
+    add(
+        "--list",
+        action="store_true",
+        help="print the cells' names in the order in which they are made, and draw nothing",
+    )
+    add("--keep-samples", action="store_true", help="keep the pictures after they are measured")
     add("--device", help='"cpu", "cuda", ...; default: what accelerate finds')
-    add("--dtype", choices=tuple(DTYPES), default="float32", help="of the weights; default: float32")
-    add("--runs", type=Path, metavar="DIR", help="calibrated: folder in which classifiers were fine-tuned")
-    add("--source", type=Path, metavar="DIR", help="imagenet128, paper: folder of OpenAI's checkpoints")
+    add("--dtype", choices=tuple(DTYPES), default="float32", help="dtype of the weights; default: float32")
+    add("--runs", type=Path, metavar="DIR", help="table calibrated: folder of the fine-tuned classifiers")
+    add("--source", type=Path, metavar="DIR", help="table imagenet128, paper profile: folder of OpenAI's checkpoints")
     for field, what in (("strength", "a"), ("smoothing", "ε"), ("entropy", "a_H")):
-        add(f"--{field}", type=float, metavar="X", help=f"imagenet128, paper: {what}, which the sources do not give")
+        add(
+            f"--{field}",
+            type=float,
+            metavar="X",
+            help=f"table imagenet128, paper profile: {what}, not given by the sources",
+        )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -75,13 +75,21 @@ class Job:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m companion train`."""
     add = parser.add_argument
-    add("name", choices=tuple(_MODELS), help="the minis need a trained autoencoder and scene-classifier")
-    add("--runs", type=Path, default=Path("runs"), help="checkpoints and logs; default: runs")
-    add("--out", type=Path, default=None, help="where the shipped folder goes; default: RUNS/shipped")
+    add("name", choices=tuple(_MODELS), help="the model; the minis need a trained autoencoder and scene-classifier")
+    add("--runs", type=Path, default=Path("runs"), help="folder of checkpoints and logs; default: runs")
+    add("--out", type=Path, default=None, help="where to write the finished model; default: RUNS/shipped")
     add("--from-shipped", action="store_true", help="continue from the weights in the package, with its other models")
     add("--steps", type=int, default=None, help="optimiser steps; default: the model's own number")
-    add("--learning-rate", type=float, default=None, metavar="RATE", help="peak; default: the model's own")
-    add("--first-scene", type=int, default=0, metavar="N", help="first scene that a latent model sees; default: 0")
+    add(
+        "--learning-rate", type=float, default=None, metavar="RATE", help="peak learning rate; default: the model's own"
+    )
+    add(
+        "--first-scene",
+        type=int,
+        default=0,
+        metavar="N",
+        help="first scene that a latent model is trained on; default: 0",
+    )
 
 
 def run(options: argparse.Namespace) -> int:

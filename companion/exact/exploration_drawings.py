@@ -102,7 +102,7 @@ def _line_outcome(figure: FigureBase, study: LineStudy, style: str, noise_level:
     flow, ends = _two_axes(figure)
     _draw_flow(flow, study, study.densities[style], noise_level)
     flow.plot(study.paths(style), range(study.problem.steps + 1), color=COLOURS[style], linewidth=0.9)
-    _title(flow, [(_NAMES[style], COLOURS[style]), ("from noise to data, five samples followed", _QUIET)])
+    _title(flow, [(_NAMES[style], COLOURS[style]), ("from noise to data, five trajectories", _QUIET)])
     _fill(ends, study, study.target)
     for name in CHAINS:
         width = 2.2 if name == style else 1.3
@@ -151,7 +151,7 @@ def _line_level(figure: FigureBase, study: LineStudy, t: int) -> None:
     share.axhline(1, linewidth=1.2, **line_of("CFG"))
     share.text(_view(study)[0] + 0.08, 0.98, "CFG: 1", color=COLOURS["CFG"], fontsize=_SMALL, va="top")
     _title(share, [("K(x)", COLOURS["REG"]), ("the share of CFG's push that REG keeps", _QUIET)])
-    share.set_xlabel("x at that level; grey: where the class's samples are", fontsize=_SMALL, color=_QUIET)
+    share.set_xlabel("x at that level; grey: density of the class", fontsize=_SMALL, color=_QUIET)
 
 
 def _claimed_level(figure: FigureBase, study: LineStudy, t: int) -> None:
@@ -196,7 +196,7 @@ def _fill(axis: Axes, study: LineStudy, density: Float[Tensor, " points"]) -> No
 def _finish_ends(axis: Axes, study: LineStudy) -> None:
     axis.set(xlim=_view(study), yticks=[])
     axis.set_ylim(bottom=0)
-    axis.set_xlabel("x at the end; grey: the target, which guidance is to sample", fontsize=_SMALL, color=_QUIET)
+    axis.set_xlabel("x at the end; grey: the target of guidance", fontsize=_SMALL, color=_QUIET)
 
 
 def _view(study: LineStudy) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The papers' references, as a user has them in files: looked through before anything is sampled.
+"""The papers' reference pictures. Their files are checked before anything is sampled.
 
 `python -m companion table imagenet --profile paper --data DIR` looks for one of these, by the pictures' size:
 
@@ -7,8 +7,8 @@
     DIR/imagenet64, ...256, ...512        a folder of pictures of that size
 
 `python -m companion table imagenet128 --profile paper --data DIR` looks for VIRTUAL_imagenet128_labeled.npz, or a
-folder imagenet128. Precision and recall are measured against the 10,000 pictures that ADM's files hold; a folder has
-too many for it, EDM2's files none.
+folder imagenet128. Precision and recall need the 10,000 pictures in ADM's files: a folder has too many, and EDM2's
+files have none.
 
 `python -m companion table coco --profile paper --data DIR` takes COCO-2017 as it is unpacked:
 
