@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "paper_map.md"
-VERDICTS = ("Reproduced", "Approximately", "Refuted", "Not to be had here", "Answered")
+VERDICTS = ("Reproduced", "Approximately", "Refuted", "Not testable here", "Answered")
 LINK = re.compile(r"\[([^\]]+)\]\(([^)#]+)(?:#([^)]+))?\)")
 
 

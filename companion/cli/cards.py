@@ -33,8 +33,8 @@ def ship_autoencoder(autoencoder: AutoencoderKL, record: dict, out: Path) -> Pat
         noise = ((decoded - images) ** 2).mean(dim=(1, 2, 3))
         figures[f"mean PSNR, 256 held-out scenes of {kind}"] = f"{float((10 * torch.log10(4 / noise)).mean()):.1f} dB"
     text = (
-        "KL autoencoder of the embedded models: 64x64 RGB scenes to 16x16x4 latents, each channel of zero mean and\n"
-        "unit variance. `AutoencoderKL.from_pretrained(folder)`."
+        "KL autoencoder of the embedded models. It encodes 64x64 RGB scenes as 16x16x4 latents; each channel has zero\n"
+        "mean and unit variance. `AutoencoderKL.from_pretrained(folder)`."
     )
     return ship(autoencoder, "autoencoder", text, record, figures, out)
 
@@ -46,7 +46,7 @@ def ship_classifier(network: ResNetForImageClassification, record: dict, out: Pa
     share = recognised(render(scenes), labels(scenes), classifier.SceneClassifier(network))
     figures = {"right on 5,000 held-out scenes of one object": f"{100 * share:.2f} %"}
     text = (
-        f"Which of {', '.join(SHAPES)} a 64x64 picture shows; the evaluator of what the embedded models draw.\n"
+        f"Which of {', '.join(SHAPES)} a 64x64 picture shows. It evaluates the pictures of the embedded models.\n"
         "`companion.minis.classifier.load_classifier()`."
     )
     return ship(network, "scene-classifier", text, record, figures, out)
@@ -74,9 +74,9 @@ def ship_clip(model: clip.SceneTextModel, record: dict, out: Path, *, number: in
                 f"{100 * share:.1f} %"
             )
     text = (
-        "Pictures of scenes and their captions in one space of 64 dimensions, for the CLIP score of what the embedded\n"
-        "models draw: a small ResNet, its classes the dimensions (transformers' `ResNetForImageClassification`), and\n"
-        "`CLIPTextModelWithProjection`, each in a folder.\n"
+        "A small CLIP: it maps pictures of scenes and their captions to one space of 64 dimensions, for the CLIP\n"
+        "score of the embedded models. It has a small ResNet with 64 outputs (transformers'\n"
+        "`ResNetForImageClassification`) and a `CLIPTextModelWithProjection`, each in its own folder.\n"
         "`companion.evaluation.metrics.clip_score.SceneClip()`. It cannot tell which of two objects is where."
     )
     return ship(model, "mini-clip", text, record, figures, out)
@@ -100,7 +100,7 @@ def ship_adm(unet: UNet2DModel, record: dict, out: Path, parts: Path) -> Path:
     share = recognised(adm.enlarged(adm.render_small(scenes)), labels(scenes), evaluator)
     figures["the same classifier on 1,000 held-out scenes of 32x32, enlarged"] = f"{100 * share:.1f} %"
     text = (
-        "ADM in small: a class-conditional U-Net of pixels that learns its variance, on 32x32 single-object scenes;\n"
+        "A small ADM: a class-conditional U-Net on the pixels of 32x32 single-object scenes, with learned variance;\n"
         f"`ADMPipeline`. Classes 0 to 9: {', '.join(SHAPES)}; {adm.NULL_CLASS} is no class. Its classifier is\n"
         "mini-adm-resnet.\n\n"
         '```python\npipe = companion.load("mini-adm")\n'
@@ -118,9 +118,9 @@ ADM_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 _GUIDES = {
-    "mini-adm-resnet": "A classifier of clean 32x32 scenes, of the kind that is used off the shelf",
+    "mini-adm-resnet": "A classifier of clean 32x32 scenes, like an off-the-shelf classifier",
     "mini-adm-resnet-entropy": "mini-adm-resnet trained with an entropy term: a classifier of clean 32x32 scenes",
-    "mini-adm-noisy": "ADM's noise-aware classifier in small, of noisy 32x32 scenes and their timestep",
+    "mini-adm-noisy": "A small version of ADM's noise-aware classifier, of noisy 32x32 scenes with their timestep",
 }
 
 
@@ -180,8 +180,8 @@ def ship_edm2(
     figures["the guide alone, no guidance"] = _recognised(EDM2Pipeline(guide, None, **settings), 1.0, 18, parts)
     text = (
         "EDM2's magnitude-preserving U-Net with EDM's preconditioning (x_0-prediction) on the latents of\n"
-        "single-object scenes, trained with label dropout, and a smaller, less trained one as its guide;\n"
-        f"`EDM2Pipeline`, 2nd-order Heun. Classes 0 to 9: {', '.join(SHAPES)}.\n\n"
+        "single-object scenes, trained with label dropout, and a smaller network with less training as its guide;\n"
+        f"`EDM2Pipeline`, 2nd-order Heun sampler. Classes 0 to 9: {', '.join(SHAPES)}.\n\n"
         '```python\npipe = companion.load("mini-edm2")\n'
         "images = pipe([3, 7], guidance_scale=3.0, num_inference_steps=18).images  # autoguidance\n"
         'images = pipe([3, 7], guidance_scale=4.0, guidance_reference="null_label", num_inference_steps=18).images\n```'
@@ -201,7 +201,7 @@ def _recognised(pipe: DiffusionPipeline, scale: float, steps: int, parts: Path) 
 
 _TEXTS = {
     "mini-sd": (
-        "Text-conditional U-Net with a text encoder of its own on the latents of captioned single-object scenes;\n"
+        "Text-conditional U-Net with its own text encoder, on the latents of captioned single-object scenes;\n"
         "ε-prediction, an unmodified `StableDiffusionPipeline` without safety checker."
     ),
     "mini-sd-v": (
@@ -231,8 +231,8 @@ def ship_text_conditional(name: str, pipe: DiffusionPipeline, record: dict, out:
         share = float((object_colours(drawn) == colours).double().mean())
         figures[f"asked-for colour, {setting}"] = f"{100 * share:.1f} %"
     text = (
-        f"{_TEXTS[name]}\nIt knows captions of one object, such as the one below; the default guidance scale is\n"
-        f"the pipeline's, {default:g}.\n\n"
+        f"{_TEXTS[name]}\nUse captions of one object, such as the one below. The default guidance scale is the\n"
+        f"pipeline's, {default:g}.\n\n"
         f'```python\npipe = companion.load("{name}")\n'
         'images = pipe("a large red striped star", num_inference_steps=50).images\n```'
     )
