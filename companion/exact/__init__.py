@@ -26,7 +26,7 @@ from companion.exact.chain import (
     standard_normal,
     tilted_marginals,
 )
-from companion.exact.covariance import ESTIMATES, Estimate, covariance_direction, covariance_guidance, jacobian_matrix
+from companion.exact.covariance import ESTIMATES, Estimate, covariance_direction, jacobian_matrix
 from companion.exact.densities import kl, mass, moments, normalise, sample_density, total_variation, wasserstein1
 from companion.exact.directions import (
     Direction,
@@ -36,7 +36,6 @@ from companion.exact.directions import (
     direction_field,
     error_split,
     guided,
-    interval,
     rectified_direction,
     reward_direction,
     split_sizes,
@@ -44,17 +43,14 @@ from companion.exact.directions import (
 )
 from companion.exact.grids import Grid, evaluate, gradient, interpolate, log_blur
 from companion.exact.marginal_scaling import implied_reward, reward_levels
-from companion.exact.mixtures import GaussianMixture, MixtureDenoiser, alphas_cumprod_levels, mixture_of
+from companion.exact.mixtures import GaussianMixture, mixture_of
 from companion.exact.monte_carlo import MonteCarloOptimum, monte_carlo_optimum
 from companion.exact.networks import ToyDenoiser, ToyTraining, train_toy_denoiser
 from companion.exact.pretrained import excess_loss, load_paper_1d
 from companion.exact.rewards import (
     Reward,
-    autoguidance_reward,
     callable_reward,
     classifier_free_reward,
-    classifier_reward,
-    logits_reward,
 )
 from companion.exact.sampling import (
     Interval,
@@ -79,7 +75,6 @@ __all__ = [
     "GaussianMixture",
     "Grid",
     "Interval",
-    "MixtureDenoiser",
     "MonteCarloOptimum",
     "NoiseSchedule",
     "Optimum",
@@ -90,15 +85,11 @@ __all__ = [
     "ToyDenoiser",
     "ToyTraining",
     "accuracy",
-    "alphas_cumprod_levels",
     "ancestral_samples",
-    "autoguidance_reward",
     "callable_reward",
     "cfg_direction",
     "classifier_free_reward",
-    "classifier_reward",
     "covariance_direction",
-    "covariance_guidance",
     "defect_bound",
     "denoiser_prediction",
     "direction_error",
@@ -114,13 +105,11 @@ __all__ = [
     "guided",
     "implied_reward",
     "interpolate",
-    "interval",
     "jacobian_matrix",
     "kl",
     "linear_schedule",
     "load_paper_1d",
     "log_blur",
-    "logits_reward",
     "mass",
     "mixture_of",
     "mixture_prediction",

@@ -30,7 +30,6 @@ from torch import Tensor
 
 from companion.arguments import check_choice
 from companion.exact.chain import NoiseSchedule, Prediction
-from companion.exact.directions import Direction
 from companion.guidance.covariance import covariance_direction as along_direction
 from companion.guidance.covariance import covariance_factor, rayleigh_quotient
 from companion.guidance.parametrization import KCoefficients, rectification_coefficients
@@ -111,26 +110,6 @@ def covariance_direction(
             k_delta = _apply(k_c, delta)
             c, u = (rayleigh_quotient(delta, value)[:, None] for value in (k_delta, _apply(k_u, delta)))
             return k_delta / torch.maximum(u + weight * (u - c), c).clamp(min=torch.finfo(delta.dtype).eps)
-
-
-def covariance_guidance(
-    conditional: Prediction,
-    reference: Prediction,
-    schedule: NoiseSchedule,
-    weight: float,
-    *,
-    estimate: Estimate = "matrix",
-    floor: float | None = 0.1,
-    power: float = 2.0,
-) -> Direction:
-    """`covariance_direction` as a function of (x, t), for exact scores and networks in low dimension."""
-
-    def direction(x: Float[Tensor, "batch dim"], t: int) -> Float[Tensor, "batch dim"]:
-        k_c, k_u = (jacobian_matrix(branch, x, t, schedule) for branch in (conditional, reference))
-        delta = conditional(x, t) - reference(x, t)
-        return covariance_direction(k_c, k_u, delta, weight, estimate=estimate, floor=floor, power=power)
-
-    return direction
 
 
 def _apply(matrix: Float[Tensor, "batch dim dim"], vector: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:

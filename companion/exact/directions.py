@@ -55,11 +55,6 @@ def guided(conditional: Prediction, direction: Direction, weight: float = 1.0) -
     return lambda x, t: conditional(x, t) + weight * direction(x, t)
 
 
-def interval(direction: Direction, first: int, last: int) -> Direction:
-    """The direction where `first <= t <= last`, zero elsewhere (interval guidance, Kynkäänniemi et al. 2024)."""
-    return lambda x, t: direction(x, t) if first <= t <= last else torch.zeros_like(x)
-
-
 def direction_field(grid: Grid, direction: Direction, steps: int) -> Field:
     """A direction on the whole grid for t = 0 … T."""
     fields = [evaluate(grid, partial(_at, direction, t)) for t in range(1, steps + 1)]

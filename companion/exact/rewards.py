@@ -4,7 +4,7 @@ t.
 The weight w is the paper's (0 is no guidance) and is part of the reward.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,40 +49,6 @@ class Reward:
 def classifier_free_reward(conditional: GaussianMixture, unconditional: GaussianMixture, weight: float = 1.0) -> Reward:
     """Classifier-free guidance: `[p(x|y) / p(x)]^w`."""
     return Reward(lambda x, a, s: conditional.log_prob(x, a, s) - unconditional.log_prob(x, a, s), weight)
-
-
-def autoguidance_reward(conditional: GaussianMixture, weak: GaussianMixture, weight: float = 1.0) -> Reward:
-    """Autoguidance (Karras et al. 2024): `[p(x|y) / p_weak(x|y)]^w`, the weak model's data given as a mixture."""
-    return classifier_free_reward(conditional, weak, weight)
-
-
-def classifier_reward(
-    mixtures: Sequence[GaussianMixture], label: int, weight: float = 1.0, priors: Sequence[float] | None = None
-) -> Reward:
-    """Classifier guidance with Bayes' own noise-aware classifier: `p(y|x)^w`, equal priors by default.
-
-    Raises:
-        ValueError: the label names no mixture, or priors are not one positive number per mixture.
-    """
-    if not 0 <= label < len(mixtures):
-        raise ValueError(f"label must be in 0..{len(mixtures) - 1}, got {label}")
-    shares = torch.ones(len(mixtures)) if priors is None else torch.as_tensor(priors)
-    if shares.shape != (len(mixtures),) or not (shares > 0).all():
-        raise ValueError(f"priors must be {len(mixtures)} positive numbers, got {priors}")
-    log_priors = shares.to(torch.float64).log()
-
-    def log_value(x: Tensor, alpha: float, sigma: float) -> Tensor:
-        joint = torch.stack([mixture.log_prob(x, alpha, sigma) for mixture in mixtures], dim=1)
-        return (joint + log_priors).log_softmax(dim=1)[:, label]
-
-    return Reward(log_value, weight)
-
-
-def logits_reward(
-    logits: Callable[[Float[Tensor, "batch dim"]], Float[Tensor, "batch classes"]], label: int, weight: float = 1.0
-) -> Reward:
-    """Classifier guidance with any classifier of clean points, used at every level as off-the-shelf guidance does."""
-    return Reward(lambda x, alpha, sigma: logits(x).log_softmax(dim=1)[:, label], weight)
 
 
 def callable_reward(

@@ -8,7 +8,6 @@ from companion.exact import (
     DDPMChain,
     GaussianMixture,
     Grid,
-    MixtureDenoiser,
     NoiseSchedule,
     accuracy,
     classifier_free_reward,
@@ -25,6 +24,7 @@ from companion.exact import (
     wasserstein1,
 )
 from companion.guidance.parametrization import PREDICTION_TYPES
+from tests.mixture_denoiser import MixtureDenoiser
 
 SCHEDULE = linear_schedule(20)
 

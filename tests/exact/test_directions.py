@@ -6,22 +6,16 @@ from companion.exact import (
     DDPMChain,
     GaussianMixture,
     Grid,
-    autoguidance_reward,
     callable_reward,
     cfg_direction,
     classifier_free_reward,
-    classifier_reward,
     covariance_direction,
-    covariance_guidance,
     direction_error,
     direction_field,
     error_split,
     guided,
-    interval,
     jacobian_matrix,
     linear_schedule,
-    logits_reward,
-    mixture_of,
     mixture_prediction,
     rectified_direction,
     reward_direction,
@@ -43,35 +37,20 @@ def some_points(count=9):
     return torch.randn(count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-def test_rewards_of_one_problem_agree():
-    """With two equally likely classes, classifier guidance and classifier-free guidance differ by a constant."""
+def test_the_reward_of_classifier_free_guidance_is_a_classifiers():
+    """With two equally likely classes, `[p(x|y)/p(x)]^w` and Bayes' `p(y|x)^w` differ by a constant."""
     data, conditional, unconditional = branches()
     x, weight = some_points(), 1.7
-    classifier = classifier_reward(data.classes, 0, weight)
-    free = classifier_free_reward(data.classes[0], data.unconditional, weight)
-    constant = weight * torch.log(torch.tensor(0.5, dtype=torch.float64))
-    torch.testing.assert_close(classifier.log(x, 0.8, 0.6), free.log(x, 0.8, 0.6) + constant)
+    reward = classifier_free_reward(data.classes[0], data.unconditional, weight)
+    joint = torch.stack([mixture.log_prob(x, 0.8, 0.6) for mixture in data.classes], dim=1)
+    constant = torch.log(torch.tensor(0.5, dtype=torch.float64))
+    torch.testing.assert_close(weight * (joint.log_softmax(dim=1)[:, 0] - constant), reward.log(x, 0.8, 0.6))
     delta = cfg_direction(conditional, unconditional)
-    for reward in (classifier, free):
-        torch.testing.assert_close(reward_direction(reward, SCHEDULE)(x, 9), weight * delta(x, 9))
-    uneven = classifier_reward(data.classes, 0, weight, priors=[0.2, 0.6])
-    mixed = classifier_free_reward(data.classes[0], mixture_of(data.classes, [1, 3]), weight)
-    torch.testing.assert_close(uneven.gradient(x, 0.8, 0.6), mixed.gradient(x, 0.8, 0.6))
-    weak = GaussianMixture.isotropic([1.0], [[0.0, 0.0]], 0.8)
-    auto = autoguidance_reward(data.classes[0], weak, weight)
-    expected = weight * (data.classes[0].score(x) - weak.score(x))
-    torch.testing.assert_close(auto.gradient(x), expected, atol=1e-9, rtol=1e-9)
-
-    def logits(z):
-        return torch.stack([m.log_prob(z) for m in data.classes], dim=1)
-
-    torch.testing.assert_close(logits_reward(logits, 0, weight)(x), classifier(x))
+    torch.testing.assert_close(reward_direction(reward, SCHEDULE)(x, 9), weight * delta(x, 9))
+    scores = data.classes[0].score(x) - data.unconditional.score(x)
+    torch.testing.assert_close(reward.gradient(x), weight * scores, atol=1e-9, rtol=1e-9)
     plain = callable_reward(lambda z: -z.square().sum(dim=1), 0.5)
     torch.testing.assert_close(plain.gradient(x, 0.3, 0.9), -x)
-    with pytest.raises(ValueError, match="label"):
-        classifier_reward(data.classes, 2)
-    with pytest.raises(ValueError, match="priors"):
-        classifier_reward(data.classes, 0, priors=[1.0])
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -155,12 +134,6 @@ def test_rectified_is_closer_to_golden(fields):
     assert (direction_error(optimal, optimal) == 0).all()
 
 
-def test_interval():
-    direction = interval(lambda x, t: torch.ones_like(x), 3, 5)
-    x = some_points(2)
-    assert [float(direction(x, t).sum()) for t in (2, 3, 5, 6)] == [0, 4, 4, 0]
-
-
 def gaussian_golden(conditional, unconditional, x, alpha, sigma, weight):
     """-σ ∇ log ∫ p_c(x_0|x) [p_c(x_0)/p_u(x_0)]^w dx_0 for single Gaussians, by autograd of the Gaussian integral."""
     c, u = conditional.covariances[0], unconditional.covariances[0]
@@ -183,16 +156,13 @@ def test_bracket_is_exact_for_gaussians(weight):
     unconditional = GaussianMixture([1.0], [[0.0, 0.1, -0.4]], (0.5 * small + extra)[None])
     schedule = linear_schedule(10, 0.01, 0.3)
     x = torch.randn(5, 3, dtype=torch.float64, generator=generator)
-    guidance = covariance_guidance(
-        mixture_prediction(conditional, schedule),
-        mixture_prediction(unconditional, schedule),
-        schedule,
-        weight,
-        floor=1e-9,
-    )
+    predictions = [mixture_prediction(mixture, schedule) for mixture in (conditional, unconditional)]
     for t in (1, 5, 10):
+        k_c, k_u = (jacobian_matrix(prediction, x, t, schedule) for prediction in predictions)
+        delta = predictions[0](x, t) - predictions[1](x, t)
+        direction = covariance_direction(k_c, k_u, delta, weight, floor=1e-9)
         expected = gaussian_golden(conditional, unconditional, x, *schedule.level(t), weight)
-        torch.testing.assert_close(weight * guidance(x, t), expected, atol=1e-10, rtol=1e-9)
+        torch.testing.assert_close(weight * direction, expected, atol=1e-10, rtol=1e-9)
 
 
 def test_estimates_of_the_bracket():

@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from companion.exact import GaussianMixture, MixtureDenoiser, alphas_cumprod_levels, mixture_of
+from companion.exact import GaussianMixture, mixture_of
 from companion.guidance.parametrization import PREDICTION_TYPES, clean_from_output, rectification_coefficients
+from tests.mixture_denoiser import MixtureDenoiser, alphas_cumprod_levels
 
 LEVELS = {
     "epsilon": lambda t: (torch.cos(t), torch.sin(t)),

@@ -16,8 +16,9 @@ from torch import Tensor
 
 import companion
 from companion import PRODUCTS, GuidanceStep, RectifiedGuidanceConfig, rectified_guidance
-from companion.exact.mixtures import GaussianMixture, MixtureDenoiser
+from companion.exact.mixtures import GaussianMixture
 from tests.dense_products import products_of
+from tests.mixture_denoiser import MixtureDenoiser
 from tests.pipelines.tiny import tiny_dit, tiny_sd
 from tests.pipelines.tiny_zoo import RESIDENTS
 

@@ -27,7 +27,8 @@ from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import (
 from diffusers.modular_pipelines.stable_diffusion_xl.denoise import StableDiffusionXLDenoiseStep
 from torch import Tensor, nn
 
-from companion.exact.mixtures import GaussianMixture, MixtureDenoiser
+from companion.exact.mixtures import GaussianMixture
+from tests.mixture_denoiser import MixtureDenoiser
 
 WORDS, WIDTH, POOLED = 3, 8, 8
 

@@ -9,15 +9,12 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
 from companion.errors import explained
-from companion.evaluation.metrics.metrics import ClipNetwork
 from companion.minis import clip
 from companion.minis.scenes import SIZE
 from companion.pipelines.hub import hub_folder
 from companion.pipelines.saved import load_model
 
 PAPER_CLIP = "openai/clip-vit-base-patch16"
-CLIP_NETWORKS = ("mini-clip", PAPER_CLIP)
-"""What `clip_network` is asked for: the shipped one, and one of the hub's; any other CLIP of the hub or in a folder."""
 
 
 class SceneClip:
@@ -80,15 +77,6 @@ class PaperClip:
         padding = {"padding": True, "truncation": True, "max_length": longest}
         tokens = self._processor.tokenizer(list(captions), **padding, return_tensors="pt").to(self._model.device)
         return self._model.get_text_features(**tokens).pooler_output.float().cpu()
-
-
-def clip_network(name: str, device: torch.device | str = "cpu") -> ClipNetwork:
-    """`mini-clip`, or a CLIP of the hub (its name or a local folder).
-
-    Raises:
-        ValueError: it is unavailable.
-    """
-    return SceneClip(device) if name == SceneClip.name else PaperClip(name, device)
 
 
 def _loaded(source: str) -> tuple[CLIPModel, CLIPProcessor]:

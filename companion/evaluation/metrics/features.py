@@ -1,8 +1,7 @@
 """What pictures look like to a network: features and logits, in which FID, Inception score and the others are measured.
 
 The network is exchangeable. For scenes it is the shipped scene classifier, which is to them what Inception-v3 is to
-photographs and answers to the name "mini-inception" as well; Inception-v3 (Szegedy et al. 2016, the
-weights of the original FID) is the `inception` extra.
+photographs; Inception-v3 (Szegedy et al. 2016, the weights of the original FID) is the `inception` extra.
 """
 
 from collections.abc import Iterable
@@ -17,9 +16,6 @@ from companion.evaluation.sampling.folder import Pixels
 from companion.minis.classifier import WEIGHTS, load_classifier
 from companion.minis.scene_regressor import load_regressor, with_coordinates
 from companion.minis.scenes import SHAPES, SIZE
-
-NETWORKS = ("scenes", "inception")
-_ALIASES = {"mini-inception": "scenes"}
 
 
 class Features(NamedTuple):
@@ -122,20 +118,6 @@ class InceptionFeatures:
     def __call__(self, images: UInt8[Tensor, "batch 3 height width"]) -> Features:
         features, logits = self._network(images.to(self._device))
         return Features(features.float(), logits.float())
-
-
-def feature_network(name: str, device: torch.device | str = "cpu") -> FeatureNetwork:
-    """One of `NETWORKS`; "mini-inception" is another name of "scenes".
-
-    Raises:
-        ValueError: the name is unknown, or the network is not installed.
-    """
-    known = _ALIASES.get(name, name)
-    if known == "scenes":
-        return SceneFeatures(device)
-    if known == "inception":
-        return InceptionFeatures(device)
-    raise ValueError(f"feature network must be one of {', '.join(NETWORKS)}, got {name!r}")
 
 
 def extract(network: FeatureNetwork, batches: Iterable[Pixels]) -> Features:

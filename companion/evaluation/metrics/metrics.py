@@ -4,7 +4,6 @@ Every figure comes with a 95 % interval for a new run of as many samples, the re
 Inception score are biased in small samples, and a resample holds fewer different pictures than the sample: percentiles
 of resampled values would lie away from the figure. So the interval is the figure ± 1.96 standard deviations of the
 resampled values, or of the figure's linear expansion in the sample (the infinitesimal jackknife, Efron 1982).
-Calibration errors are `companion.calibration.errors`' measures; here they get their interval.
 """
 
 import math
@@ -16,8 +15,6 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from companion.calibration.errors import smooth_calibration_error
-from companion.calibration.loss import confidence_and_correctness
 from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.metrics.reference_statistics import GaussianStatistics, statistics_of
 from companion.seeding import sample_generators
@@ -242,23 +239,6 @@ def class_agreement(logits: Float[Tensor, "samples classes"], asked: Int[Tensor,
     if int(asked.min()) < 0 or int(asked.max()) >= logits.shape[1]:
         raise ValueError(f"asked must be from 0 to {logits.shape[1] - 1}, got {int(asked.min())} to {int(asked.max())}")
     return share(logits.cpu().argmax(dim=1) == asked.cpu())
-
-
-def calibration_error(
-    logits: Float[Tensor, "samples classes"], asked: Int[Tensor, " samples"], *, resamples: int = 100, seed: int = 0
-) -> Figure:
-    """The smooth calibration error of the evaluating classifier on the samples.
-
-    Raises:
-        ValueError: see `companion.calibration.errors`.
-    """
-    confidence, correct = confidence_and_correctness(logits.double().cpu(), asked.cpu())
-    value = smooth_calibration_error(confidence, correct).error
-    drawn = []
-    for generator in sample_generators(seed, range(resamples)):
-        chosen = torch.randint(len(asked), (len(asked),), generator=generator)
-        drawn.append(smooth_calibration_error(confidence[chosen], correct[chosen]).error)
-    return _around(value, float(torch.tensor(drawn).std()), f"bootstrap, {resamples} resamples", len(asked))
 
 
 class ClipNetwork(Protocol):

@@ -110,24 +110,6 @@ def mixture_problem(alpha: float, *, dimension: int = 64, batch: int = 4, seed: 
     return DifferenceProblem(f"mixture, α = {alpha:g}", denoiser, x, reference, coefficients)
 
 
-def random_problem(sigma: float = 0.8, *, batch: int = 4, seed: int = 0) -> DifferenceProblem:
-    """A small convolutional network with random weights as ε, and another as the reference."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        conditional, reference = (
-            nn.Sequential(nn.Conv2d(4, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 4, 3, padding=1)) for _ in range(2)
-        )
-    x = torch.randn(batch, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-    def denoiser(weights: torch.dtype, dtype: torch.dtype) -> Denoiser:
-        return deepcopy(conditional).to(weights).to(dtype)
-
-    with torch.no_grad():
-        prediction = reference.double()(x)
-    coefficients = rectification_coefficients("epsilon", (1 - sigma**2) ** 0.5, sigma)
-    return DifferenceProblem(f"random network, σ = {sigma:g}", denoiser, x, prediction, coefficients)
-
-
 def pipeline_problems(
     pipe: DiTPipeline,
     labels: Sequence[int],

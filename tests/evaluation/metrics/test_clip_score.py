@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import HfApi
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from companion.evaluation.metrics.clip_score import PaperClip, SceneClip, clip_network
+from companion.evaluation.metrics.clip_score import PaperClip, SceneClip
 from companion.evaluation.metrics.metrics import clip_score
 from companion.minis.captions import caption_tokenizer
 from companion.minis.scenes import render, scene
@@ -23,8 +23,8 @@ def pictures(number):
 
 
 def test_scenes_score_by_their_captions():
-    network = clip_network("mini-clip")
-    assert isinstance(network, SceneClip) and network.name == "mini-clip"
+    network = SceneClip()
+    assert network.name == "mini-clip"
     pixels, captions = pictures(60)
     images, words = network.embed_images(pixels), network.embed_captions(captions)
     own, others = clip_score(images, words), clip_score(images, words.roll(1, 0))
@@ -54,8 +54,8 @@ def saved(tmp_path_factory):
 def test_a_saved_clip_scores_as_torchmetrics_does(saved):
     from torchmetrics.functional.multimodal import clip_score as theirs
 
-    network = clip_network(str(saved))
-    assert isinstance(network, PaperClip) and network.name == str(saved)
+    network = PaperClip(str(saved))
+    assert network.name == str(saved)
     pixels, captions = pictures(3)
     images, words = network.embed_images(pixels), network.embed_captions(captions)
     model, processor = CLIPModel.from_pretrained(saved).eval(), CLIPProcessor.from_pretrained(saved)
@@ -85,7 +85,7 @@ def test_what_cannot_be_had_is_said_in_seconds(tmp_path, monkeypatch, source):
     source = str(tmp_path) if source == "folder" else source  # an empty one
     start = time.monotonic()
     with pytest.raises(ValueError, match=r"is unavailable|cannot be loaded") as refused:
-        clip_network(source)
+        PaperClip(source)
     assert source in str(refused.value) and str(refused.value).count("\n") == 0
     assert time.monotonic() - start < 5
 

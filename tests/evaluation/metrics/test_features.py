@@ -9,13 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from companion.evaluation.metrics.features import (
-    InceptionFeatures,
-    RegressorFeatures,
-    SceneFeatures,
-    extract,
-    feature_network,
-)
+from companion.evaluation.metrics.features import InceptionFeatures, RegressorFeatures, SceneFeatures, extract
 from companion.evaluation.metrics.image_sets import captioned_files, open_images
 from companion.evaluation.sampling.runs import sample
 from companion.evaluation.sampling.settings import SamplingSettings
@@ -38,8 +32,7 @@ def save(folder: Path, pixels: np.ndarray) -> Path:
 
 
 def test_scene_features_are_the_classifiers():
-    pixels, network = scenes(12), feature_network("mini-inception")
-    assert isinstance(network, SceneFeatures)
+    pixels, network = scenes(12), SceneFeatures()
     found = extract(network, iter([pixels[:5], pixels[5:]]))
     scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     judge = load_classifier()
@@ -60,8 +53,6 @@ def test_inception_is_an_extra_and_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     with pytest.raises(ValueError, match=r'need the extra: pip install -e "\.\[inception\]"'):
         InceptionFeatures()
-    with pytest.raises(ValueError, match="one of scenes, inception, got 'resnet'"):
-        feature_network("resnet")
 
 
 def test_inception_gives_features_and_logits(monkeypatch):
@@ -81,7 +72,7 @@ def test_inception_gives_features_and_logits(monkeypatch):
     module.FeatureExtractorInceptionV3 = Extractor
     monkeypatch.setitem(sys.modules, "torch_fidelity", type(sys)("torch_fidelity"))
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
-    network = feature_network("inception")
+    network = InceptionFeatures()
     found = extract(network, iter([np.zeros((3, 8, 8, 3), np.uint8)]))
     assert asked == [("inception-v3-compat", ["2048", "logits_unbiased"])]
     assert found.features.shape == (3, network.dimensions) and found.logits.shape == (3, 1008)

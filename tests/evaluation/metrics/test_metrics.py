@@ -14,9 +14,7 @@ from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
-from companion.calibration.errors import smooth_calibration_error
 from companion.evaluation.metrics.metrics import (
-    calibration_error,
     class_agreement,
     clip_score,
     fid,
@@ -160,14 +158,6 @@ def test_shares_and_agreement():
         class_agreement(logits, asked[:2])
     with pytest.raises(ValueError, match="from 0 to 2"):
         class_agreement(logits, torch.tensor([0, 1, 3]))
-
-
-def test_calibration_error_is_the_calibration_rooms():
-    logits, asked = 2 * normal(9, 150, 4), torch.arange(150) % 4
-    confidence, seen = logits.softmax(dim=1).max(dim=1)
-    found = calibration_error(logits, asked, resamples=20)
-    assert found.value == pytest.approx(smooth_calibration_error(confidence, seen == asked).error)
-    assert found.low < found.value < found.high
 
 
 def test_clip_score_in_closed_form():

@@ -12,7 +12,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 import companion
 from companion import PRODUCTS, ConstantWeight, RectifiedGuidanceConfig
-from companion.exact.mixtures import GaussianMixture, MixtureDenoiser, alphas_cumprod_levels
+from companion.exact.mixtures import GaussianMixture
 from companion.guidance.classifier.scores import ClassifierScore, score_logits, tilted_weights
 from companion.pipelines.adm import loading
 from companion.pipelines.adm.checkpoint import classifier_from_checkpoint, unet_from_checkpoint
@@ -22,6 +22,7 @@ from companion.pipelines.adm.pipeline import ADMPipeline
 from companion.pipelines.adm.presets import NOISY, PUBLISHED_GUIDANCE, ADMPreset, published_guidance
 from companion.pipelines.levels import alpha_bar_table
 from tests.dense_products import products_of
+from tests.mixture_denoiser import MixtureDenoiser, alphas_cumprod_levels
 from tests.pipelines.adm.test_checkpoint import TINY, published_classifier, published_unet
 
 SHAPE, STEPS = (3, 2, 2), 6

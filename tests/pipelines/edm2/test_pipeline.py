@@ -10,11 +10,12 @@ from torch import Tensor
 
 import companion
 from companion import PRODUCTS, ConstantWeight, IntervalWeight, LinearWeight, RectifiedGuidanceConfig
-from companion.exact.mixtures import GaussianMixture, MixtureDenoiser
+from companion.exact.mixtures import GaussianMixture
 from companion.guidance.noise_level import NoiseLevel
 from companion.pipelines.edm2.pipeline import EDM2Pipeline
 from companion.pipelines.edm2.sampler import karras_levels
 from tests.dense_products import products_of
+from tests.mixture_denoiser import MixtureDenoiser
 from tests.networks.test_edm2 import tiny_unet
 from tests.pipelines.tiny import tiny_autoencoder
 
