@@ -209,13 +209,13 @@ def read_arrays(path: str | Path, names: Collection[str], what: str = "file") ->
             raise ValueError(f"{what} {path} cannot be read as a npz file: {reason(error)}") from error
 
 
-def array_names(path: str | Path, what: str = "file") -> list[str]:
+def array_names(path: str | Path) -> list[str]:
     """Names of the arrays of a npz file; raises as `read_arrays`."""
-    with open_file(path, what) as file:
+    with open_file(path) as file:
         try:
             return [entry.filename.removesuffix(".npy") for entry in check_archive(file).infolist()]
         except Exception as error:
-            raise ValueError(f"{what} {path} cannot be read as a npz file: {reason(error)}") from error
+            raise ValueError(f"file {path} cannot be read as a npz file: {reason(error)}") from error
 
 
 def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:

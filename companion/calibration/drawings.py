@@ -177,7 +177,7 @@ def draw_tilts(tilted: Mapping[int, Mapping[float, Mapping[str, Interval]]], exa
 
 
 def draw_generated(
-    data: Toy, shown: Mapping[str, ClassifierGuidance], schedule: NoiseSchedule, *, count: int = 800, seed: int = 7
+    data: Toy, shown: Mapping[str, ClassifierGuidance], schedule: NoiseSchedule, *, count: int = 800
 ) -> Figure:
     """Samples of every guidance towards class 0; grey, the density of all classes, outlined, that of the class."""
     fine = data.grid(150)
@@ -190,7 +190,7 @@ def draw_generated(
         draw_density(axis, fine, everything)
         axis.contour(*fine.axes, wanted.T, levels=[0.05], colors="k", linewidths=0.8)
         draw_samples(
-            axis, ancestral_samples(chain, count, 2, torch.Generator().manual_seed(seed)), OTHER_COLOURS[0], size=3
+            axis, ancestral_samples(chain, count, 2, torch.Generator().manual_seed(7)), OTHER_COLOURS[0], size=3
         )
         axis.set_title(name, fontsize="small")
     return figure

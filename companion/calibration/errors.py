@@ -91,9 +91,7 @@ def smooth_calibration_error_at(
 
 
 @torch.no_grad()
-def calibration(
-    logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"], *, bins: int = 15
-) -> Calibration:
+def calibration(logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]) -> Calibration:
     """Accuracy, confidence, cross-entropy and both calibration errors of the top class.
 
     Raises:
@@ -104,7 +102,7 @@ def calibration(
         accuracy=float(correct.double().mean()),
         confidence=float(confidence.mean()),
         cross_entropy=float(torch.nn.functional.cross_entropy(logits.double(), labels)),
-        binned_error=binned_calibration_error(confidence, correct, bins=bins),
+        binned_error=binned_calibration_error(confidence, correct),
         smooth_error=smooth_calibration_error(confidence, correct).error,
     )
 

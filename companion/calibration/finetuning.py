@@ -81,12 +81,9 @@ def noised(
     images: Float[Tensor, "batch ..."],
     alphas_cumprod: Float[Tensor, " steps"],
     generator: torch.Generator,
-    *,
-    timesteps: Int[Tensor, " batch"] | None = None,
 ) -> tuple[Float[Tensor, "batch ..."], Int[Tensor, " batch"]]:
-    """`√ᾱ_t x_0 + √(1-ᾱ_t) ε` at timesteps drawn uniformly (or given): what a noise-aware classifier is trained on."""
-    if timesteps is None:
-        timesteps = torch.randint(0, len(alphas_cumprod), (len(images),), generator=generator)
+    """`√ᾱ_t x_0 + √(1-ᾱ_t) ε` at timesteps drawn uniformly: what a noise-aware classifier is trained on."""
+    timesteps = torch.randint(0, len(alphas_cumprod), (len(images),), generator=generator)
     alpha_bar = alphas_cumprod.to(images)[timesteps].view(-1, *(1,) * (images.ndim - 1))
     noise = torch.randn(images.shape, generator=generator).to(images)
     return alpha_bar.sqrt() * images + (1 - alpha_bar).sqrt() * noise, timesteps.to(images.device)
@@ -94,7 +91,7 @@ def noised(
 
 @torch.no_grad()
 def held_out_logits(
-    model: nn.Module, batches: Sequence[Batch], alphas_cumprod: Float[Tensor, " steps"] | None = None, *, seed: int = 0
+    model: nn.Module, batches: Sequence[Batch], alphas_cumprod: Float[Tensor, " steps"] | None = None
 ) -> tuple[Float[Tensor, "samples classes"], Int[Tensor, " samples"]]:
     """Logits and labels of held-out batches in eval mode; noisy with the same noise at every call if levels are given.
 
@@ -107,7 +104,7 @@ def held_out_logits(
     model.eval()
     logits = []
     for i, (images, _) in enumerate(batches):
-        inputs = _inputs(images, alphas_cumprod, torch.Generator().manual_seed(sample_seed(seed, i)))
+        inputs = _inputs(images, alphas_cumprod, torch.Generator().manual_seed(sample_seed(0, i)))
         logits.append(_logits(model, inputs))
     model.train(mode)
     return torch.cat(logits), torch.cat([labels for _, labels in batches])

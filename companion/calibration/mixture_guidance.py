@@ -153,18 +153,15 @@ class GradientErrors:
     chain_rule: float
 
 
-def gradient_errors(
-    data: Toy, label: int, schedule: NoiseSchedule, t: int, *, count: int = 2000, seed: int | None = None
-) -> GradientErrors:
+def gradient_errors(data: Toy, label: int, schedule: NoiseSchedule, t: int, *, count: int = 2000) -> GradientErrors:
     """The plain score's gradients at step t.
 
     Args:
         count: points x_t.
-        seed: of the points; None takes t.
     """
     alpha, sigma = schedule.level(t)
     unconditional = data.unconditional
-    x = unconditional.sample(count, torch.Generator().manual_seed(t if seed is None else seed), alpha, sigma)
+    x = unconditional.sample(count, torch.Generator().manual_seed(t), alpha, sigma)
     optimal = classifier_gradient(bayes_logits(data.classes, alpha, sigma), x, label).gradient
     found = rectified_classifier_gradient(
         lambda z: unconditional.noise(z, alpha, sigma), bayes_logits(data.classes), x, label, alpha=alpha, sigma=sigma
@@ -237,14 +234,7 @@ def component_log_joint(mixture: GaussianMixture, x: Float[Tensor, "batch dim"])
 
 
 def measured_fidelity(
-    data: Toy,
-    label: int,
-    guidance: ClassifierGuidance,
-    schedule: NoiseSchedule,
-    *,
-    seeds: int = 4,
-    count: int = 400,
-    first_seed: int = 0,
+    data: Toy, label: int, guidance: ClassifierGuidance, schedule: NoiseSchedule, *, seeds: int = 4, count: int = 400
 ) -> dict[str, Interval]:
     """What the guided chain generates, per measure of `Fidelity` the mean of independent runs with its 95 % interval.
 
@@ -257,8 +247,8 @@ def measured_fidelity(
     """
     target = data.classes[label]
     level = high_density_level(target, data.grid(301))
-    draws = target.sample(count, torch.Generator().manual_seed(sample_seed(first_seed, 2**20)))
-    generators = sample_generators(first_seed, range(seeds))
+    draws = target.sample(count, torch.Generator().manual_seed(sample_seed(0, 2**20)))
+    generators = sample_generators(0, range(seeds))
     chain = DDPMChain(classifier_guided(data, label, guidance, schedule), schedule)
     # All runs side by side, each with noise of its own: one pass through the chain instead of several.
     x = torch.cat([torch.randn(count, 2, dtype=torch.float64, generator=g) for g in generators])

@@ -32,18 +32,12 @@ def losses_over_temperature(
 
 
 def preferred_temperature(
-    logits: Float[Tensor, "samples classes"],
-    labels: Int[Tensor, " samples"],
-    loss: Loss,
-    *,
-    low: float = 0.1,
-    high: float = 10.0,
-    count: int = 201,
+    logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"], loss: Loss
 ) -> float:
-    """The T between `low` and `high`, on a logarithmic grid, with the smallest loss; at an end of the grid, the minimum
+    """The T between 0.1 and 10, on a logarithmic grid, with the smallest loss; at an end of the grid, the minimum
     lies beyond it.
 
     A grid, as a loss of bins' means jumps where a sample changes its bin.
     """
-    grid = torch.logspace(torch.tensor(low).log10(), torch.tensor(high).log10(), count, dtype=torch.float64)
+    grid = torch.logspace(torch.tensor(0.1).log10(), torch.tensor(10.0).log10(), 201, dtype=torch.float64)
     return float(grid[losses_over_temperature(logits, labels, loss, grid).argmin()])

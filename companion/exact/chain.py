@@ -328,27 +328,18 @@ class DDPMChain:
         )
 
     def tilted_push_forward(
-        self,
-        grid: Grid,
-        log_expected: Float[Tensor, "steps+1 *grid"],
-        *,
-        start: Float[Tensor, "*grid"] | None = None,
-        mass_tolerance: float = 1e-6,
+        self, grid: Grid, log_expected: Float[Tensor, "steps+1 *grid"], *, mass_tolerance: float = 1e-06
     ) -> Float[Tensor, "steps+1 *grid"]:
         """Densities under the exact kernels `p(x_{t-1}|x_t) E_{t-1}/E_t` of Theorem 4.1 (ii).
 
-        No step is renormalised: that the mass stays 1 is the theorem's claim that those kernels are normalised.
-
-        Args:
-            start: density of x_T; None is the theorem's, proportional to `N(0, I) E_T`.
+        The start is the theorem's, proportional to `N(0, I) E_T`. No step is renormalised: that the mass stays 1 is the
+        theorem's claim that those kernels are normalised.
 
         Raises:
             ValueError: the mass drifts by more than `mass_tolerance`.
         """
-        if start is None:
-            start = standard_normal(grid) * (log_expected[-1] - log_expected[-1].max()).exp()
-            start = start / mass(grid, start)
-        densities = [start]
+        start = standard_normal(grid) * (log_expected[-1] - log_expected[-1].max()).exp()
+        densities = [start / mass(grid, start)]
         for t in range(self.steps, 0, -1):
             # E_t spans hundreds of orders of magnitude; only ratios of it are formed.
             untilted = densities[-1].clamp(min=0).log() - log_expected[t]

@@ -63,7 +63,6 @@ def compare(
     schedule: NoiseSchedule,
     *,
     label: int = 0,
-    margin: float = 0.0,
     kinks: bool = False,
     finest: int = FINEST,
 ) -> list[Comparison]:
@@ -72,7 +71,7 @@ def compare(
     Args:
         weights: the paper's w.
         grid: fine enough for the data's narrowest Gaussian (`accuracy` tells); must hold the reward's largest values.
-        margin, kinks, finest: of `DDPMChain.optimum`.
+        kinks, finest: of `DDPMChain.optimum`.
 
     Raises:
         ValueError: no weights, or a label without data.
@@ -91,7 +90,7 @@ def compare(
         reward = classifier_free_reward(conditional, unconditional, weight)
         # The reward's largest value on the grid, and a little for what lies between its points.
         bound = float(evaluate(grid, reward).max()) + 0.1
-        optimal = chain.optimum(grid, reward, margin=margin, bound=bound, kinks=kinks, finest=finest).direction
+        optimal = chain.optimum(grid, reward, bound=bound, kinks=kinks, finest=finest).direction
         fields = {name: weight * field for name, field in unit.items()}
         comparisons.append(Comparison(data, label, weight, grid, reward, chain, fields, optimal, densities))
     return comparisons

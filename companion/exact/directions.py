@@ -113,17 +113,15 @@ def error_split(
     schedule: NoiseSchedule,
     optimal: Field,
     product: Product = "ones",
-    cfg: Direction | None = None,
 ) -> ErrorSplit:
     """Split a product's error exactly: the three parts telescope to the total.
 
     Args:
         conditional: ε_c, whose Jacobian is K.
-        reward: gives R_0; and R_t, unless `cfg` is given.
+        reward: gives R_0 and R_t.
         optimal: from `DDPMChain.optimal_direction`.
-        cfg: `w Δ` of networks, in place of `-√(1-ᾱ_t) ∇ log R_t`.
     """
-    delta = reward_direction(reward, schedule) if cfg is None else cfg
+    delta = reward_direction(reward, schedule)
 
     def k_direction(gradient: Callable[[Tensor, int, Tensor], Tensor], kind: Product) -> Direction:
         """product(K, gradient(x, t, x̂_0)) at the conditional branch."""

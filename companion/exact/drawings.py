@@ -19,6 +19,8 @@ from companion.exact.grids import Grid
 from companion.exact.sampling import Interval
 from companion.plotting import COLOURS
 
+_LINEAR = 1e-3  # of an axis of distances: linear below, logarithmic above
+
 
 def draw_plane(axis: Axes, grid: Grid) -> None:
     """The grid's region with equal axes and few ticks."""
@@ -27,11 +29,11 @@ def draw_plane(axis: Axes, grid: Grid) -> None:
     axis.tick_params(labelsize="x-small", length=2, pad=1)
 
 
-def draw_density(axis: Axes, grid: Grid, density: Float[Tensor, "first second"], *, cmap: str = "Greys") -> AxesImage:
+def draw_density(axis: Axes, grid: Grid, density: Float[Tensor, "first second"]) -> AxesImage:
     """A density in greys; the colour is its square root, so that thin structure shows."""
     (left, low), (right, high) = grid.lows, grid.highs
     norm = PowerNorm(0.5, vmin=0, vmax=float(density.max()))
-    image = axis.imshow(density.T.numpy(), origin="lower", extent=(left, right, low, high), cmap=cmap, norm=norm)
+    image = axis.imshow(density.T.numpy(), origin="lower", extent=(left, right, low, high), cmap="Greys", norm=norm)
     draw_plane(axis, grid)
     return image
 
@@ -112,26 +114,20 @@ def draw_bars(axis: Axes, distances: Mapping[str, Interval], colours: Mapping[st
 
 
 def draw_intervals(
-    axis: Axes,
-    distances: Mapping[str, Interval],
-    floor: float,
-    *,
-    colours: Mapping[str, object] = COLOURS,
-    linear: float = 1e-3,
+    axis: Axes, distances: Mapping[str, Interval], floor: float, *, colours: Mapping[str, object] = COLOURS
 ) -> None:
     """One dot and bar per method; values up to the noise floor are shaded.
 
-    The axis is linear between `-linear` and `linear` and logarithmic outside: unbiased estimates of a small distance
+    The axis is linear between -0.001 and 0.001 and logarithmic outside: unbiased estimates of a small distance
     may be 0 or below, and are drawn where they are.
 
     Args:
         colours: one for every method.
-        linear: above 0, in the distances' units.
     """
     draw_bars(axis, distances, colours)
     ends = [end for low, _, high in distances.values() for end in (low, high)]
-    axis.set_xscale("symlog", linthresh=linear, linscale=0.7)
-    axis.set_xlim(min(*ends, -linear / 2) * 1.2, max(*ends, floor, linear) * 1.5)
+    axis.set_xscale("symlog", linthresh=_LINEAR, linscale=0.7)
+    axis.set_xlim(min(*ends, -_LINEAR / 2) * 1.2, max(*ends, floor, _LINEAR) * 1.5)
     axis.axvspan(-1e3, max(floor, 0.0), color="0.9", zorder=0, linewidth=0)
     axis.axvline(0, color="0.6", linewidth=0.8, zorder=1)
     axis.set(yticks=range(len(distances)), yticklabels=list(distances))

@@ -36,9 +36,9 @@ def ramp(colour: str, count: int) -> list[tuple[float, ...]]:
     return [tuple((1 - s * (1 - full)).tolist()) for s in torch.linspace(0.35, 1, count).tolist()]
 
 
-def draw_target(axis: Axes, grid: Grid, density: Float[Tensor, " points"], label: str = r"target $p R_0/Z$") -> None:
+def draw_target(axis: Axes, grid: Grid, density: Float[Tensor, " points"]) -> None:
     """A density as a grey area with a thin black edge."""
-    axis.fill_between(grid.axes[0], density, color="0.9", lw=0, label=label)
+    axis.fill_between(grid.axes[0], density, color="0.9", lw=0, label=r"target $p R_0/Z$")
     axis.plot(grid.axes[0], density, color=COLOURS["target"], lw=0.6)
 
 

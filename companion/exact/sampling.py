@@ -20,18 +20,11 @@ class Interval(NamedTuple):
 
 
 def ancestral_samples(
-    chain: DDPMChain,
-    count: int,
-    dimension: int,
-    generator: torch.Generator,
-    *,
-    start: Float[Tensor, "count dim"] | None = None,
-    chunk: int = 8192,
+    chain: DDPMChain, count: int, dimension: int, generator: torch.Generator, *, chunk: int = 8192
 ) -> Float[Tensor, "count dim"]:
     """Draw x_0 by the chain's own kernels (guided: `chain.with_prediction(...)`).
 
     Args:
-        start: x_T; None draws it from N(0, I).
         chunk: samples evaluated at a time.
 
     Raises:
@@ -39,7 +32,7 @@ def ancestral_samples(
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    x = torch.randn(count, dimension, dtype=torch.float64, generator=generator) if start is None else start
+    x = torch.randn(count, dimension, dtype=torch.float64, generator=generator)
     with torch.no_grad():
         for t in range(chain.steps, 0, -1):
             noise = torch.randn(x.shape, dtype=torch.float64, generator=generator)
@@ -80,7 +73,6 @@ def energy_distance_difference(
     generator: torch.Generator,
     *,
     resamples: int = 200,
-    level: float = 0.95,
 ) -> Interval:
     """Energy distance of x to y minus that of `other` to y, with a paired bootstrap interval.
 
@@ -92,11 +84,11 @@ def energy_distance_difference(
     """
     if x.shape != other.shape:
         raise ValueError(f"paired samples must have one shape, got {tuple(x.shape)} and {tuple(other.shape)}")
-    _check_bootstrap(resamples, level)
+    _check_bootstrap(resamples, 0.95)
     a, b = (_multinomial_weights(len(z), resamples, generator) for z in (x, y))
     between = ((a @ (torch.cdist(x, y) - torch.cdist(other, y))) * b).sum(dim=1)
     values = 2 * between - (_within(x, a) - _within(other, a))
-    return _mirrored(energy_distance(x, y) - energy_distance(other, y), values, level)
+    return _mirrored(energy_distance(x, y) - energy_distance(other, y), values, 0.95)
 
 
 def seed_interval(values: Sequence[float], level: float = 0.95) -> Interval:

@@ -86,8 +86,8 @@ def tangential_reference(
 
 
 def magnitude_factor(
-    conditional: Float[Tensor, "batch ..."], reference: Float[Tensor, "batch ..."], sharpness: float = 8.0
+    conditional: Float[Tensor, "batch ..."], reference: Float[Tensor, "batch ..."]
 ) -> Float[Tensor, " batch"]:
-    """`exp(-α ‖Δ‖/‖u‖)`, the share of w that magnitude-aware guidance applies; α is the `sharpness`."""
+    """`exp(-α ‖Δ‖/‖u‖)`, the share of w that magnitude-aware guidance applies, with α = 8."""
     ratio = (conditional - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
-    return (-sharpness * ratio).exp()
+    return (-8.0 * ratio).exp()

@@ -48,7 +48,6 @@ def train_edm2(
     config: TrainingConfig = TRAINING,
     *,
     window: SceneWindow | None = None,
-    dropped: float = 0.1,
 ) -> dict:
     """Train `network`, called as `network(x, σ, class_labels=weights)`, in place; returns `train`'s record.
 
@@ -61,7 +60,6 @@ def train_edm2(
         folder: checkpoints and log.
         network: fresh, or with trained weights to continue from.
         window: the scenes; None begins with the first.
-        dropped: share of labels replaced by the null label, all weights 0.
     """
     window = window or SceneWindow(autoencoder)
     middle = f"dec.{SIZE // 16}x{SIZE // 16}_in1"
@@ -81,7 +79,7 @@ def train_edm2(
         clean = SIGMA_DATA * latents
         sigma = (LOG_SIGMA[0] + LOG_SIGMA[1] * torch.randn(len(clean), generator=generator)).exp()
         noise = torch.randn(clean.shape, generator=generator)
-        conditional = torch.rand(len(clean), 1, generator=generator) >= dropped
+        conditional = torch.rand(len(clean), 1, generator=generator) >= 0.1
         class_labels = torch.eye(len(SHAPES))[labels(scenes)] * conditional
         level = sigma.view(-1, 1, 1, 1)
         denoised, read = model(clean + level * noise, sigma, class_labels=class_labels)

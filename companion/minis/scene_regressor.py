@@ -231,17 +231,15 @@ class SceneRegressor(nn.Module):
 
 
 @torch.no_grad()
-def ship_regressor(
-    network: ResNetForImageClassification, record: dict, autoencoder: AutoencoderKL, out: Path, *, samples: int = 2000
-) -> Path:
+def ship_regressor(network: ResNetForImageClassification, record: dict, autoencoder: AutoencoderKL, out: Path) -> Path:
     """Measure the regressor on held-out scenes and on their reconstructions, and write its folder."""
-    scenes = [scene(HELD_OUT_SEED, index, 1) for index in range(samples)]
+    scenes = [scene(HELD_OUT_SEED, index, 1) for index in range(2000)]
     classes, _ = targets(scenes)
     true = object_parameters(scenes)
     centre = torch.stack([true.centre_x, true.centre_y], dim=1).flatten(1)
     images, regressor, figures = render(scenes), SceneRegressor(network.eval()), {}
     for kind in ("held-out scenes", "of them reconstructed"):
-        count = samples if kind == "held-out scenes" else samples // 4
+        count = 2000 if kind == "held-out scenes" else 500
         shown = images if kind == "held-out scenes" else reconstructed(autoencoder, images[:count])
         parts = [vars(regressor(part)) for part in shown.split(250)]
         guess = SceneGuess(*(torch.cat([part[name] for part in parts]) for name in parts[0]))
@@ -261,7 +259,7 @@ def ship_regressor(
     return ship(network, "scene-regressor", text, record, figures, out)
 
 
-def load_regressor(device: str | torch.device = "cpu", folder: Path = WEIGHTS) -> SceneRegressor:
-    """The shipped regressor (or one trained anew, in `folder`), in eval mode, float32."""
-    network = ResNetForImageClassification.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+def load_regressor(device: str | torch.device = "cpu") -> SceneRegressor:
+    """The shipped regressor, in eval mode, float32."""
+    network = ResNetForImageClassification.from_pretrained(WEIGHTS, dtype=torch.float32, local_files_only=True)
     return SceneRegressor(network).eval().to(device)

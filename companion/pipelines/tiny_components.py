@@ -65,7 +65,7 @@ def _changed_component(record: Any, own: Mapping[str, Any], known: Mapping[str, 
     return changed
 
 
-def tiny_pipeline(name: str, dtype: torch.dtype = torch.float32) -> tuple[DiffusionPipeline, dict[str, Any]]:
+def tiny_pipeline(name: str) -> tuple[DiffusionPipeline, dict[str, Any]]:
     """A pipeline with small random weights, and arguments for one call without a generator.
 
     Raises:
@@ -84,8 +84,8 @@ def tiny_pipeline(name: str, dtype: torch.dtype = torch.float32) -> tuple[Diffus
     for component in pipe.components.values():
         if isinstance(component, nn.Module):  # some pipelines make a network of what they are given
             component.eval()
-    arguments = {key: _argument(value, key, dtype) for key, value in record["arguments"].items()}
-    return pipe.to(dtype), arguments
+    arguments = {key: _argument(value, key, torch.float32) for key, value in record["arguments"].items()}
+    return pipe.to(torch.float32), arguments
 
 
 def _component(record: Any) -> Any:

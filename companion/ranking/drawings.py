@@ -15,10 +15,11 @@ from companion.ranking.sampler import Chain, noise_levels, push_forward
 from companion.ranking.standings import Standing, standings
 
 _SHOWN = {"none": "unguided", "CFG": "CFG", "REG": "jvp", "covariance": "covariance"}
+_LEFT_OUT = ("REG, diagonal", "REG, every 3rd")
 _LOWEST, _HIGHEST = 0.015, 60.0
 
 
-def draw_ranking(ranking: Ranking, *, leave_out: Sequence[str] = ("REG, diagonal", "REG, every 3rd")) -> Figure:
+def draw_ranking(ranking: Ranking) -> Figure:
     """A row for every rule, a panel for every situation, and the price in front.
 
     A dot is the median share of no guidance's distance that is left, with its 95 % interval; a cross is the median at
@@ -26,7 +27,7 @@ def draw_ranking(ranking: Ranking, *, leave_out: Sequence[str] = ("REG, diagonal
     """
     found = {s: {x.rule: x for x in standings(ranking.problems, s)} for s in ranking.situations}
     oracle = {s: {x.rule: x for x in standings(ranking.problems, s, "oracle")} for s in ranking.situations}
-    names = [name for name in _by_mean_rank(found) if name not in leave_out]
+    names = [name for name in _by_mean_rank(found) if name not in _LEFT_OUT]
     figure, axes = plt.subplots(
         1,
         1 + len(found),

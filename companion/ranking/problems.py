@@ -187,32 +187,32 @@ def imperfect(data: Toy, weight: float, kind: str, *, autoguided: bool) -> Probl
     )
 
 
-def low_rank(dimension: int, seed: int, *, shared: int = 0, rank: int = 4) -> Toy:
+def low_rank(dimension: int, seed: int, *, shared: int = 0) -> Toy:
     """A random problem of any dimension: two classes of three Gaussians, each with a few wide directions of its own.
 
-    The means lie in a random subspace of `rank` dimensions (as many as there are, if fewer). Every covariance is
+    The means lie in a random subspace of 4 dimensions (as many as there are, if fewer). Every covariance is
     `0.3² I` plus a few random orthogonal directions of standard deviation about 0.4.
 
     Args:
         shared: how many of the first class's Gaussians the second has, too, 0 to 3.
 
     Raises:
-        ValueError: `shared` outside 0..3, a dimension or rank below 1.
+        ValueError: `shared` outside 0..3, a dimension below 1.
     """
     if not 0 <= shared <= 3:
         raise ValueError(f"shared must be in 0..3, got {shared}")
-    if dimension < 1 or rank < 1:
-        raise ValueError(f"dimension and rank must be at least 1, got {dimension} and {rank}")
+    if dimension < 1:
+        raise ValueError(f"dimension must be at least 1, got {dimension}")
     generator = torch.Generator().manual_seed(seed)
 
     def directions(count: int) -> Float[Tensor, "dim count"]:
         return torch.linalg.qr(torch.randn(dimension, count, dtype=torch.float64, generator=generator)).Q
 
-    inside = min(rank, dimension)
+    inside = min(4, dimension)
     means = 2.4 * torch.rand(2, 3, inside, dtype=torch.float64, generator=generator) - 1.2
     means = means @ directions(inside).T
     weights = torch.rand(2, 3, dtype=torch.float64, generator=generator) + 0.4
-    wide = min(rank, max(dimension // 2, 1))
+    wide = min(4, max(dimension // 2, 1))
     spreads = 0.3 + 0.2 * torch.rand(2, 3, wide, dtype=torch.float64, generator=generator)
     factors = torch.stack([torch.stack([directions(wide) for _ in range(3)]) for _ in range(2)])
     covariances = (factors * spreads[:, :, None] ** 2) @ factors.mT + 0.09 * torch.eye(dimension, dtype=torch.float64)

@@ -61,11 +61,11 @@ def draw_gallery(
     )
 
 
-def show_gallery(gallery: Gallery, columns: int = 10, rows: int = 2) -> Drawing:
-    """The first pictures in the order of their seeds, both sides under one another."""
+def show_gallery(gallery: Gallery, columns: int = 10) -> Drawing:
+    """The first two rows of pictures in the order of their seeds, both sides under one another."""
     strips = {
         f"{side}\n{first} to {first + columns - 1}": gallery.pictures[side][first : first + columns]
-        for first in range(0, rows * columns, columns)
+        for first in range(0, 2 * columns, columns)
         for side in SIDES
     }
     return plotting.gallery(strips, titles=[str(i) for i in range(columns)], size=0.95)

@@ -22,6 +22,7 @@ from companion.plotting import COLOURS
 
 SCALES = (1.0, 2.0, 4.0, 8.0, 15.0)
 MOST_SCALES = 12
+_SIZE = 1.15  # of a picture in the figure, in inches
 _NAMES: dict[SideName, str] = {"without": "CFG", "with_reg": "REG"}
 
 
@@ -116,7 +117,7 @@ def check_scales(scales: Sequence[float]) -> tuple[float, ...]:
     return tuple(sorted(float(scale) for scale in found))
 
 
-def draw_sweep(sweep: ScaleSweep, *, size: float = 1.15) -> Figure:
+def draw_sweep(sweep: ScaleSweep) -> Figure:
     """The sweep as one figure: a row for each scale, CFG at the left, REG at the right.
 
     Below each picture stands what the evaluator sees in it, in red where that was not asked for; without an evaluator,
@@ -124,12 +125,11 @@ def draw_sweep(sweep: ScaleSweep, *, size: float = 1.15) -> Figure:
 
     Args:
         sweep: finished or not.
-        size: of a picture, in inches.
     """
     count, rows = len(sweep.captions), len(sweep.scales)
-    width = size * 2 * count + 1.6
+    width = _SIZE * 2 * count + 1.6
     # A Figure of its own, without pyplot: pyplot's figures belong to no thread but the main one.
-    figure = Figure(figsize=(width, (size + 0.24) * rows + 0.6), dpi=110)
+    figure = Figure(figsize=(width, (_SIZE + 0.24) * rows + 0.6), dpi=110)
     figure.set_layout_engine("none")  # places are given below
     left = 0.75 / width
     for column, (name, title) in enumerate(_NAMES.items()):

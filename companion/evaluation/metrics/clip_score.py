@@ -22,13 +22,12 @@ class SceneClip:
 
     Args:
         device: where it runs.
-        folder: of its weights.
     """
 
     name = "mini-clip"
 
-    def __init__(self, device: torch.device | str = "cpu", folder: Path = clip.WEIGHTS) -> None:
-        self._model, self._device = clip.load_clip(device, folder), torch.device(device)
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._model, self._device = clip.load_clip(device), torch.device(device)
 
     @torch.no_grad()
     def embed_images(self, images: UInt8[Tensor, "batch 3 64 64"]) -> Float[Tensor, "batch dimensions"]:

@@ -5,7 +5,6 @@ photographs; Inception-v3 (Szegedy et al. 2016, the weights of the original FID)
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,9 +12,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from companion.evaluation.sampling.folder import Pixels
-from companion.minis.classifier import WEIGHTS, load_classifier
+from companion.minis.classifier import load_classifier
 from companion.minis.scene_regressor import load_regressor, with_coordinates
-from companion.minis.scenes import SHAPES, SIZE
+from companion.minis.scenes import SIZE
 
 
 class Features(NamedTuple):
@@ -42,13 +41,12 @@ class SceneFeatures:
 
     Args:
         device: where it runs.
-        folder: of the classifier's weights.
     """
 
     name = "scene-classifier"
 
-    def __init__(self, device: torch.device | str = "cpu", folder: Path = WEIGHTS) -> None:
-        self._network = load_classifier(device, folder).network
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._network = load_classifier(device).network
         self._device = torch.device(device)
         self.dimensions = int(self._network.config.hidden_sizes[-1])
 

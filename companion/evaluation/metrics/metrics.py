@@ -121,15 +121,13 @@ def inception_values(logits: Float[Tensor, "samples classes"]) -> Float[Tensor, 
     return divergence.mean().exp() * (1 + divergence - divergence.mean())
 
 
-def inception_score(
-    logits: Float[Tensor, "samples classes"], *, splits: int = 1, resamples: int = RESAMPLES, seed: int = 0
-) -> Figure:
+def inception_score(logits: Float[Tensor, "samples classes"], *, splits: int = 1, resamples: int = RESAMPLES) -> Figure:
     """`exp E KL(p(y|x) ‖ p(y))` (Salimans et al. 2016), the mean over as many parts of equal size as there are splits.
 
     Args:
         logits: of the samples, in their order.
         splits: 10 in the literature, for 50,000 samples; a part should hold thousands.
-        resamples, seed: of the bootstrap, within each part.
+        resamples: of the bootstrap, within each part.
 
     Raises:
         ValueError: fewer than two samples in a part.
@@ -151,8 +149,7 @@ def inception_score(
 
     value = score([torch.ones(len(part), dtype=torch.float64) for part in parts])
     drawn = [
-        score([_counts(len(part), generator) for part in parts])
-        for generator in sample_generators(seed, range(resamples))
+        score([_counts(len(part), generator) for part in parts]) for generator in sample_generators(0, range(resamples))
     ]
     return _around(value, float(torch.tensor(drawn).std()), f"bootstrap, {resamples} resamples", len(logits))
 

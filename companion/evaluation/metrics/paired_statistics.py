@@ -58,7 +58,6 @@ def paired_bootstrap(
     statistic: Callable[[Tensor], float],
     *,
     resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> Comparison:
     """Difference of any statistic of per-sample values; both sets are resampled by the same draws.
 
@@ -68,7 +67,6 @@ def paired_bootstrap(
     Args:
         statistic: of values whose first dimension is the samples.
         resamples: at least 2.
-        seed: of the draws.
 
     Raises:
         ValueError: not one value for each other, fewer than two samples or resamples, or a value is not finite.
@@ -78,7 +76,7 @@ def paired_bootstrap(
     _gaps(first, second)
     number = len(first)
     drawn = []
-    for generator in sample_generators(seed, range(resamples)):
+    for generator in sample_generators(0, range(resamples)):
         chosen = torch.randint(number, (number,), generator=generator)
         drawn.append(statistic(first[chosen]) - statistic(second[chosen]))
     spread = float(torch.tensor(drawn, dtype=torch.float64).std())

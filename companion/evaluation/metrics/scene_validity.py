@@ -84,7 +84,7 @@ class LawDistance(NamedTuple):
     samples: int
 
 
-def law_distances(found: Inversion, *, seed: int = 0) -> dict[str, LawDistance]:
+def law_distances(found: Inversion) -> dict[str, LawDistance]:
     """Distances of a run's nearest scenes from the law that scenes are drawn from.
 
     Total variation of colours and textures; Kolmogorov's distance of radii, of places (x and y, as shares of the room
@@ -92,7 +92,6 @@ def law_distances(found: Inversion, *, seed: int = 0) -> dict[str, LawDistance]:
 
     Args:
         found: of pictures of conditions that follow the law, such as the captions of held-out scenes.
-        seed: of the draws that the total variation is compared with.
 
     Raises:
         ValueError: every picture shows a plain circle or ring, so there is no rotation to compare.
@@ -102,8 +101,8 @@ def law_distances(found: Inversion, *, seed: int = 0) -> dict[str, LawDistance]:
         raise ValueError("every picture shows a plain circle or ring: they have no rotation to compare with the law")
     low, high = SINGLE_RADIUS
     return {
-        "colour": _total_variation(found.colour, len(COLOURS), seed),
-        "texture": _total_variation(found.texture, len(TEXTURES), seed),
+        "colour": _total_variation(found.colour, len(COLOURS)),
+        "texture": _total_variation(found.texture, len(TEXTURES)),
         "radius": _kolmogorov((found.radius - low) / (high - low)),
         "x": _kolmogorov(found.place[:, 0]),
         "y": _kolmogorov(found.place[:, 1]),
@@ -141,11 +140,11 @@ def _largest_gap(uniform: Float[Tensor, " samples"]) -> float:
     return float(torch.maximum(steps[1:] - ordered, ordered - steps[:-1]).max())
 
 
-def _total_variation(chosen: Int[Tensor, " samples"], kinds: int, seed: int) -> LawDistance:
+def _total_variation(chosen: Int[Tensor, " samples"], kinds: int) -> LawDistance:
     def distance(counts: Any) -> Any:
         return 0.5 * np.abs(np.asarray(counts) / len(chosen) - 1 / kinds).sum(axis=-1)
 
-    drawn = distance(np.random.default_rng(seed).multinomial(len(chosen), [1 / kinds] * kinds, size=4000))
+    drawn = distance(np.random.default_rng(0).multinomial(len(chosen), [1 / kinds] * kinds, size=4000))
     value = float(distance(chosen.bincount(minlength=kinds).numpy()))
     return LawDistance(value, float(drawn.mean()), float(np.quantile(drawn, 0.95)), len(chosen))
 
@@ -167,7 +166,7 @@ _CEILING_SEED = 200  # of the first draw; no model, reference or evaluator has o
 
 
 def ceiling_pictures(
-    kind: Ceiling, samples: int, *, draw: int = 0, autoencoder: AutoencoderKL | None = None
+    kind: Ceiling, samples: int, *, draw: int = 0
 ) -> tuple[Float[Tensor, "samples 3 64 64"], list[Scene]]:
     """Perfect pictures in [-1, 1], and their scenes: what a pixel model and a latent model could draw at best.
 
@@ -175,7 +174,6 @@ def ceiling_pictures(
         kind: `real` scenes of one object, or the same ones `reconstructed` by the autoencoder.
         samples: at least 1.
         draw: number of the draw; each has scenes of its own, the same for both kinds.
-        autoencoder: None is the shipped one.
 
     Raises:
         ValueError: the kind is unknown, or a number is too small.
@@ -187,13 +185,13 @@ def ceiling_pictures(
     scenes = [scene(_CEILING_SEED + draw, index, 1) for index in range(samples)]
     images = render(scenes)
     if kind == "reconstructed":
-        images = reconstructed(autoencoder or load_autoencoder(), images)
+        images = reconstructed(load_autoencoder(), images)
     return images, scenes
 
 
-def load_autoencoder(folder: Path = WEIGHTS / "autoencoder") -> AutoencoderKL:
+def load_autoencoder() -> AutoencoderKL:
     """The embedded models' autoencoder, float32."""
-    return AutoencoderKL.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    return AutoencoderKL.from_pretrained(WEIGHTS / "autoencoder", dtype=torch.float32, local_files_only=True).eval()
 
 
 def ceiling_figures(

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from companion.evaluation.studies.picture_distances import summary
 from companion.evaluation.studies.reuse_errors import ReuseResult
-from companion.evaluation.studies.savings_on_mixtures import Shares
+from companion.evaluation.studies.savings_on_mixtures import LATE, Shares
 from companion.plotting import COLOURS, OTHER_COLOURS
 
 WAYS = {
@@ -57,17 +57,17 @@ def draw_costs(
     return figure
 
 
-def draw_shares(found: Mapping[str, Shares], *, threshold: float = 0.2) -> Figure:
+def draw_shares(found: Mapping[str, Shares]) -> Figure:
     """The share of the guidance direction that K passes against log SNR, a panel a problem; dashed: the law's
     prediction from the first step; shaded: where the share is below the threshold."""
     figure, axes = plt.subplots(1, len(found), figsize=(2.5 * len(found) + 0.6, 2.9), sharey=True, squeeze=False)
     for axis, (name, shares) in zip(axes[0], found.items(), strict=True):
         axis.plot(shares.log_snr, shares.passed, "o-", color=COLOURS["REG"], ms=3, label=r"$\|K\Delta\|/\|\Delta\|$")
         axis.plot(shares.log_snr, shares.predicted, "--", color=OTHER_COLOURS[3], lw=1.2, label="the law, from step 1")
-        step = shares.first_above(threshold)
+        step = shares.first_above(LATE)
         if 0 < step < len(shares.log_snr):
             axis.axvspan(shares.log_snr[0], shares.log_snr[step], color="0.92", zorder=0, lw=0)
-        axis.axhline(threshold, color="0.7", lw=0.8)
+        axis.axhline(LATE, color="0.7", lw=0.8)
         axis.set(title=name, xlabel="log SNR", ylim=(0, 1.25))
     axes[0, 0].set_ylabel("share that K passes")
     axes[0, 0].legend(fontsize="x-small", loc="upper left")

@@ -90,17 +90,17 @@ def difference_errors(
     return DifferenceErrors(every / wanted.norm(), every / direction.norm())
 
 
-def mixture_problem(alpha: float, *, dimension: int = 64, batch: int = 4, seed: int = 0) -> DifferenceProblem:
+def mixture_problem(alpha: float) -> DifferenceProblem:
     """The ideal ε of a class of three Gaussians among six, at the variance-preserving level α.
 
     The mixture computes in float64 whatever the dtype; only its input and output are rounded.
     """
-    generator = torch.Generator().manual_seed(seed)
-    means = torch.randn(6, dimension, dtype=torch.float64, generator=generator)
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(6, 64, dtype=torch.float64, generator=generator)
     conditional = GaussianMixture.isotropic([1.0] * 3, means[:3], 0.3)
     unconditional = GaussianMixture.isotropic([1.0] * 6, means, 0.3)
     sigma = (1 - alpha**2) ** 0.5
-    x = conditional.sample(batch, generator, alpha, sigma)
+    x = conditional.sample(4, generator, alpha, sigma)
 
     def denoiser(weights: torch.dtype, dtype: torch.dtype) -> Denoiser:
         return lambda z: conditional.noise(z.double(), alpha, sigma).to(z.dtype)
@@ -117,7 +117,6 @@ def pipeline_problems(
     *,
     steps: int,
     chosen: Sequence[int],
-    guidance_scale: float = 4.0,
 ) -> list[DifferenceProblem]:
     """Problems along a run of a DiT pipeline under CFG, at the chosen numbers of its calls.
 
@@ -131,7 +130,7 @@ def pipeline_problems(
         pipe(
             list(labels),
             num_inference_steps=steps,
-            guidance_scale=guidance_scale,
+            guidance_scale=4.0,
             generator=list(generators),
             output_type="np",
         )

@@ -31,20 +31,16 @@ def draw_band(
     axis.plot(timesteps, middle, line, marker="o", ms=3, lw=1.4, color=colour, label=label)
 
 
-def draw_norms(found: Mapping[str, Gradients], *, base: str = "raw", columns: int = 4) -> Figure:
-    """‖g‖ over the run, one panel a score; in each the same `base` in dark grey.
-
-    Args:
-        found: of one run, `base` among them.
-    """
-    others = [name for name in found if name != base]
+def draw_norms(found: Mapping[str, Gradients], *, columns: int = 4) -> Figure:
+    """‖g‖ over the run, one panel a score; in each the score "raw" of the same run in dark grey."""
+    others = [name for name in found if name != "raw"]
     rows = -(-len(others) // columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(2.9 * columns, 2.3 * rows + 0.4), sharex=True, sharey=True, squeeze=False
     )
-    raw = found[base]
+    raw = found["raw"]
     for axis, name in zip(axes.flat, others, strict=False):
-        draw_band(axis, raw.timesteps, raw.norm, _RAW, label=base, line="--")
+        draw_band(axis, raw.timesteps, raw.norm, _RAW, label="raw", line="--")
         draw_band(axis, found[name].timesteps, found[name].norm, _SHOWN)
         axis.set_title(name, fontsize="small", color=_SHOWN)
     for axis in axes.flat[len(others) :]:
@@ -96,16 +92,10 @@ def draw_k(found: Mapping[str, Gradients], alpha: Float[Tensor, " steps"], error
 
 
 def draw_temperatures(
-    logits: Float[Tensor, "samples classes"],
-    labels: Tensor,
-    losses: Mapping[str, Loss],
-    wanted: Mapping[str, float],
-    *,
-    lowest: float = 0.1,
-    highest: float = 10.0,
+    logits: Float[Tensor, "samples classes"], labels: Tensor, losses: Mapping[str, Loss], wanted: Mapping[str, float]
 ) -> Figure:
     """Every loss of `softmax(logits / T)` over T, each in a panel of its own, with the T at which it is smallest."""
-    first, last = torch.tensor([lowest, highest]).log10().tolist()
+    first, last = torch.tensor([0.1, 10.0]).log10().tolist()
     grid = torch.logspace(first, last, 61, dtype=torch.float64)
     figure, axes = plt.subplots(1, len(losses), figsize=(2.3 * len(losses), 2.6), sharex=True, sharey=True)
     for axis, (name, loss) in zip(axes, losses.items(), strict=True):

@@ -117,10 +117,10 @@ def _row(slope: Tensor, through: Tensor, logits: Tensor, labels: Tensor) -> tupl
     return norm, k_norm, cosine, p.amax(dim=1), p.gather(1, labels[:, None])[:, 0]
 
 
-def norm_summary(found: Mapping[str, Gradients], *, base: str = "raw", gone: float = 0.01) -> dict[str, list[float]]:
+def norm_summary(found: Mapping[str, Gradients]) -> dict[str, list[float]]:
     """Of every score: the median ‖g‖ at the first step, at its largest and at the last step; then the share of pictures
-    whose last gradient is below `gone` times the largest median of `base`, with its 95 % interval (Wilson)."""
-    limit = gone * float(found[base].norm.median(dim=1).values.max())
+    whose last gradient is below a hundredth of the largest median of "raw", with its 95 % interval (Wilson)."""
+    limit = 0.01 * float(found["raw"].norm.median(dim=1).values.max())
     rows = {}
     for name, gradients in found.items():
         median = gradients.norm.median(dim=1).values
@@ -147,11 +147,7 @@ class KError:
 
 
 def k_error(
-    pipe: ADMPipeline,
-    states: Sequence[GuidanceStep],
-    labels: Int[Tensor, " samples"],
-    network: nn.Module,
-    score: ClassifierScore = PLAIN,
+    pipe: ADMPipeline, states: Sequence[GuidanceStep], labels: Int[Tensor, " samples"], network: nn.Module
 ) -> KError:
     """K of the pipeline's network along g, for a classifier of clean pictures: one backward and one forward-mode pass
     a state. Arguments as of `gradients_along`."""
@@ -167,7 +163,7 @@ def k_error(
         with torch.no_grad():
             output = predicted(x)
             clean = clean_from_output(level.prediction_type, output, x, level.alpha, level.sigma).clamp(-1, 1)
-        slope = classifier_gradient(lambda pictures: logits_of(network(pictures)), clean, labels, score).gradient
+        slope = classifier_gradient(lambda pictures: logits_of(network(pictures)), clean, labels, PLAIN).gradient
         coefficients = rectification_coefficients(level.prediction_type, level.alpha, level.sigma)
         forward, backward = (
             apply_k(predicted, x, slope, coefficients, product=product).double().flatten(1)

@@ -112,14 +112,14 @@ def renoising_weight(scheduler: SchedulerMixin, steps: int, strength: float = ST
 
 
 def pictures(
-    pipe: StableDiffusionPipeline, row: Row, captions: Sequence[str], *, seed: int = 0
+    pipe: StableDiffusionPipeline, row: Row, captions: Sequence[str]
 ) -> tuple[Float[Tensor, "samples 3 height width"], float]:
     """Pictures in [-1, 1] of the captions, and network evaluations per picture."""
     if row.variant in _GUIDERS:
         guider = _GUIDERS[row.variant](row.guidance_scale)
         if row.product != "none":
             guider = RectifiedGradientGuidance(guider, product=row.product, scheduler=pipe.scheduler)
-        drawn = draw_with_guider(pipe, guider, captions, num_inference_steps=row.steps, seed=seed)
+        drawn = draw_with_guider(pipe, guider, captions, num_inference_steps=row.steps, seed=0)
         return drawn, _evaluations(pipe, RectifiedGuidanceConfig.preset(row.product), row.steps)
     weight: GuidanceWeight | None = None
     scale = row.guidance_scale
@@ -130,7 +130,7 @@ def pictures(
     config = RectifiedGuidanceConfig.preset(row.product, weight=weight)
     plain = row.product == "none" and weight is None
     with nullcontext() if plain else rectified_guidance(pipe, config):
-        drawn = draw(pipe, captions, guidance_scale=scale, num_inference_steps=row.steps, seed=seed)
+        drawn = draw(pipe, captions, guidance_scale=scale, num_inference_steps=row.steps, seed=0)
     return drawn, float(row.steps) if scale == 1 else _evaluations(pipe, config, row.steps)
 
 

@@ -134,20 +134,20 @@ def shares_passed() -> Iterator[list[tuple[float, Float[Tensor, " samples"]]]]:
         yield found
 
 
-def measured(setting: Setting, *, pictures: int = PICTURES, seed: int = SEED) -> dict[str, Any]:
+def measured(setting: Setting, *, pictures: int = PICTURES) -> dict[str, Any]:
     """One setting's ratios for every way, and the shares along the fully rectified run, as plain JSON."""
     pipe = load(setting.model)
     pipe.set_progress_bar_config(disable=True)
-    asked = conditions(pipe, pictures, seed)
-    cfg, _ = drawn(pipe, setting, asked, Way({"product": "none"}), seed)
+    asked = conditions(pipe, pictures, SEED)
+    cfg, _ = drawn(pipe, setting, asked, Way({"product": "none"}), SEED)
     with shares_passed() as shares:
-        reg, _ = drawn(pipe, setting, asked, Way({}), seed)
+        reg, _ = drawn(pipe, setting, asked, Way({}), SEED)
     batches = -(-pictures // BATCH)
     levels = [level for level, _ in shares[: len(shares) // batches]]
     passed = torch.stack([value for _, value in shares]).view(batches, len(levels), -1).mean(dim=(0, 2))
     ways = {}
     for name, way in WAYS.items():
-        images, spent = drawn(pipe, setting, asked, way, seed)
+        images, spent = drawn(pipe, setting, asked, way, SEED)
         ratios = [round(value, 4) for value in distance_ratios(images, cfg, reg).tolist()]
         ways[name] = {"spent": round(spent, 4), "ratios": ratios}
         print(f"{setting.model}, {setting.steps} steps, {name}: {summary(ratios)[0].text()}", flush=True)

@@ -126,9 +126,9 @@ class ReuseResult:
     energy: float
 
 
-def blobs(dimension: int, seed: int = 0) -> Toy:
+def blobs(dimension: int) -> Toy:
     """Two classes of three Gaussians each with random, elongated covariances, in any dimension."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     classes = []
     for _ in range(2):
         means = 1.5 * torch.randn(3, dimension, generator=generator, dtype=torch.float64) / math.sqrt(dimension) * 2
@@ -143,34 +143,27 @@ def blobs(dimension: int, seed: int = 0) -> Toy:
     return Toy(f"{dimension}D", tuple(classes), both)
 
 
-def noise_ratios(steps: int, largest: float = 30.0, smallest: float = 0.02) -> list[float]:
+def noise_ratios(steps: int) -> list[float]:
     """σ/α of the steps, falling: Karras et al. 2022, eq. 5, with their ρ = 7."""
-    powers = torch.linspace(largest ** (1 / 7), smallest ** (1 / 7), steps, dtype=torch.float64)
+    powers = torch.linspace(30.0 ** (1 / 7), 0.02 ** (1 / 7), steps, dtype=torch.float64)
     return (powers**7).tolist()
 
 
 def reuse_results(
-    data: Toy,
-    methods: dict[str, tuple[Plan, Rule]],
-    *,
-    steps: int = 30,
-    weight: float = 1.0,
-    count: int = 500,
-    seed: int = 0,
+    data: Toy, methods: dict[str, tuple[Plan, Rule]], *, steps: int = 30, count: int = 500
 ) -> dict[str, ReuseResult]:
     """Compare methods on the first class of a toy, `full` and `CFG` first.
 
     Args:
         methods: name -> (plan, rule).
-        weight: the paper's w.
         count: number of samples.
     """
     conditional, unconditional = data.classes[0], data.unconditional
     ratios = noise_ratios(steps)
     levels = [-2 * math.log(ratio) for ratio in ratios]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     noise = torch.randn(count, conditional.dimension, dtype=torch.float64, generator=generator)
-    target = target_draws(conditional, unconditional, weight, count, generator)
+    target = target_draws(conditional, unconditional, 1.0, count, generator)
 
     def run(plan: Plan, rule: Rule, along: list[Tensor] | None = None) -> tuple[list[Tensor], list[float], int]:
         """States, mean error of the direction at each step, number of evaluations; `along` prescribes the states."""
@@ -186,7 +179,7 @@ def reuse_results(
             else:
                 followed = rule(last, delta, levels[step])
             errors.append(float((followed - wanted).norm(dim=1).mean()))
-            clean = c + weight * followed
+            clean = c + followed
             y = clean + (y - clean) * following / ratio
         return [*states, y], errors, evaluations
 

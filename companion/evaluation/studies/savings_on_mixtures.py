@@ -22,6 +22,8 @@ from companion.pipelines.configuration import RectifiedGuidanceConfig
 from companion.pipelines.product_step import RectifiedRun
 
 STEPS = 30
+LATE = 0.2
+"""K passes less than this share of the guidance direction in the first, noisy steps."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +62,21 @@ class Saving:
     difference: Interval
 
 
-def shares_on_mixture(data: Toy, *, weight: float = 1.0, count: int = 500, seed: int = 0) -> Shares:
+def shares_on_mixture(data: Toy, *, count: int = 500) -> Shares:
     """Shares along the rectified run of a toy's first class, K in closed form.
 
     Args:
-        weight: the paper's w.
         count: samples.
     """
     conditional, reference = data.classes[0], data.unconditional
     ratios, passed = noise_ratios(STEPS), []
-    x = ratios[0] * _noise(data, count, seed)
+    x = ratios[0] * _noise(data, count)
     for ratio, following in zip(ratios, [*ratios[1:], 0.0], strict=True):
         prediction = conditional.noise(x, 1.0, ratio)
         delta = prediction - reference.noise(x, 1.0, ratio)
         product = (conditional.rectification_matrix(x, 1.0, ratio) @ delta[..., None])[..., 0]
         passed.append(float((product.norm(dim=1) / delta.norm(dim=1).clamp(min=1e-300)).mean()))
-        x = x + (following - ratio) * (prediction + weight * product)
+        x = x + (following - ratio) * (prediction + product)
     levels = [-2 * math.log(ratio) for ratio in ratios]
     return Shares(levels, passed, predicted_shares(levels, passed[0]))
 
@@ -85,15 +86,14 @@ def predicted_shares(log_snr: list[float], first: float) -> list[float]:
     return [1 / (1 + math.exp(-(math.log(first / (1 - first)) + level - log_snr[0]))) for level in log_snr]
 
 
-def savings_on_mixture(data: Toy, *, weight: float = 1.0, count: int = 500, seed: int = 0) -> dict[str, Saving]:
-    """CFG, CFG cut off where K passes less than 0.2, REG, and the ways to save, on a toy's first class.
+def savings_on_mixture(data: Toy, *, count: int = 500) -> dict[str, Saving]:
+    """CFG, CFG cut off where K passes less than `LATE`, REG, and the ways to save, on a toy's first class.
 
     Args:
-        weight: the paper's w.
         count: samples, and draws of the target.
     """
-    noise = _noise(data, count, seed)
-    cut = shares_on_mixture(data, weight=weight, count=count, seed=seed).first_above(0.2)
+    noise = _noise(data, count)
+    cut = shares_on_mixture(data, count=count).first_above(LATE)
     highest = noise_ratios(STEPS)[min(cut, STEPS - 1)] * 1.0001
     ways = {
         "CFG": RectifiedGuidanceConfig(product="none"),
@@ -105,16 +105,16 @@ def savings_on_mixture(data: Toy, *, weight: float = 1.0, count: int = 500, seed
         "REG, skip=0.2": RectifiedGuidanceConfig(skip=0.2),
         "REG, auto": RectifiedGuidanceConfig(product="auto"),
     }
-    made = {name: guided_samples(data, config, noise, weight=weight) for name, config in ways.items()}
-    generator = torch.Generator().manual_seed(seed + 1)
-    target = target_draws(data.classes[0], data.unconditional, weight, count, generator)
+    made = {name: guided_samples(data, config, noise, weight=1.0) for name, config in ways.items()}
+    generator = torch.Generator().manual_seed(1)
+    target = target_draws(data.classes[0], data.unconditional, 1.0, count, generator)
     full, base = made["REG"][0], _median_distance(made["CFG"][0], made["REG"][0])
     return {
         name: Saving(
             spent,
             _median_distance(x, full) / base,
             energy_distance(x, target),
-            energy_distance_difference(x, full, target, torch.Generator().manual_seed(seed)),
+            energy_distance_difference(x, full, target, torch.Generator().manual_seed(0)),
         )
         for name, (x, spent) in made.items()
     }
@@ -154,8 +154,8 @@ def saving_rows(found: Mapping[str, Saving]) -> dict[str, list[float]]:
     }
 
 
-def _noise(data: Toy, count: int, seed: int) -> Float[Tensor, "count dim"]:
-    generator = torch.Generator().manual_seed(seed)
+def _noise(data: Toy, count: int) -> Float[Tensor, "count dim"]:
+    generator = torch.Generator().manual_seed(0)
     return torch.randn(count, data.classes[0].dimension, dtype=torch.float64, generator=generator)
 
 

@@ -12,15 +12,9 @@ from companion.evaluation.tables.results import Cell
 from companion.plotting import COLOURS
 
 
-def draw_differences(
-    cells: Sequence[Cell], scores: Mapping[str, Mapping[str, Float[Tensor, " samples"]]], base: Row | None = None
-) -> Figure:
-    """Each row's CLIP score less the base's, picture by picture, with Student's interval.
-
-    Args:
-        base: what is subtracted; None takes no guidance.
-    """
-    row = Row("CFG", guidance_scale=1.0) if base is None else base
+def draw_differences(cells: Sequence[Cell], scores: Mapping[str, Mapping[str, Float[Tensor, " samples"]]]) -> Figure:
+    """Each row's CLIP score less that of no guidance, picture by picture, with Student's interval."""
+    row = Row("CFG", guidance_scale=1.0)
     others = [cell for cell in cells if cell.name != row.name]
     figure, axis = plt.subplots(figsize=(7.5, 0.28 * len(others) + 1.0))
     for place, cell in enumerate(others):

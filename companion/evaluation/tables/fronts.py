@@ -46,7 +46,6 @@ def draw_fronts(
     *,
     model: str,
     methods: Sequence[str] | None = None,
-    columns: int = 3,
     ceilings: Mapping[str, Mapping[str, Measured]] | None = None,
 ) -> Figure:
     """A panel for each of the model's guidances: a point with its 95 % intervals for every row, a line for every front.
@@ -58,7 +57,6 @@ def draw_fronts(
         second: `inception_score` or `clip_score`.
         model: whose cells.
         methods: which methods; None is all.
-        columns: panels side by side.
         ceilings: perfect pictures by their label, of `studies.ceilings`: hexagons in every panel, the first one hollow.
 
     Raises:
@@ -68,7 +66,7 @@ def draw_fronts(
     guidances = list(dict.fromkeys(line.row["guidance"] for line in lines if line.row["guidance"] != UNGUIDED))
     if not guidances:
         raise ValueError(f"there are no guided cells of {model!r}")
-    columns = min(columns, len(guidances))
+    columns = min(3, len(guidances))
     rows = -(-len(guidances) // columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(3.6 * columns, 3.1 * rows + 0.5), squeeze=False, sharex=True, sharey=True

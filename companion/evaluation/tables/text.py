@@ -159,13 +159,12 @@ def as_markdown(cells: Iterable[Cell], ceilings: Mapping[str, Mapping[str, Figur
     return table([*headings, "samples", "seconds"], rows)
 
 
-def best_of_fronts(cells: Iterable[Cell], second: str, methods: Sequence[str] = _METHODS) -> str:
+def best_of_fronts(cells: Iterable[Cell], second: str) -> str:
     """As the paper shows its tables: for each guidance and method the best FID and the best second figure.
 
     Args:
         cells: of one table.
         second: `inception_score` or `clip_score`.
-        methods: columns; a method without cells has empty ones.
 
     Returns:
         Markdown; each figure with the scale that it was reached at; the best of a line is bold where it beats the
@@ -173,15 +172,15 @@ def best_of_fronts(cells: Iterable[Cell], second: str, methods: Sequence[str] = 
     """
     lines = lines_of(cells)
     headings = ["model", "guidance"]
-    headings += [f"{METRICS[name][0]}, {method}" for name in ("fid", second) for method in methods]
+    headings += [f"{METRICS[name][0]}, {method}" for name in ("fid", second) for method in _METHODS]
     rows = []
     for group in dict.fromkeys(line.group for line in lines):
-        own = {method: [line for line in lines if line.group == group and line.method == method] for method in methods}
+        own = {method: [line for line in lines if line.group == group and line.method == method] for method in _METHODS}
         if not any(own.values()):
             continue
         texts = []
         for name in ("fid", second):
-            bests = {method: _best(name, own[method]) for method in methods}
+            bests = {method: _best(name, own[method]) for method in _METHODS}
             winner = _winner(name, [line for line in bests.values() if line is not None])
             for line in bests.values():
                 if line is None:

@@ -131,7 +131,7 @@ PLAIN = ClassifierScore()
 
 
 def smoothed_target(
-    labels: Labels, classes: int, smoothing: float, *, batch: int | None = None, dtype: torch.dtype = torch.float64
+    labels: Labels, classes: int, smoothing: float, *, batch: int | None = None
 ) -> Float[Tensor, "batch classes"]:
     """q_y(i) = (1-ε)/N + ε 1[i = y], one row per label; rows sum to 1.
 
@@ -146,7 +146,7 @@ def smoothed_target(
     _check_smoothing(smoothing)
     count = batch if batch is not None else (len(labels) if isinstance(labels, Tensor) and labels.ndim else 1)
     chosen = _chosen(labels, count, classes, labels.device if isinstance(labels, Tensor) else torch.device("cpu"))
-    return _two_valued(chosen, classes, *_target_values(classes, smoothing), dtype)
+    return _two_valued(chosen, classes, *_target_values(classes, smoothing), torch.float64)
 
 
 def divergence_value(
