@@ -33,90 +33,56 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "PAPER_MODELS",
-    "PRODUCTS",
-    "ADMPipeline",
-    "ClassifierScore",
-    "ConstantWeight",
-    "EDM2Pipeline",
-    "GuidanceStep",
-    "IntervalWeight",
-    "LinearWeight",
-    "NoiseLevel",
-    "PowerCosineWeight",
-    "RectifiedGradientGuidance",
-    "RectifiedGuidanceConfig",
-    "apply_k",
-    "apply_rectified_guidance",
-    "load",
-    "load_adm",
-    "load_edm2",
-    "model_names",
-    "noise_level",
-    "rectification_coefficients",
-    "rectified_guidance",
-    "rectify",
-    "remove_rectified_guidance",
-    "sample_generators",
-]
 
-_MODULES = {
-    "PAPER_MODELS": "companion.pipelines.paper_models",
-    "PRODUCTS": "companion.guidance.products",
-    "ADMPipeline": "companion.pipelines.adm.pipeline",
-    "ClassifierScore": "companion.guidance.classifier.scores",
-    "ConstantWeight": "companion.guidance.weights",
-    "EDM2Pipeline": "companion.pipelines.edm2.pipeline",
-    "GuidanceStep": "companion.pipelines.product_step",
-    "IntervalWeight": "companion.guidance.weights",
-    "LinearWeight": "companion.guidance.weights",
-    "NoiseLevel": "companion.guidance.noise_level",
-    "PowerCosineWeight": "companion.guidance.weights",
-    "RectifiedGradientGuidance": "companion.pipelines.guider.guider",
-    "RectifiedGuidanceConfig": "companion.pipelines.configuration",
-    "apply_k": "companion.guidance.rectification",
-    "apply_rectified_guidance": "companion.pipelines.hook",
-    "load": "companion.pipelines.registry",
-    "load_adm": "companion.pipelines.adm.loading",
-    "load_edm2": "companion.pipelines.edm2.loading",
-    "model_names": "companion.pipelines.registry",
-    "noise_level": "companion.pipelines.levels",
-    "rectification_coefficients": "companion.guidance.parametrization",
-    "rectified_guidance": "companion.pipelines.hook",
-    "rectify": "companion.guidance.rectification",
-    "remove_rectified_guidance": "companion.pipelines.hook",
-    "sample_generators": "companion.seeding",
-}
+def _modules(names: dict[str, str]) -> dict[str, str]:
+    """Name -> its module, from the names of each module."""
+    return {name: f"companion.{module}" for module, listed in names.items() for name in listed.split()}
+
+
+_MODULES = _modules(
+    {
+        "guidance.classifier.scores": "ClassifierScore",
+        "guidance.noise_level": "NoiseLevel",
+        "guidance.parametrization": "rectification_coefficients",
+        "guidance.products": "PRODUCTS",
+        "guidance.rectification": "apply_k rectify",
+        "guidance.weights": "ConstantWeight IntervalWeight LinearWeight PowerCosineWeight",
+        "pipelines.adm.loading": "load_adm",
+        "pipelines.adm.pipeline": "ADMPipeline",
+        "pipelines.configuration": "RectifiedGuidanceConfig",
+        "pipelines.edm2.loading": "load_edm2",
+        "pipelines.edm2.pipeline": "EDM2Pipeline",
+        "pipelines.guider.guider": "RectifiedGradientGuidance",
+        "pipelines.hook": "apply_rectified_guidance rectified_guidance remove_rectified_guidance",
+        "pipelines.levels": "noise_level",
+        "pipelines.paper_models": "PAPER_MODELS",
+        "pipelines.product_step": "GuidanceStep",
+        "pipelines.registry": "load model_names",
+        "seeding": "sample_generators",
+    }
+)
 """Public name -> its module, imported when the name is first used: `import companion` itself takes milliseconds."""
 
-_MOVED = {
-    "ADM_PRESETS": "companion.pipelines.adm.presets",
-    "DIVERGENCES": "companion.guidance.classifier.scores",
-    "EDM2UNet": "companion.networks.edm2",
-    "EDM2_PRESETS": "companion.pipelines.edm2.presets",
-    "GuidanceWeight": "companion.guidance.weights",
-    "KCoefficients": "companion.guidance.parametrization",
-    "PREDICTION_TYPES": "companion.guidance.parametrization",
-    "PUBLISHED_GUIDANCE": "companion.pipelines.adm.presets",
-    "PaperModel": "companion.pipelines.paper_models",
-    "RECTIFIABLE_GUIDERS": "companion.pipelines.guider.settings",
-    "Rectified": "companion.guidance.rectification",
-    "SAMPLING_PRODUCTS": "companion.pipelines.configuration",
-    "UNDERSTOOD_SCHEDULERS": "companion.pipelines.levels",
-    "classifier_gradient": "companion.guidance.classifier.scores",
-    "clean_from_output": "companion.guidance.parametrization",
-    "convert_output": "companion.guidance.parametrization",
-    "covariance_direction": "companion.guidance.covariance",
-    "covariance_factor": "companion.guidance.covariance",
-    "output_from_clean": "companion.guidance.parametrization",
-    "published_guidance": "companion.pipelines.adm.presets",
-    "rayleigh_quotient": "companion.guidance.covariance",
-    "rectified_classifier_gradient": "companion.guidance.classifier.rectified",
-    "score_gradient": "companion.guidance.classifier.scores",
-    "tilted_weights": "companion.guidance.classifier.scores",
-}
+_MOVED = _modules(
+    {
+        "guidance.classifier.rectified": "rectified_classifier_gradient",
+        "guidance.classifier.scores": "DIVERGENCES classifier_gradient score_gradient tilted_weights",
+        "guidance.covariance": "covariance_direction covariance_factor rayleigh_quotient",
+        "guidance.parametrization": "KCoefficients PREDICTION_TYPES clean_from_output convert_output output_from_clean",
+        "guidance.rectification": "Rectified",
+        "guidance.weights": "GuidanceWeight",
+        "networks.edm2": "EDM2UNet",
+        "pipelines.adm.presets": "ADM_PRESETS PUBLISHED_GUIDANCE published_guidance",
+        "pipelines.configuration": "SAMPLING_PRODUCTS",
+        "pipelines.edm2.presets": "EDM2_PRESETS",
+        "pipelines.guider.settings": "RECTIFIABLE_GUIDERS",
+        "pipelines.levels": "UNDERSTOOD_SCHEDULERS",
+        "pipelines.paper_models": "PaperModel",
+    }
+)
 """Public names of the first version -> the module they are imported from now."""
+
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:

@@ -73,7 +73,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 
 def test_every_public_name_can_be_had_and_listed() -> None:
-    assert sorted(companion._MODULES) == sorted(companion.__all__)
+    assert sorted(companion._MODULES) == sorted(companion.__all__) and len(companion.__all__) == 25
     assert set(companion.__all__) <= set(dir(companion))
     for name, module in companion._MODULES.items():
         assert getattr(companion, name) is getattr(importlib.import_module(module), name)

@@ -14,20 +14,3 @@ from companion.ranking.rules.catalogue import RULES, Rule
 from companion.ranking.standings import Duel, Standing, duel, standings
 from companion.ranking.step import Step
 from companion.ranking.suites import SITUATIONS, suite_problems
-
-__all__ = [
-    "RULES",
-    "SITUATIONS",
-    "Duel",
-    "Problem",
-    "Ranking",
-    "Rule",
-    "Standing",
-    "Step",
-    "duel",
-    "find_rule",
-    "load_ranking",
-    "rank",
-    "standings",
-    "suite_problems",
-]
