@@ -20,8 +20,6 @@ class Accuracy:
         log_expected: largest difference of log E_t over all t and points.
         optimal: RMS difference of the optimal direction over all t and points, relative to its RMS.
         optimal_per_step: the same for each t = 1 … T.
-        density: largest total variation between the densities pushed forward under the optimal prediction; None if not
-        asked.
     """
 
     grid: Grid
@@ -29,18 +27,14 @@ class Accuracy:
     log_expected: float
     optimal: float
     optimal_per_step: tuple[float, ...]
-    density: float | None
 
     golden = RenamedAttribute("golden", "optimal")
     golden_per_step = RenamedAttribute("golden_per_step", "optimal_per_step")
 
 
-def accuracy(chain: DDPMChain, grid: Grid, log_reward: LogReward, *, densities: bool = False) -> Accuracy:
+def accuracy(chain: DDPMChain, grid: Grid, log_reward: LogReward) -> Accuracy:
     """Grid halving: how far results move between half the points and all of them. The error of the full grid is
     smaller.
-
-    Args:
-        densities: also push the optimal chain's densities forward on both grids.
     """
     half = grid.with_points(*((points + 1) // 2 for points in grid.shape))
     (fine, optimal), (coarse, rough) = (chain.optimum(g, log_reward) for g in (grid, half))
@@ -51,20 +45,12 @@ def accuracy(chain: DDPMChain, grid: Grid, log_reward: LogReward, *, densities: 
 
     error = (optimal - onto(rough)).square().flatten(1)[1:]
     scale = optimal[1:].square().mean().sqrt().clamp(min=1e-300)
-    distance = None
-    if densities:
-        ours, theirs = (
-            chain.with_prediction(chain.optimal_prediction(g, d)).push_forward(g)
-            for g, d in ((grid, optimal), (half, rough))
-        )
-        distance = float(0.5 * (ours - onto(theirs)).abs().flatten(1).sum(dim=1).max()) * grid.cell
     return Accuracy(
         grid,
         half,
         float((fine - onto(coarse)).abs().max()),
         float(error.mean().sqrt() / scale),
         tuple((error.mean(dim=1).sqrt() / scale).tolist()),
-        distance,
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from companion.deprecation import RenamedAttribute
 from companion.exact.chain import FINEST, DDPMChain, NoiseSchedule, mixture_prediction
-from companion.exact.directions import Field, direction_error, win_ratio
+from companion.exact.directions import Field, direction_error, direction_field, win_ratio
 from companion.exact.grids import Grid, evaluate
 from companion.exact.mixtures import GaussianMixture
 from companion.exact.rewards import Reward, classifier_free_reward, tilted_density
@@ -101,31 +101,13 @@ def unit_fields(
 ) -> dict[str, Field]:
     """`CFG` and the products of K without the weight, for t = 0 … T (zero at t = 0), with one K for all."""
 
-    def directions(level: tuple[float, float], x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch methods dim"]:
+    def directions(x: Float[Tensor, "batch dim"], t: int) -> Float[Tensor, "batch methods dim"]:
+        level = schedule.level(t)
         delta = conditional.noise(x, *level) - unconditional.noise(x, *level)
         k = conditional.rectification_matrix(x, *level)
         return torch.stack([multiply(name, k, delta) for name in METHODS], dim=1)
 
-    levels = [schedule.level(t) for t in range(1, schedule.steps + 1)]
-    steps = [evaluate(grid, partial(directions, level), chunk=CHUNK) for level in levels]
-    stacked = torch.stack([torch.zeros_like(steps[0]), *steps])
-    return dict(zip(METHODS, stacked.unbind(dim=-2), strict=True))
-
-
-def guided_chains(comparison: Comparison) -> dict[str, DDPMChain]:
-    """The chain of each method by name, `unguided` first, `optimal` last. Products come from the closed form of K."""
-    chain = comparison.chain
-    conditional, unconditional = comparison.data.classes[comparison.label], comparison.data.unconditional
-
-    def prediction(name: str, x: Float[Tensor, "batch dim"], t: int) -> Float[Tensor, "batch dim"]:
-        level = chain.schedule.level(t)
-        noise = conditional.noise(x, *level)
-        k = None if name == "CFG" else conditional.rectification_matrix(x, *level)
-        return noise + comparison.weight * multiply(name, k, noise - unconditional.noise(x, *level))
-
-    guided = {name: chain.with_prediction(partial(prediction, name)) for name in METHODS}
-    optimal = chain.with_prediction(chain.optimal_prediction(comparison.grid, comparison.optimal))
-    return {"unguided": chain, **guided, "optimal": optimal}
+    return dict(zip(METHODS, direction_field(grid, directions, schedule.steps, CHUNK).unbind(dim=-2), strict=True))
 
 
 def target_density(comparison: Comparison, grid: Grid) -> Float[Tensor, "*grid"]:

@@ -51,6 +51,14 @@ def level(coordinates: Coordinates, ratio: float) -> tuple[float, float]:
     return 1 / size, ratio / size
 
 
+def check_ratios(ratios: Sequence[float]) -> None:
+    """Raises:
+    ValueError: ratios that do not fall, or not to a positive end.
+    """
+    if len(ratios) == 0 or any(a <= b for a, b in zip(ratios, [*ratios[1:], 0.0], strict=True)):
+        raise ValueError(f"ratios must fall and stay positive, got {list(ratios)}")
+
+
 def guided_trajectories(
     conditional: GaussianMixture,
     reference: GaussianMixture,
@@ -76,8 +84,7 @@ def guided_trajectories(
     Raises:
         ValueError: ratios that do not fall to a positive end, a prediction type that these coordinates do not have.
     """
-    if len(ratios) == 0 or any(a <= b for a, b in zip(ratios, [*ratios[1:], 0.0], strict=True)):
-        raise ValueError(f"ratios must fall and stay positive, got {list(ratios)}")
+    check_ratios(ratios)
     if prediction_type not in OUTPUTS.get(coordinates, ()):
         raise ValueError(f"prediction_type {prediction_type!r} does not go with {coordinates} coordinates")
     alpha, sigma = level(coordinates, ratios[0])

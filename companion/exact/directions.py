@@ -55,14 +55,16 @@ def guided(conditional: Prediction, direction: Direction, weight: float = 1.0) -
     return lambda x, t: conditional(x, t) + weight * direction(x, t)
 
 
-def direction_field(grid: Grid, direction: Direction, steps: int) -> Field:
-    """A direction on the whole grid for t = 0 … T."""
-    fields = [evaluate(grid, partial(_at, direction, t)) for t in range(1, steps + 1)]
+def direction_field(
+    grid: Grid, direction: Callable[[Float[Tensor, "batch dim"], int], Tensor], steps: int, chunk: int = 8192
+) -> Float[Tensor, "steps+1 ..."]:
+    """A direction, or any function of (x, t), on the whole grid for t = 0 … T; zero at t = 0."""
+
+    def at(t: int) -> Tensor:
+        return evaluate(grid, lambda x: direction(x, t), chunk)
+
+    fields = [at(t) for t in range(1, steps + 1)]
     return torch.stack([torch.zeros_like(fields[0]), *fields])
-
-
-def _at(direction: Direction, t: int, x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
-    return direction(x, t)
 
 
 def direction_error(

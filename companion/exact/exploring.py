@@ -16,7 +16,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from companion.exact.chain import DDPMChain, NoiseSchedule, linear_schedule, mixture_prediction, standard_normal
+from companion.exact.chain import (
+    DDPMChain,
+    NoiseSchedule,
+    linear_schedule,
+    mixture_prediction,
+    standard_normal,
+    tilted_marginals,
+)
 from companion.exact.comparison import multiply
 from companion.exact.covariance import jacobian_matrix
 from companion.exact.densities import REACH, kl, mass, moments, normalise, sample_density, spread
@@ -193,8 +200,7 @@ class LineStudy:
         starts = torch.stack([start, normalise(self.grid, start.log() + log_rewards[-1])])
         means = self.mean(self.noise + torch.stack([torch.zeros_like(self.delta), self.delta]))
         unguided, produced = _push_together(self.problem, self.grid, starts, means)
-        logs = unguided.clamp(min=1e-300).log() + log_rewards
-        return torch.stack([normalise(self.grid, level) for level in logs]), produced
+        return tilted_marginals(self.grid, unguided, log_rewards), produced
 
     @cached_property
     def divergences(self) -> dict[str, float]:

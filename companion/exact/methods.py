@@ -19,8 +19,8 @@ from companion.exact.chain import DDPMChain
 from companion.exact.comparison import CHUNK, METHODS, Comparison, multiply
 from companion.exact.covariance import covariance_direction
 from companion.exact.densities import kl, wasserstein1
-from companion.exact.directions import Direction, Field, direction_error, guided
-from companion.exact.grids import Grid, evaluate
+from companion.exact.directions import Direction, Field, direction_error, direction_field, guided
+from companion.exact.grids import Grid
 
 INTERVAL = (0.56, 5.8)
 """Levels σ/α at which interval guidance guides: EDM2-S-512's [0.28, 2.90] (Kynkäänniemi et al. 2024), found at a data
@@ -48,7 +48,7 @@ def method_direction(name: str, comparison: Comparison) -> Direction:
         ValueError: the name is unknown.
     """
     check_choice("name", name, ALL_METHODS)
-    return lambda x, t: _directions([name], comparison, t, x)[:, 0]
+    return lambda x, t: _directions([name], comparison, x, t)[:, 0]
 
 
 def method_chains(comparison: Comparison, names: Iterable[str] = ALL_METHODS) -> dict[str, DDPMChain]:
@@ -61,10 +61,8 @@ def method_chains(comparison: Comparison, names: Iterable[str] = ALL_METHODS) ->
 
 def method_fields(comparison: Comparison, names: Sequence[str] = ALL_METHODS) -> dict[str, Field]:
     """The named methods' shifts on the comparison's grid for t = 0 … T, the weight in them."""
-    steps = range(1, comparison.chain.steps + 1)
-    fields = [evaluate(comparison.grid, partial(_directions, names, comparison, t), chunk=CHUNK) for t in steps]
-    stacked = comparison.weight * torch.stack([torch.zeros_like(fields[0]), *fields])
-    return dict(zip(names, stacked.unbind(dim=-2), strict=True))
+    fields = direction_field(comparison.grid, partial(_directions, names, comparison), comparison.chain.steps, CHUNK)
+    return dict(zip(names, (comparison.weight * fields).unbind(dim=-2), strict=True))
 
 
 def method_errors(comparison: Comparison, names: Sequence[str] = ALL_METHODS) -> dict[str, float]:
@@ -107,19 +105,17 @@ def excess(comparison: Comparison) -> Float[Tensor, "steps+1 *grid"]:
     """
     conditional, reference = comparison.data.classes[comparison.label], comparison.data.unconditional
 
-    def smallest(level: tuple[float, float], x: Float[Tensor, "batch dim"]) -> Float[Tensor, " batch"]:
+    def smallest(x: Float[Tensor, "batch dim"], t: int) -> Float[Tensor, " batch"]:
+        level = comparison.chain.schedule.level(t)
         k_c, k_u = (mixture.rectification_matrix(x, *level) for mixture in (conditional, reference))
         root = torch.linalg.inv(torch.linalg.cholesky(k_c))
         return torch.linalg.eigvalsh(root @ k_u @ root.mT)[:, 0] - 1
 
-    schedule = comparison.chain.schedule
-    levels = [schedule.level(t) for t in range(1, schedule.steps + 1)]
-    values = [evaluate(comparison.grid, partial(smallest, level)) for level in levels]
-    return torch.stack([torch.zeros_like(values[0]), *values])
+    return direction_field(comparison.grid, smallest, comparison.chain.steps)
 
 
 def _directions(
-    names: Sequence[str], comparison: Comparison, t: int, x: Float[Tensor, "batch dim"]
+    names: Sequence[str], comparison: Comparison, x: Float[Tensor, "batch dim"], t: int
 ) -> Float[Tensor, "batch methods dim"]:
     """All named methods at one level, with one Δ and one K of each branch for all of them."""
     weight, level = comparison.weight, comparison.chain.schedule.level(t)

@@ -16,6 +16,7 @@ from torch import Tensor
 from companion.exact.chain import DDPMChain, NoiseSchedule, Prediction, linear_schedule
 from companion.exact.comparison import METHODS, Comparison, multiply
 from companion.exact.covariance import jacobian_matrix
+from companion.exact.directions import direction_field
 from companion.exact.grids import Grid, evaluate
 from companion.exact.mixtures import GaussianMixture
 from companion.exact.networks import ToyDenoiser, ToyTraining
@@ -89,13 +90,11 @@ def network_comparison(branches: dict[str, Prediction], weight: float, grid: Gri
     reward = classifier_free_reward(data.classes[0], data.unconditional, weight)
     chain = DDPMChain(branches["conditional"], schedule)
 
-    def directions(t: int, x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch methods dim"]:
+    def directions(x: Float[Tensor, "batch dim"], t: int) -> Float[Tensor, "batch methods dim"]:
         k = jacobian_matrix(branches["conditional"], x, t, schedule)
         _, delta = network_shift(branches, "CFG", schedule, x, t)
         return weight * torch.stack([multiply(name, k, delta) for name in METHODS], dim=1)
 
-    steps = [evaluate(grid, partial(directions, t)) for t in range(1, schedule.steps + 1)]
-    stacked = torch.stack([torch.zeros_like(steps[0]), *steps])
     bound = float(evaluate(grid, reward).max()) + 0.1
     levels = [schedule.level(t) for t in range(schedule.steps + 1)]
     densities = [data.classes[0].log_prob(grid.points, *level).exp().reshape(grid.shape) for level in levels]
@@ -106,7 +105,7 @@ def network_comparison(branches: dict[str, Prediction], weight: float, grid: Gri
         grid,
         reward,
         chain,
-        dict(zip(METHODS, stacked.unbind(dim=-2), strict=True)),
+        dict(zip(METHODS, direction_field(grid, directions, schedule.steps).unbind(dim=-2), strict=True)),
         chain.optimum(grid, reward, bound=bound, finest=finest).direction,
         torch.stack(densities),
     )

@@ -60,9 +60,9 @@ def energy_distance_interval(
         ValueError: fewer than 2 resamples, or a level outside (0, 1).
     """
     _check_bootstrap(resamples, level)
-    a, b = (_multinomial_weights(len(z), resamples, generator) for z in (x, y))
+    a, b = (bootstrap_weights(len(z), resamples, generator) for z in (x, y))
     between = ((a @ torch.cdist(x, y)) * b).sum(dim=1)
-    values = 2 * between - _within(x, a) - _within(y, b)
+    values = 2 * between - mean_within(torch.cdist(x, x), a) - mean_within(torch.cdist(y, y), b)
     return _mirrored(energy_distance(x, y), values, level)
 
 
@@ -85,9 +85,9 @@ def energy_distance_difference(
     if x.shape != other.shape:
         raise ValueError(f"paired samples must have one shape, got {tuple(x.shape)} and {tuple(other.shape)}")
     _check_bootstrap(resamples, 0.95)
-    a, b = (_multinomial_weights(len(z), resamples, generator) for z in (x, y))
+    a, b = (bootstrap_weights(len(z), resamples, generator) for z in (x, y))
     between = ((a @ (torch.cdist(x, y) - torch.cdist(other, y))) * b).sum(dim=1)
-    values = 2 * between - (_within(x, a) - _within(other, a))
+    values = 2 * between - (mean_within(torch.cdist(x, x), a) - mean_within(torch.cdist(other, other), a))
     return _mirrored(energy_distance(x, y) - energy_distance(other, y), values, 0.95)
 
 
@@ -119,12 +119,15 @@ def _mirrored(value: float, values: Float[Tensor, " resamples"], level: float) -
     return Interval(2 * value - high, value, 2 * value - low)
 
 
-def _multinomial_weights(count: int, resamples: int, generator: torch.Generator) -> Float[Tensor, "resamples count"]:
+def bootstrap_weights(count: int, resamples: int, generator: torch.Generator) -> Float[Tensor, "resamples count"]:
+    """The share of each sample in every resample."""
     chosen = torch.randint(0, count, (resamples, count), generator=generator)
     weights = torch.zeros(resamples, count, dtype=torch.float64)
     return weights.scatter_add_(1, chosen, torch.ones(chosen.shape, dtype=torch.float64)) / count
 
 
-def _within(x: Tensor, weights: Float[Tensor, "resamples count"]) -> Float[Tensor, " resamples"]:
-    pairs = ((weights @ torch.cdist(x, x)) * weights).sum(dim=1)
-    return pairs / (1 - weights.square().sum(dim=1))
+def mean_within(
+    distances: Float[Tensor, "count count"], weights: Float[Tensor, "resamples count"]
+) -> Float[Tensor, " resamples"]:
+    """Mean distance of two different samples in every resample (pairs of one sample with itself left out)."""
+    return ((weights @ distances) * weights).sum(dim=1) / (1 - weights.square().sum(dim=1))

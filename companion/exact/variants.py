@@ -15,7 +15,8 @@ from torch import Tensor
 
 from companion.arguments import check_choice
 from companion.exact.chain import NoiseSchedule
-from companion.exact.coordinates import level
+from companion.exact.comparison import multiply
+from companion.exact.coordinates import check_ratios, level
 from companion.exact.covariance import covariance_direction
 from companion.exact.densities import sample_density
 from companion.exact.grids import Grid
@@ -110,41 +111,20 @@ def variant_samples(
         ValueError: unknown variant or rectification, ratios that do not fall to a positive end.
     """
     check_choice("rectification", rectification, RECTIFICATIONS)
-    if len(ratios) == 0 or any(a <= b for a, b in zip(ratios, [*ratios[1:], 0.0], strict=True)):
-        raise ValueError(f"ratios must fall and stay positive, got {list(ratios)}")
+    check_ratios(ratios)
     x = start
     for ratio, following in zip(ratios, [*ratios[1:], 0.0], strict=True):
         alpha, sigma = level("preserving", ratio)
         own, other = conditional.noise(x, alpha, sigma), reference.noise(x, alpha, sigma)
         noise = guided_noise(variant, own, other, x, weight=weight, ratio=ratio, following=following)
-        if rectification != "none":
-            noise = own + _rectified(rectification, conditional, reference, x, alpha, sigma, noise - own, weight)
+        if rectification == "covariance":
+            k, k_reference = (branch.rectification_matrix(x, alpha, sigma) for branch in (conditional, reference))
+            noise = own + covariance_direction(k, k_reference, noise - own, weight, estimate="direction_rayleigh")
+        elif rectification != "none":
+            noise = own + multiply(rectification, conditional.rectification_matrix(x, alpha, sigma), noise - own)
         after, remaining = level("preserving", following)
         x = after * (x - sigma * noise) / alpha + remaining * noise
     return x
-
-
-def _rectified(
-    rectification: Rectification,
-    conditional: GaussianMixture,
-    reference: GaussianMixture,
-    x: Tensor,
-    alpha: float,
-    sigma: float,
-    direction: Tensor,
-    weight: float,
-) -> Float[Tensor, "batch dim"]:
-    k = conditional.rectification_matrix(x, alpha, sigma)
-    match rectification:
-        case "ones":
-            return direction * k.sum(dim=1)
-        case "diagonal":
-            return direction * k.diagonal(dim1=1, dim2=2)
-        case "covariance":
-            k_reference = reference.rectification_matrix(x, alpha, sigma)
-            return covariance_direction(k, k_reference, direction, weight, estimate="direction_rayleigh")
-        case _:
-            return (k @ direction[..., None])[..., 0]
 
 
 def ddim_ratios(schedule: NoiseSchedule, steps: int) -> list[float]:
@@ -223,36 +203,26 @@ class GuidedProblem:
 
 
 def guided_problem(
-    data: Toy,
-    weight: float,
-    count: int,
-    *,
-    dimension: int | None = None,
-    blur: float | None = None,
-    points: int = 200,
-    std: float = 0.5,
-    seed: int = 0,
+    data: Toy, weight: float, count: int, *, dimension: int | None = None, blur: float | None = None, points: int = 200
 ) -> GuidedProblem:
     """A toy's class 0 with the target `p(x|y) [p(x|y)/p_reference(x)]^w`.
 
     Args:
         weight: the target's w.
         count: samples of every chain; of the target there are four times as many.
-        dimension: of a space that surrounds the toy's; None is the toy's own.
+        dimension: of a space that surrounds the toy's, by N(0, 0.5²); None is the toy's own.
         blur: None guides against all classes; a standard deviation against the class blurred by it, autoguidance.
         points: of the target's grid, along each axis.
-        std: of what surrounds the toy.
-        seed: of the noise, the target's samples and the rotation.
     """
     own = data.classes[0], data.unconditional if blur is None else weaker(data.classes[0], blur)
     basis = torch.eye(own[0].dimension, dtype=torch.float64)
     branches = own
     if dimension is not None:
-        wide, basis = surrounded(Toy(data.name, own[:1], own[1]), dimension, std, seed=seed)
+        wide, basis = surrounded(Toy(data.name, own[:1], own[1]), dimension, 0.5)
         branches = wide.classes[0], wide.unconditional
     grid, reward = data.grid(points), classifier_free_reward(*own, weight)
     density = tilted_density(grid, own[0], reward)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     target = sample_density(grid, density, 4 * count, generator)
     start = torch.randn(count, basis.shape[1], dtype=torch.float64, generator=generator) @ basis.T
     noise = torch.randn(count, len(basis), dtype=torch.float64, generator=generator)

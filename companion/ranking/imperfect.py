@@ -9,12 +9,7 @@ from collections.abc import Callable
 import torch
 
 from companion.exact.mixtures import GaussianMixture
-
-
-def blurred(mixture: GaussianMixture, amount: float) -> GaussianMixture:
-    """The data plus noise: every covariance plus `amount²` in all directions."""
-    identity = torch.eye(mixture.dimension, dtype=torch.float64)
-    return GaussianMixture(mixture.weights, mixture.means, mixture.covariances + amount**2 * identity)
+from companion.exact.variants import weaker as blurred
 
 
 def broadened(mixture: GaussianMixture, amount: float) -> GaussianMixture:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from companion.exact.grids import Grid
+from companion.exact.sampling import bootstrap_weights, mean_within
 
 LINE_FLOOR = 0.003
 """Distances on a line below this are nothing: so far are evenly spread samples from the density that they stand for."""
@@ -64,7 +65,7 @@ class SampleRuler:
         self._directions = torch.randn(truth.shape[1], directions, dtype=torch.float64, generator=generator)
         self._directions /= self._directions.norm(dim=0)
         self._ordered = (truth @ self._directions).sort(dim=0).values
-        self._own, self._theirs = (_weights(size, resamples, generator) for size in (count, len(truth)))
+        self._own, self._theirs = (bootstrap_weights(size, resamples, generator) for size in (count, len(truth)))
         self._within = _within(torch.cdist(truth, truth), self._theirs)
 
     def measure(self, samples: Float[Tensor, "count dim"]) -> Estimate:
@@ -92,15 +93,8 @@ class SampleRuler:
         return float((ordered[places.long().clamp(max=len(ordered) - 1)] - self._ordered).abs().mean())
 
 
-def _weights(count: int, resamples: int, generator: torch.Generator) -> Float[Tensor, "resamples count"]:
-    chosen = torch.randint(0, count, (resamples, count), generator=generator)
-    weights = torch.zeros(resamples, count, dtype=torch.float64)
-    return weights.scatter_add_(1, chosen, torch.ones(chosen.shape, dtype=torch.float64)) / count
-
-
 def _within(
     distances: Float[Tensor, "count count"], weights: Float[Tensor, "resamples count"]
 ) -> tuple[float, Float[Tensor, " resamples"]]:
-    """Mean distance of two different samples, and its replicates (pairs of one sample with itself left out)."""
-    value = float(distances.sum()) / (len(distances) * (len(distances) - 1))
-    return value, ((weights @ distances) * weights).sum(dim=1) / (1 - weights.square().sum(dim=1))
+    """Mean distance of two different samples, and its replicates."""
+    return float(distances.sum()) / (len(distances) * (len(distances) - 1)), mean_within(distances, weights)

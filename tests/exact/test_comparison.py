@@ -24,7 +24,6 @@ from companion.exact.comparison import (
     band_means,
     compare,
     gains,
-    guided_chains,
     mean_errors,
     noise_floor,
     target_density,
@@ -32,6 +31,7 @@ from companion.exact.comparison import (
     win_ratio_table,
     win_ratios,
 )
+from companion.exact.methods import method_chains
 
 SCHEDULE = linear_schedule(6, 0.02, 0.5)
 
@@ -52,12 +52,12 @@ def test_fields_and_chains_are_those_of_automatic_differentiation(pair, product)
     torch.testing.assert_close(comparison.fields[name], field, atol=1e-9, rtol=1e-9)
     x = torch.randn(7, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = DDPMChain(guided(conditional, direction, 1.5), SCHEDULE).mean(x, 3)
-    torch.testing.assert_close(guided_chains(comparison)[name].mean(x, 3), expected, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(method_chains(comparison, METHODS)[name].mean(x, 3), expected, atol=1e-9, rtol=1e-9)
 
 
 def test_the_optimal_chain_follows_the_optimal_field(pair):
     comparison = pair[1]
-    chains = guided_chains(comparison)
+    chains = method_chains(comparison, METHODS)
     assert list(chains) == ["unguided", *METHODS, "optimal"]
     grid = comparison.grid
     shift = chains["optimal"].prediction(grid.points, 4) - comparison.chain.prediction(grid.points, 4)
@@ -73,7 +73,7 @@ def test_without_weight_nothing_is_guided(pair):
     comparison = pair[0]
     assert comparison.optimal.abs().max() < 1e-12
     assert all(mean_errors(comparison, name, weighted=True)["all"] < 1e-12 for name in METHODS)
-    chains = guided_chains(comparison)
+    chains = method_chains(comparison, METHODS)
     x = comparison.grid.points[::37]
     for chain in chains.values():
         torch.testing.assert_close(chain.mean(x, 2), comparison.chain.mean(x, 2), atol=1e-12, rtol=0)

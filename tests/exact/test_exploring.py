@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from companion.exact import ancestral_samples, kl
-from companion.exact.comparison import compare, guided_chains
+from companion.exact.comparison import compare
 from companion.exact.exploration_drawings import RULES, draw_exploration
 from companion.exact.exploring import (
     CHAINS,
@@ -16,6 +16,7 @@ from companion.exact.exploring import (
     nearer,
     quantiles,
 )
+from companion.exact.methods import method_chains
 
 LINES = [name for name in PROBLEMS if "1D" in name]
 PLANES = [name for name in PROBLEMS if "2D" in name]
@@ -68,7 +69,7 @@ def test_pushing_all_chains_together_is_pushing_each_on_a_fine_grid(name):
     study = line(name, 4.0, 30)
     problem, fine = study.problem, study.problem.data.grid(601, 2.5)
     [known] = compare(problem.data, [4.0], fine, problem.schedule)
-    chains = {key: problem.chain.with_prediction(chain.prediction) for key, chain in guided_chains(known).items()}
+    chains = {key: problem.chain.with_prediction(chain.prediction) for key, chain in method_chains(known).items()}
     best = problem.chain.optimum(fine, problem.reward).direction
     chains["optimal"] = problem.chain.with_prediction(problem.chain.optimal_prediction(fine, best))
     for ours, theirs in zip(CHAINS, ("unguided", "CFG", "jvp", "optimal"), strict=True):
@@ -96,7 +97,7 @@ def test_samples_in_the_plane_are_the_chains_own():
     study = plane("round blobs (2D)", 2.0, 15)
     problem = study.problem
     [known] = compare(problem.data, [2.0], study.grid, problem.schedule)
-    chains = guided_chains(known)
+    chains = method_chains(known)
     for ours, theirs in (("unguided", "unguided"), ("CFG", "CFG"), ("REG", "jvp")):
         chain = problem.chain.with_prediction(chains[theirs].prediction)
         x = ancestral_samples(chain, 2000, 2, torch.Generator().manual_seed(5))

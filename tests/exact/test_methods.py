@@ -15,7 +15,7 @@ from companion.exact import (
     toy,
     wasserstein1,
 )
-from companion.exact.comparison import compare, guided_chains, target_density
+from companion.exact.comparison import METHODS, compare, multiply, target_density
 from companion.exact.methods import (
     ALL_METHODS,
     ESTIMATES,
@@ -52,10 +52,14 @@ def test_estimates_are_those_of_automatic_differentiation(comparison, x, name):
 
 
 def test_known_methods_are_those_of_the_comparison(comparison, x):
-    chains, known = method_chains(comparison), guided_chains(comparison)
+    chains, level = method_chains(comparison), SCHEDULE.level(5)
     assert list(chains) == ["unguided", *ALL_METHODS, "optimal"]
-    for name, chain in known.items():
-        torch.testing.assert_close(chains[name].mean(x, 5), chain.mean(x, 5))
+    conditional = comparison.data.classes[0]
+    noise, k = conditional.noise(x, *level), conditional.rectification_matrix(x, *level)
+    delta = noise - comparison.data.unconditional.noise(x, *level)
+    for name in METHODS:
+        expected = noise + 1.5 * multiply(name, k, delta)
+        torch.testing.assert_close(chains[name].prediction(x, 5), expected)
     fields = method_fields(comparison, ["Rayleigh", "CFG", "jvp"])
     torch.testing.assert_close(fields["CFG"], comparison.fields["CFG"])
     torch.testing.assert_close(fields["jvp"], comparison.fields["jvp"])
