@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from companion.calibration.errors import Calibration, calibration
 from companion.calibration.loss import calibrated_cross_entropy
 from companion.files import read_json, whole_file, write_json
-from companion.minis.training import TrainingConfig, train
+from companion.minis.training import TrainingConfig, noised, train
 from companion.seeding import sample_seed
 
 Batch = tuple[Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]
@@ -75,18 +75,6 @@ class FineTuned:
     step: int
     stopped_at: int
     record: dict
-
-
-def noised(
-    images: Float[Tensor, "batch ..."],
-    alphas_cumprod: Float[Tensor, " steps"],
-    generator: torch.Generator,
-) -> tuple[Float[Tensor, "batch ..."], Int[Tensor, " batch"]]:
-    """`√ᾱ_t x_0 + √(1-ᾱ_t) ε` at timesteps drawn uniformly: what a noise-aware classifier is trained on."""
-    timesteps = torch.randint(0, len(alphas_cumprod), (len(images),), generator=generator)
-    alpha_bar = alphas_cumprod.to(images)[timesteps].view(-1, *(1,) * (images.ndim - 1))
-    noise = torch.randn(images.shape, generator=generator).to(images)
-    return alpha_bar.sqrt() * images + (1 - alpha_bar).sqrt() * noise, timesteps.to(images.device)
 
 
 @torch.no_grad()
@@ -214,7 +202,7 @@ def _check_settings(folder: Path, config: FineTuning) -> None:
 
 
 def _inputs(images: Tensor, alphas_cumprod: Tensor | None, generator: torch.Generator) -> tuple[Tensor, ...]:
-    return (images,) if alphas_cumprod is None else noised(images, alphas_cumprod, generator)
+    return (images,) if alphas_cumprod is None else noised(images, alphas_cumprod, generator)[:2]
 
 
 def _logits(model: nn.Module, inputs: tuple[Tensor, ...]) -> Float[Tensor, "batch classes"]:

@@ -16,9 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from companion.minis.latents import TRAINING_SEED
-from companion.minis.reading import WithReader, reading_loss, scene_parameters
+from companion.minis.reading import WithReader, legible_reading_loss, scene_parameters
 from companion.minis.scenes import SHAPES, SIZE, Scene, labels, render, scene
-from companion.minis.training import TrainingConfig, train
+from companion.minis.training import TrainingConfig, noised, train
 from companion.seeding import sample_seed
 
 SIDE = SIZE // 2
@@ -137,18 +137,14 @@ def train_adm(
         scenes = [scene(TRAINING_SEED, first + i, 1) for i in range(config.batch_size)]
         clean = render_small(scenes)
         generator = torch.Generator().manual_seed(sample_seed(config.seed, step))
-        timestep = torch.randint(len(alphas_cumprod), (len(clean),), generator=generator)
-        noise = torch.randn(clean.shape, generator=generator)
+        noisy, timestep, noise, alpha_bar = noised(clean, alphas_cumprod, generator)
         dropped = torch.rand(len(clean), generator=generator) < DROPPED
         class_labels = labels(scenes).masked_fill(dropped, NULL_CLASS)
-        alpha_bar = alphas_cumprod[timestep].view(-1, 1, 1, 1)
-        noisy = alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
         outputs, read = model(noisy, timestep, class_labels=class_labels)
         snr = alpha_bar / (1 - alpha_bar)
         denoising = snr.clamp(max=5) / snr * (outputs[:, :3].float() - noise) ** 2
         variance = variance_loss(outputs, clean, noisy, timestep, alphas_cumprod)
-        legible = (snr / (snr + 0.02)).flatten()
-        reading = legible * reading_loss(read, scene_parameters(scenes))
-        return denoising.mean() + _VARIANCE_SHARE * variance.mean() + 0.25 * reading.mean()
+        reading = legible_reading_loss(read, scene_parameters(scenes), snr)
+        return denoising.mean() + _VARIANCE_SHARE * variance.mean() + reading
 
     return unet, train(model, loss, config, folder)

@@ -1,6 +1,7 @@
 """The scene classifier: which of the ten shapes a picture shows. It evaluates what the embedded models draw."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +17,16 @@ WEIGHTS = Path(__file__).parent / "weights" / "scene-classifier"
 _TRAINING_SEED = 2  # other scenes than the generators learn from
 
 
+def small_resnet(*widths: int, **config: Any) -> ResNetForImageClassification:
+    """A ResNet with one basic block in each stage; the classes are the ten shapes unless `config` says otherwise."""
+    shapes = {} if "num_labels" in config else {"num_labels": len(SHAPES), "id2label": dict(enumerate(SHAPES))}
+    stages = {"embedding_size": widths[0], "hidden_sizes": list(widths), "depths": [1] * len(widths)}
+    return ResNetForImageClassification(ResNetConfig(**stages, layer_type="basic", **shapes, **config))
+
+
 def build_classifier() -> ResNetForImageClassification:
     """A ResNet of 0.8 M parameters for 64x64 pictures in [-1, 1]."""
-    config = ResNetConfig(
-        embedding_size=32,
-        hidden_sizes=[32, 64, 96, 128],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        num_labels=len(SHAPES),
-        id2label=dict(enumerate(SHAPES)),
-    )
-    return ResNetForImageClassification(config)
+    return small_resnet(32, 64, 96, 128)
 
 
 def train_classifier(folder: Path, config: TrainingConfig | None = None) -> tuple[ResNetForImageClassification, dict]:

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import CLIPTextModelWithProjection, ResNetConfig, ResNetForImageClassification
+from transformers import CLIPTextModelWithProjection, ResNetForImageClassification
 
 from companion.arguments import check_choice
 from companion.minis.captions import CAPTION_TOKENS, caption_tokenizer, text_config
+from companion.minis.classifier import small_resnet
 from companion.minis.scenes import COLOURS, LARGE, MARGIN, RELATIONS, SHAPES, SIZE, TEXTURES, Scene, render, scene
 from companion.minis.training import TrainingConfig, train
 from companion.seeding import sample_generators, sample_seed
@@ -65,15 +66,8 @@ _tokenizer = cache(caption_tokenizer)
 
 def build_clip() -> SceneTextModel:
     """A ResNet for 64x64 pictures and CLIP's text encoder in small, 0.8 M parameters together; 64 dimensions."""
-    image = ResNetConfig(
-        embedding_size=32,
-        hidden_sizes=[32, 64, 96, 128],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        num_labels=_DIMENSIONS,
-    )
     text = text_config(_tokenizer(), _DIMENSIONS)
-    return SceneTextModel(ResNetForImageClassification(image), CLIPTextModelWithProjection(text))
+    return SceneTextModel(small_resnet(32, 64, 96, 128, num_labels=_DIMENSIONS), CLIPTextModelWithProjection(text))
 
 
 def train_clip(folder: Path, config: TrainingConfig | None = None) -> tuple[SceneTextModel, dict]:

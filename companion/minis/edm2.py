@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from companion.minis.latents import SceneWindow
-from companion.minis.reading import WithReader, reading_loss
+from companion.minis.reading import WithReader, legible_reading_loss
 from companion.minis.scenes import SHAPES, SIZE, labels
 from companion.minis.training import TrainingConfig, train
 from companion.seeding import sample_seed
@@ -84,9 +84,7 @@ def train_edm2(
         level = sigma.view(-1, 1, 1, 1)
         denoised, read = model(clean + level * noise, sigma, class_labels=class_labels)
         weight = (level**2 + SIGMA_DATA**2) / (level * SIGMA_DATA) ** 2
-        ratio = (SIGMA_DATA / sigma) ** 2
-        legible = ratio / (ratio + 0.02)
         denoising = (weight * (denoised.float() - clean) ** 2).mean()
-        return denoising + 0.25 * (legible * reading_loss(read, parameters)).mean()
+        return denoising + legible_reading_loss(read, parameters, (SIGMA_DATA / sigma) ** 2)
 
     return {**train(model, loss, config, folder), "window": window.described}

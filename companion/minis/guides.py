@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from diffusers import UNet2DModel
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import ResNetForImageClassification
 
 from companion.minis.adm import DESCENT, NULL_CLASS, SIDE, build_scheduler, render_small
+from companion.minis.classifier import small_resnet
 from companion.minis.scenes import SHAPES, labels, scene
-from companion.minis.training import TrainingConfig, train
+from companion.minis.training import TrainingConfig, noised, train
 from companion.seeding import sample_seed
 
 Batch = tuple[Float[Tensor, "batch 3 32 32"], Int[Tensor, " batch"]]
@@ -40,15 +41,7 @@ MINI_NOISY: Mapping[str, Any] = {"sample_size": SIDE, "num_classes": len(SHAPES)
 
 def build_resnet() -> ResNetForImageClassification:
     """A ResNet of 0.2 M parameters for 32x32 pictures in [-1, 1], with ReLU as those off the shelf have it."""
-    config = ResNetConfig(
-        embedding_size=32,
-        hidden_sizes=[32, 64, 96],
-        depths=[1, 1, 1],
-        layer_type="basic",
-        num_labels=len(SHAPES),
-        id2label=dict(enumerate(SHAPES)),
-    )
-    return ResNetForImageClassification(config)
+    return small_resnet(32, 64, 96)
 
 
 def scene_batches(seed: int, batch_size: int, *, scenes: int | None = None) -> Callable[[int], Batch]:
@@ -151,10 +144,7 @@ def train_noisy(
     def loss(step: int) -> Tensor:
         pictures, classes = batch(step)
         generator = torch.Generator().manual_seed(sample_seed(config.seed, step))
-        timestep = torch.randint(len(alphas_cumprod), (len(pictures),), generator=generator)
-        alpha_bar = alphas_cumprod[timestep].view(-1, 1, 1, 1)
-        noise = torch.randn(pictures.shape, generator=generator)
-        noisy = alpha_bar.sqrt() * pictures + (1 - alpha_bar).sqrt() * noise
-        return F.cross_entropy(network(noisy, timestep).float(), classes)
+        seen = noised(pictures, alphas_cumprod, generator)
+        return F.cross_entropy(network(seen.noisy, seen.timestep).float(), classes)
 
     return {**train(network, loss, config, folder), "scenes": scenes}

@@ -72,3 +72,14 @@ def reading_loss(
     place = truth[:, None, :2] - tokens
     wanted = torch.cat([place, truth[:, None, 2:].expand(-1, len(tokens), -1)], dim=2)
     return (read.float() - wanted).square().mean(dim=(1, 2))
+
+
+def legible_reading_loss(
+    read: Float[Tensor, "b tokens parameters"], truth: Float[Tensor, "b parameters"], snr: Float[Tensor, "b ..."]
+) -> Float[Tensor, ""]:
+    """What the reading adds to a denoiser's loss: it counts as far as the noise leaves the parameters legible.
+
+    Args:
+        snr: signal over noise, α²/σ², one number a sample.
+    """
+    return 0.25 * ((snr / (snr + 0.02)).flatten() * reading_loss(read, truth)).mean()

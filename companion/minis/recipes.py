@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from companion.minis.latents import TRAINING_SEED, SceneWindow
-from companion.minis.reading import WithReader, reading_loss
+from companion.minis.reading import WithReader, legible_reading_loss
 from companion.minis.scenes import SHAPES, SIZE, labels, render, scene
-from companion.minis.training import TrainingConfig, train
+from companion.minis.training import TrainingConfig, noised, train
 from companion.seeding import sample_seed
 
 
@@ -135,17 +135,13 @@ def train_dit(
     def loss(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(sample_seed(config.seed, step))
         clean, scenes, parameters = window.batch(step, config.batch_size, generator)
-        timestep = torch.randint(len(alphas_cumprod), (config.batch_size,), generator=generator)
-        noise = torch.randn(clean.shape, generator=generator)
+        noisy, timestep, noise, alpha_bar = noised(clean, alphas_cumprod, generator)
         dropped = torch.rand(config.batch_size, generator=generator) < 0.1
         class_labels = labels(scenes).masked_fill(dropped, NULL_CLASS)
-        alpha_bar = alphas_cumprod[timestep].view(-1, 1, 1, 1)
-        noisy = alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
         predicted, read = model(noisy, timestep=timestep, class_labels=class_labels)
         snr = alpha_bar / (1 - alpha_bar)
         denoising = snr.clamp(max=5) / snr * (predicted.float() - noise) ** 2
-        legible = (snr / (snr + 0.02)).flatten()
-        return denoising.mean() + 0.25 * (legible * reading_loss(read, parameters)).mean()
+        return denoising.mean() + legible_reading_loss(read, parameters, snr)
 
     record = {**train(model, loss, config, folder), "window": window.described}
     return dit_pipeline(transformer, autoencoder), record

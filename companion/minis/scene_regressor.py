@@ -15,8 +15,9 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import ResNetForImageClassification
 
+from companion.minis.classifier import small_resnet
 from companion.minis.scenes import (
     COLOURS,
     HELD_OUT_SEED,
@@ -69,15 +70,7 @@ class SceneGuess:
 
 def build_regressor() -> ResNetForImageClassification:
     """A ResNet of 0.6 M parameters: pictures in [-1, 1] with two channels of coordinates to logits and numbers."""
-    config = ResNetConfig(
-        num_channels=5,
-        embedding_size=40,
-        hidden_sizes=[40, 72, 104, 136],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        num_labels=sum(_WIDTHS.values()),
-    )
-    return ResNetForImageClassification(config)
+    return small_resnet(40, 72, 104, 136, num_channels=5, num_labels=sum(_WIDTHS.values()))
 
 
 def with_coordinates(images: Float[Tensor, "batch 3 64 64"]) -> Float[Tensor, "batch 5 64 64"]:

@@ -25,10 +25,10 @@ from transformers import CLIPTextModel, CLIPTokenizer, GlmConfig, GlmModel
 
 from companion.minis.captions import CAPTION_TOKENS, caption_tokenizer, text_config
 from companion.minis.latents import SceneWindow
-from companion.minis.reading import WithReader, reading_loss
+from companion.minis.reading import WithReader, legible_reading_loss
 from companion.minis.recipes import SCHEDULE
 from companion.minis.scenes import SIZE
-from companion.minis.training import TrainingConfig, train
+from companion.minis.training import TrainingConfig, noised, train
 from companion.seeding import sample_seed
 
 Prediction = Literal["epsilon", "v_prediction"]
@@ -134,10 +134,7 @@ def train_sd(
 
     def loss(step: int) -> Tensor:
         clean, tokens, parameters, generator = batch(step)
-        timestep = torch.randint(len(alphas_cumprod), (len(clean),), generator=generator)
-        noise = torch.randn(clean.shape, generator=generator)
-        alpha_bar = alphas_cumprod[timestep].view(-1, 1, 1, 1)
-        noisy = alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
+        noisy, timestep, noise, alpha_bar = noised(clean, alphas_cumprod, generator)
         snr = alpha_bar / (1 - alpha_bar)
         target, weight = noise, snr.clamp(max=5) / snr
         if prediction == "v_prediction":
@@ -146,9 +143,8 @@ def train_sd(
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernel's backward pass is slower at these sizes
             prompt_embeds = model.text_encoder(tokens)[0]
             predicted, read = model.denoiser(noisy, timestep, encoder_hidden_states=prompt_embeds)
-        legible = (snr / (snr + 0.02)).flatten()
         denoising = weight * (predicted.float() - target) ** 2
-        return denoising.mean() + 0.25 * (legible * reading_loss(read, parameters)).mean()
+        return denoising.mean() + legible_reading_loss(read, parameters, snr)
 
     record = {**train(model, loss, config, folder), "window": window.described}
     return sd_pipeline(unet, text_encoder, tokenizer, autoencoder, scheduler), record
@@ -262,9 +258,8 @@ def train_flow(
             predicted, read = model.denoiser(
                 hidden_states=noisy, encoder_hidden_states=prompt_embeds, timestep=timestep, **picture_sizes(len(clean))
             )
-        snr = ((1 - sigma) / sigma).square().flatten()
         velocity = (predicted.float() - (noise - clean)).square().mean()
-        return velocity + 0.25 * (snr / (snr + 0.02) * reading_loss(read, parameters)).mean()
+        return velocity + legible_reading_loss(read, parameters, ((1 - sigma) / sigma).square())
 
     record = {**train(model, loss, config, folder), "window": window.described}
     autoencoder.register_to_config(scaling_factor=1.0)  # its latents have unit variance already

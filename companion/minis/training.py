@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.training_utils import EMAModel
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -64,6 +65,27 @@ class TrainingConfig:
         """Learning rate of a step, counted from 0."""
         warm = min(1.0, (step + 1) / max(1, self.warmup))
         return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+class Noised(NamedTuple):
+    """Pictures or latents in the noise of a timestep each: `√ᾱ clean + √(1-ᾱ) noise`; ᾱ broadcasts against them."""
+
+    noisy: Float[Tensor, "batch ..."]
+    timestep: Int[Tensor, " batch"]
+    noise: Float[Tensor, "batch ..."]
+    alpha_bar: Float[Tensor, "batch ..."]
+
+
+def noised(
+    clean: Float[Tensor, "batch ..."], alphas_cumprod: Float[Tensor, " steps"], generator: torch.Generator
+) -> Noised:
+    """What denoisers and noise-aware classifiers learn from: timesteps drawn uniformly, and then the noise."""
+    timestep = torch.randint(len(alphas_cumprod), (len(clean),), generator=generator)
+    alpha_bar = alphas_cumprod.to(clean)[timestep].view(-1, *(1,) * (clean.ndim - 1))
+    noise = torch.randn(clean.shape, generator=generator).to(clean)
+    return Noised(
+        alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise, timestep.to(clean.device), noise, alpha_bar
+    )
 
 
 def train(

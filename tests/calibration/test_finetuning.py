@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from companion.calibration.finetuning import FineTuned, FineTuning, fine_tune, held_out_logits, noised
-from companion.minis.training import TrainingConfig
+from companion.calibration.finetuning import FineTuned, FineTuning, fine_tune, held_out_logits
+from companion.minis.training import TrainingConfig, noised
 
 TRAINING = TrainingConfig(steps=60, batch_size=64, learning_rate=0.3, warmup=1, ema_decay=0.0, checkpoint_seconds=0.0)
 CONFIG = FineTuning(TRAINING, weight=1.0, bins=10, validate_every=10, patience=3)
@@ -123,7 +123,7 @@ def test_noise_aware_classifiers_see_noisy_images_and_timesteps(tmp_path) -> Non
 def test_noise_has_the_level_of_its_timestep() -> None:
     kept = torch.tensor([0.9, 0.1])
     images = torch.full((4000, 1, 2, 2), 2.0)
-    noisy, timesteps = noised(images, kept, torch.Generator().manual_seed(0))
+    noisy, timesteps, *_ = noised(images, kept, torch.Generator().manual_seed(0))
     for t, share in enumerate(kept.tolist()):
         part = noisy[timesteps == t]
         assert abs(len(part) - 2000) < 200

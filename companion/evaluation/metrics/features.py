@@ -14,7 +14,7 @@ from torch import Tensor
 from companion.evaluation.sampling.folder import Pixels
 from companion.minis.classifier import load_classifier
 from companion.minis.scene_regressor import load_regressor, with_coordinates
-from companion.minis.scenes import SIZE
+from companion.minis.scenes import SHAPES, SIZE
 
 
 class Features(NamedTuple):
