@@ -10,6 +10,7 @@ float64, at σ from 0.002 to 80.
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -113,9 +114,9 @@ class Block(nn.Module):
         decoder: bool,
         resample: str = "keep",
         heads: int = 0,
-        res_balance: float = 0.3,
-        attn_balance: float = 0.3,
-        clip: float | None = 256.0,
+        res_balance: float,
+        attn_balance: float,
+        clip: float | None,
     ) -> None:
         super().__init__()
         self.outputs, self.decoder, self.resample, self.heads = outputs, decoder, resample, heads
@@ -211,21 +212,11 @@ class EDM2UNet(ModelMixin, ConfigMixin):
         widths = [model_channels * mult for mult in channel_mult]
         noise = widths[0] if channel_mult_noise is None else model_channels * channel_mult_noise
         embedding = max(widths) if channel_mult_emb is None else model_channels * channel_mult_emb
-
-        def block(
-            inputs: int, outputs: int, *, decoder: bool, attention: bool = False, resample: str = "keep"
-        ) -> Block:
-            return Block(
-                inputs,
-                outputs,
-                embedding,
-                decoder=decoder,
-                resample=resample,
-                heads=outputs // channels_per_head if attention else 0,
-                res_balance=res_balance,
-                attn_balance=attn_balance,
-                clip=clip_act,
-            )
+        block = partial(Block, embedding=embedding, res_balance=res_balance, attn_balance=attn_balance, clip=clip_act)
+        levels = []
+        for level, width in enumerate(widths):
+            size = sample_size >> level
+            levels.append((f"{size}x{size}", width, width // channels_per_head if size in attn_resolutions else 0))
 
         self.out_gain = nn.Parameter(torch.zeros([]))
         self.emb_fourier = MPFourier(noise)
@@ -235,33 +226,27 @@ class EDM2UNet(ModelMixin, ConfigMixin):
         self.enc = nn.ModuleDict()
         current = in_channels + 1  # a channel of ones stands in for biases
         skips = []
-        for level, width in enumerate(widths):
-            size = sample_size >> level
+        for level, (name, width, heads) in enumerate(levels):
             if level == 0:
-                self.enc[f"{size}x{size}_conv"] = MPConv(current, width, 3)
+                self.enc[f"{name}_conv"] = MPConv(current, width, 3)
                 current = width
             else:
-                self.enc[f"{size}x{size}_down"] = block(current, current, decoder=False, resample="down")
+                self.enc[f"{name}_down"] = block(current, current, decoder=False, resample="down")
             skips.append(current)
             for i in range(num_blocks):
-                attention = size in attn_resolutions
-                self.enc[f"{size}x{size}_block{i}"] = block(current, width, decoder=False, attention=attention)
+                self.enc[f"{name}_block{i}"] = block(current, width, decoder=False, heads=heads)
                 current = width
                 skips.append(current)
 
         self.dec = nn.ModuleDict()
-        for level, width in reversed(list(enumerate(widths))):
-            size = sample_size >> level
+        for level, (name, width, heads) in reversed(list(enumerate(levels))):
             if level == len(widths) - 1:
-                self.dec[f"{size}x{size}_in0"] = block(current, current, decoder=True, attention=True)
-                self.dec[f"{size}x{size}_in1"] = block(current, current, decoder=True)
+                self.dec[f"{name}_in0"] = block(current, current, decoder=True, heads=current // channels_per_head)
+                self.dec[f"{name}_in1"] = block(current, current, decoder=True)
             else:
-                self.dec[f"{size}x{size}_up"] = block(current, current, decoder=True, resample="up")
+                self.dec[f"{name}_up"] = block(current, current, decoder=True, resample="up")
             for i in range(num_blocks + 1):
-                attention = size in attn_resolutions
-                self.dec[f"{size}x{size}_block{i}"] = block(
-                    current + skips.pop(), width, decoder=True, attention=attention
-                )
+                self.dec[f"{name}_block{i}"] = block(current + skips.pop(), width, decoder=True, heads=heads)
                 current = width
         self.out_conv = MPConv(current, in_channels, 3)
         if folded:
