@@ -1,10 +1,11 @@
 """What a table's samples are measured by: their conditions, the reference, and the figures of one run."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -71,41 +72,11 @@ class KernelMeasure(NamedTuple):
     reference: KernelReference
 
 
-class Evaluator(Protocol):
-    """Measures one model's runs.
+class Evaluator(ABC):
+    """Measures one model's runs in a network's features, against a reference that is made when first needed.
 
-    `described` decides the figures, together with the run's settings; it is plain JSON. `least` is the number of
-    samples that the figures need.
-    """
-
-    described: Mapping[str, Any]
-    least: int
-
-    def check(self) -> None:
-        """Look through the reference, before anything is sampled.
-
-        Raises:
-            ValueError: it cannot be used; the message names file and line.
-        """
-        ...
-
-    def conditions(self, pipe: DiffusionPipeline) -> tuple[int, ...] | tuple[str, ...]:
-        """What is drawn, in turn."""
-        ...
-
-    def measure(self, folder: Path) -> Evaluation:
-        """All figures of a finished run."""
-        ...
-
-    def reference(self) -> Mapping[str, Any]:
-        """What was measured against, for the provenance."""
-        ...
-
-
-class _Evaluator:
-    """What both kinds of evaluators share: a network of features, and a reference that is made when first needed.
-
-    The kernel distance is no part of `described`: cells that were made without it stay what they are.
+    `described` decides the figures, together with the run's settings; it is plain JSON. The kernel distance is no part
+    of it: cells that were made without it stay what they are. `least` is the number of samples that the figures need.
     """
 
     def __init__(
@@ -117,16 +88,27 @@ class _Evaluator:
     ) -> None:
         self._network, self._make = network, reference
         self._kernel = None if kernel is None else cache(kernel)
-        self._made: Reference | None = None
         self.described: Mapping[str, Any] = {"network": network.name, "neighbours": NEIGHBOURS, **described}
         self.least = network.dimensions + 1
 
-    @property
+    @cached_property
     def _reference(self) -> Reference:
-        self._made = self._made or self._make()
-        return self._made
+        return self._make()
+
+    @abstractmethod
+    def conditions(self, pipe: DiffusionPipeline) -> tuple[int, ...] | tuple[str, ...]:
+        """What is drawn, in turn."""
+
+    @abstractmethod
+    def measure(self, folder: Path) -> Evaluation:
+        """All figures of a finished run."""
 
     def check(self) -> None:
+        """Look through the reference, before anything is sampled.
+
+        Raises:
+            ValueError: it cannot be used; the message names file and line.
+        """
         dimensions = len(self._reference.statistics.mean)
         if dimensions != self._network.dimensions:
             raise ValueError(
@@ -135,6 +117,7 @@ class _Evaluator:
             )
 
     def reference(self) -> Mapping[str, Any]:
+        """What was measured against, for the provenance."""
         named = {} if self._kernel is None else {"kernel_distance": self._kernel().network.name}
         return {**self._reference.described, **named}
 
@@ -154,7 +137,7 @@ class _Evaluator:
         return Evaluation(figures, pictures)
 
 
-class ClassEvaluator(_Evaluator):
+class ClassEvaluator(Evaluator):
     """Of class-conditional models: FID, Inception score, precision, recall, agreement with the class asked for.
 
     Args:
@@ -192,7 +175,7 @@ class ClassEvaluator(_Evaluator):
         return Evaluation(figures, pictures)
 
 
-class CaptionEvaluator(_Evaluator):
+class CaptionEvaluator(Evaluator):
     """Of text-conditional models: FID, precision, recall, and how well pictures and captions agree.
 
     Args:

@@ -21,9 +21,8 @@ from companion.evaluation.metrics.features import SceneFeatures
 from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.metrics.metrics import precision_recall, share
 from companion.evaluation.metrics.reference_statistics import statistics_of
-from companion.evaluation.tables.engine import Measured
+from companion.evaluation.tables.engine import CellMaker, Measured, TablePlan
 from companion.evaluation.tables.options import TableOptions
-from companion.evaluation.tables.paired import Pair
 from companion.evaluation.tables.results import Cell
 from companion.markdown import table
 from companion.minis.adm import enlarged, render_small
@@ -91,7 +90,7 @@ def calibration_of(network: nn.Module, scenes: int) -> Figures:
 
 
 @dataclass(frozen=True)
-class CalibratedPlan:
+class CalibratedPlan(TablePlan):
     """The table: one row for each classifier, as it was trained and after each form of fine-tuning.
 
     Args:
@@ -123,12 +122,6 @@ class CalibratedPlan:
     def names(self) -> list[str]:
         return list(self.rows())
 
-    def left_out(self) -> list[str]:
-        return []
-
-    def pairs(self, cells: Sequence[Cell]) -> list[Pair]:
-        return []
-
     def open(self, names: Sequence[str]) -> "CalibratedCells":
         """Raises:
         ValueError: a fine-tuning was not run.
@@ -148,7 +141,7 @@ class CalibratedPlan:
         return table([*headings, "FID", "precision", "recall", "agreement"], rows)
 
 
-class CalibratedCells:
+class CalibratedCells(CellMaker):
     """Makes the cells of a `CalibratedPlan`."""
 
     def __init__(self, plan: CalibratedPlan, names: Sequence[str]) -> None:
@@ -170,12 +163,6 @@ class CalibratedCells:
         parts = [render_small(held_out[first : first + 100]) for first in range(0, len(held_out), 100)]
         features = torch.cat([self._features(shown(part)).features for part in parts])
         return Reference(statistics_of(features), features)
-
-    def check(self, names: Sequence[str]) -> None:
-        """Nothing to look through: scenes are rendered."""
-
-    def draw(self, name: str, folder: Path, progress: bool) -> None:
-        """Nothing is left on disk: `measure` draws."""
 
     def measure(self, name: str, folder: Path) -> Measured:
         classifier, form = self._rows[name]

@@ -26,9 +26,8 @@ from companion.evaluation.metrics.metrics import share
 from companion.evaluation.sampling.evaluations import evaluations, scheduler_levels
 from companion.evaluation.studies.guided_drawing import draw_with_guider
 from companion.evaluation.studies.picture_scores import read_scores, write_scores
-from companion.evaluation.tables.engine import Measured
+from companion.evaluation.tables.engine import CellMaker, Measured, TablePlan
 from companion.evaluation.tables.options import TableOptions
-from companion.evaluation.tables.paired import Pair
 from companion.evaluation.tables.results import Cell
 from companion.guidance.variants import renoising_scale
 from companion.guidance.weights import GuidanceWeight, IntervalWeight
@@ -215,7 +214,7 @@ def _add_scores(file: Path, name: str, scores: Mapping[str, Float[Tensor, " samp
 
 
 @dataclass(frozen=True)
-class VariantsPlan:
+class VariantsPlan(TablePlan):
     """The table: its rows on mini-sd, all with the same captions and the same noise.
 
     Args:
@@ -230,12 +229,6 @@ class VariantsPlan:
 
     def names(self) -> list[str]:
         return [row.name for row in self.rows]
-
-    def left_out(self) -> list[str]:
-        return []
-
-    def pairs(self, cells: Sequence[Cell]) -> list[Pair]:
-        return []
 
     def open(self, names: Sequence[str]) -> "VariantCells":
         return VariantCells(self, names)
@@ -252,7 +245,7 @@ class VariantsPlan:
         return table(headings, rows)
 
 
-class VariantCells:
+class VariantCells(CellMaker):
     """Makes the cells of a `VariantsPlan`."""
 
     def __init__(self, plan: VariantsPlan, names: Sequence[str]) -> None:
@@ -265,12 +258,6 @@ class VariantCells:
         self._scores = CaptionScores(plan.samples)
         self._pipe = load("mini-sd")
         self._pipe.set_progress_bar_config(disable=True)
-
-    def check(self, names: Sequence[str]) -> None:
-        """Nothing to look through: scenes are rendered."""
-
-    def draw(self, name: str, folder: Path, progress: bool) -> None:
-        """Nothing is left on disk: `measure` draws."""
 
     def measure(self, name: str, folder: Path) -> Measured:
         began = time.monotonic()

@@ -12,11 +12,12 @@ removed once it is written, unless they are to be kept.
 
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
@@ -58,57 +59,55 @@ class Measured:
     pictures: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-class CellMaker(Protocol):
-    """Makes the cells of one plan; it holds what is loaded for them."""
+class CellMaker(ABC):
+    """Makes the cells of one plan; it holds what is loaded for them.
 
-    @property
-    def settings(self) -> Mapping[str, Mapping[str, Any]]:
-        """Of every cell, by its name: all that decides its figures, plain JSON."""
-        ...
+    `settings` are of every cell, by its name: all that decides its figures, plain JSON.
+    """
 
-    def check(self, names: Sequence[str]) -> None:
+    settings: Mapping[str, Mapping[str, Any]]
+
+    def check(self, names: Sequence[str]) -> None:  # noqa: B027
         """Look through what these cells are measured against, in the main process.
 
         Raises:
             ValueError: it cannot be used; the message names file and line.
         """
-        ...
 
-    def draw(self, name: str, folder: Path, progress: bool) -> None:
-        """Draw a cell's samples, or what is left of them, in every process."""
-        ...
+    def draw(self, name: str, folder: Path, progress: bool) -> None:  # noqa: B027
+        """Draw a cell's samples, or what is left of them, in every process; nothing where `measure` draws."""
 
+    @abstractmethod
     def measure(self, name: str, folder: Path) -> Measured:
         """Measure a cell whose samples are drawn, in the main process."""
-        ...
 
 
-class TablePlan(Protocol):
+class TablePlan(ABC):
     """A table."""
 
+    @abstractmethod
     def names(self) -> list[str]:
         """Of its cells, in the order in which they are made."""
-        ...
 
     def left_out(self) -> list[str]:
         """Cells that cannot be made, with what is missing."""
-        ...
+        return []
 
+    @abstractmethod
     def open(self, names: Sequence[str]) -> CellMaker:
         """What makes these cells.
 
         Raises:
             ValueError: one of them cannot be drawn or measured.
         """
-        ...
 
+    @abstractmethod
     def as_markdown(self, cells: Sequence[Cell]) -> str:
-        """The table."""
-        ...
+        """The table, one line a row."""
 
     def pairs(self, cells: Sequence[Cell]) -> list[Pair]:
         """Which cells are compared picture by picture."""
-        ...
+        return []
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Plans whose cells are sampling runs: a row of a model is drawn into a folder and measured by an evaluator."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,9 +13,8 @@ from companion.evaluation.metrics.evaluators import Evaluator
 from companion.evaluation.sampling.folder import PROVENANCE, read_manifest
 from companion.evaluation.sampling.runs import sample
 from companion.evaluation.sampling.settings import SamplingSettings, check_sampling
-from companion.evaluation.tables.engine import Measured
-from companion.evaluation.tables.paired import Pair
-from companion.evaluation.tables.results import Cell, Cost
+from companion.evaluation.tables.engine import CellMaker, Measured, TablePlan
+from companion.evaluation.tables.results import Cost
 from companion.files import read_json
 from companion.pipelines.configuration import Preset
 from companion.pipelines.registry import load
@@ -40,7 +39,7 @@ RowT = TypeVar("RowT", bound=TableRow)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampledPlan(ABC, Generic[RowT]):
+class SampledPlan(TablePlan, Generic[RowT]):
     """A table of sampling runs. Subclasses say what is drawn for a row, and how the table looks.
 
     Args:
@@ -90,18 +89,6 @@ class SampledPlan(ABC, Generic[RowT]):
             image_format="npz",
         )
 
-    @abstractmethod
-    def as_markdown(self, cells: Sequence[Cell]) -> str:
-        """The table."""
-
-    @abstractmethod
-    def pairs(self, cells: Sequence[Cell]) -> list[Pair]:
-        """Which cells are compared picture by picture."""
-
-    def left_out(self) -> list[str]:
-        """Cells that cannot be made, with what is missing: none."""
-        return []
-
     def with_budgets(self) -> Self:
         """The plan, with what only loaded models tell: nothing."""
         return self
@@ -122,7 +109,7 @@ class SampledPlan(ABC, Generic[RowT]):
         return SampledCells(self, names)
 
 
-class SampledCells(Generic[RowT]):
+class SampledCells(CellMaker, Generic[RowT]):
     """Makes the cells of a `SampledPlan`; one model at a time is in memory."""
 
     def __init__(self, plan: SampledPlan[RowT], names: Sequence[str]) -> None:
