@@ -4,33 +4,37 @@ Diffusers has some 170 pipelines with classifier-free guidance and no common int
 stacked batch comes first, whether the branches are two calls, how guidance is switched on, what becomes of the
 prediction before the scheduler sees it, all this is in each class's sampling loop. The loops are written alike, though,
 so they can be read: this module follows the denoiser's output through the statements of the loop to the combination
-`u + s (c - u)` (or `c + s (c - u)`), and on to `scheduler.step`. A statement it does not know ends in a refusal that
-quotes it. Nothing is guessed from names, batch sizes or the order of arguments.
+`u + s (c - u)` (or `c + s (c - u)`), and on to `scheduler.step`; `predictions` reads the expressions. A statement it
+does not know ends in a refusal that quotes it. Nothing is guessed from names, batch sizes or the order of arguments.
 """
 
 import ast
 import inspect
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from types import CodeType
 from typing import Any, Literal, NoReturn
+
+from companion.pipelines.predictions import (
+    RECAST,
+    Combination,
+    Guided,
+    Names,
+    Output,
+    Value,
+    combination_of,
+    free_names,
+    halves_of,
+    value_of,
+)
 
 Role = Literal["stacked", "conditional", "reference", "other"]
 
 SAMPLE_NAMES = ("hidden_states", "sample", "x")
 _NOT_DENOISERS = ("controlnet", "vae", "image_encoder", "text_encoder", "adapter", "scheduler", "image_processor")
 _METHODS = ("_", "get_")  # beginnings of names that are no component's
-
-# What may be done to a prediction on its way without changing what it means.
-_RECAST = frozenset(("float", "to", "type", "contiguous", "clone"))
-_RESHAPED = frozenset(
-    ("squeeze", "unsqueeze", "reshape", "view", "permute", "transpose", "flatten", "unflatten", "movedim")
-)
-_REARRANGEMENTS = ("unpack", "pack", "patchify", "rearrange")
-_RESCALINGS = ("rescale_noise_cfg", "rescale_cfg")
-_NOISE = frozenset(("latents", "sigma", "sigmas", "t", "timestep", "c_skip", "c_out", "sample", "latent_model_input"))
 
 
 @dataclass(frozen=True)
@@ -123,63 +127,14 @@ def call_code(pipeline: type) -> CodeType:
 # ------------------------------------------------------------------------------------------------- reading the source
 
 
-@dataclass(frozen=True)
-class _Output:
-    """A variable that holds a denoiser's output, or a part of it.
-
-    Args:
-        trailing: it is without its first tokens or frames (dimension 1).
-        arranged: its dimensions may be others than the network's.
-    """
-
-    site: int
-    sign: int = 1
-    half: int | None = None
-    trailing: bool = False
-    arranged: bool = False
-
-
-@dataclass(frozen=True)
-class _Guided:
-    """A variable that holds the combination of both branches.
-
-    Args:
-        trailing, arranged: see `_Output`.
-        clean: a name from which it was subtracted, which makes a prediction of x_0 a velocity.
-    """
-
-    sign: int = 1
-    trailing: bool = False
-    arranged: bool = False
-    clean: str | None = None
-
-
-@dataclass(frozen=True)
-class _Combination:
-    """The two branches of a guided prediction, and how much of their difference is in it.
-
-    Args:
-        unguided: the scale at which the prediction is the conditional one.
-    """
-
-    conditional: _Output
-    reference: _Output
-    scale: ast.expr
-    unguided: int
-
-
-_Value = _Output | _Guided
-_Names = dict[str, _Value]
-
-
 @dataclass
 class _Reading:
     """What has been found so far."""
 
     sites: list[ast.Call] = field(default_factory=list)
     components: list[str] = field(default_factory=list)
-    combinations: list[tuple[_Combination, tuple[tuple[ast.expr, bool], ...], ast.stmt]] = field(default_factory=list)
-    steps: list[tuple[ast.Call, _Value]] = field(default_factory=list)
+    combinations: list[tuple[Combination, tuple[tuple[ast.expr, bool], ...], ast.stmt]] = field(default_factory=list)
+    steps: list[tuple[ast.Call, Value]] = field(default_factory=list)
     aliases: dict[str, list[str]] = field(default_factory=dict)
     unknown: str | None = None
 
@@ -205,21 +160,21 @@ def read_call(function: ast.FunctionDef) -> GuidanceLayout:
     if not steps:
         raise UnsupportedPipeline("the guided prediction does not reach its scheduler's step")
     step, value = steps[0]
-    sign = value.sign * (conditional.sign if isinstance(value, _Guided) else 1)
+    sign = value.sign * (conditional.sign if isinstance(value, Guided) else 1)
     timestep, latents = _argument(step, 1, "timestep"), _argument(step, 2, "sample")
     if timestep is None or latents is None:
         raise UnsupportedPipeline(f"`{ast.unparse(step)}` does not give the scheduler (prediction, timestep, sample)")
-    if isinstance(value, _Guided) and value.clean not in (None, ast.unparse(latents)):
+    if isinstance(value, Guided) and value.clean not in (None, ast.unparse(latents)):
         raise UnsupportedPipeline(f"its prediction is subtracted from `{value.clean}`, which is not understood")
     late = _assigned_between(loop, reading.sites[min(conditional.site, reference.site)], combined)
     shared = tuple((test, wanted) for test, wanted in guided if all(_contains(g, test, wanted) for _, g, _ in others))
     for test, _ in shared:
-        if _free_names(test) & late:
+        if free_names(test) & late:
             raise UnsupportedPipeline(
                 f"whether it guides, `{ast.unparse(test)}`, is decided only after the network was called"
             )
     scales = {(ast.dump(found.scale), found.unguided) for found, _, _ in reading.combinations}
-    known = len(scales) == 1 and not _free_names(combination.scale) & late
+    known = len(scales) == 1 and not free_names(combination.scale) & late
     roles: dict[int, Role] = (
         {conditional.site: "stacked"} if stacked else {conditional.site: "conditional", reference.site: "reference"}
     )
@@ -235,7 +190,7 @@ def read_call(function: ast.FunctionDef) -> GuidanceLayout:
         ),
         sign=sign,
         trailing=conditional.trailing or value.trailing,
-        clean=isinstance(value, _Guided) and value.clean is not None,
+        clean=isinstance(value, Guided) and value.clean is not None,
         guided=tuple((_compiled(test), wanted) for test, wanted in shared),
         scale=_compiled(combination.scale) if known else None,
         unguided=combination.unguided,
@@ -256,11 +211,12 @@ def _called_controls(loop: ast.For) -> Iterator[str]:
 def _refuse_without_combination(function: ast.FunctionDef, loop: ast.For, reading: _Reading) -> NoReturn:
     if _mentions(loop, ("self.guider",)):
         raise UnsupportedPipeline("its guidance is a guider component: give it a RectifiedGradientGuidance")
+    distilled = UnsupportedPipeline(
+        "its guidance_scale is an input of a distilled network; there are no branches", "unguided"
+    )
     if not _mentions(loop, ("guid", "cfg", "uncond", "neg")):
         if _mentions(function, ("guidance_scale",)):
-            raise UnsupportedPipeline(
-                "its guidance_scale is an input of a distilled network; there are no branches", "unguided"
-            )
+            raise distilled
         raise UnsupportedPipeline("it does no classifier-free guidance", "unguided")
     if any(map(_is_own_method_with_scale, ast.walk(loop))):
         raise UnsupportedPipeline("it combines its branches in a method of its own, outside its __call__")
@@ -268,9 +224,7 @@ def _refuse_without_combination(function: ast.FunctionDef, loop: ast.For, readin
         if reading.unknown:
             raise UnsupportedPipeline(f"its prediction goes through `{reading.unknown}`, which is not understood")
         raise UnsupportedPipeline("its branches are not combined as u + s (c - u) in its sampling loop")
-    raise UnsupportedPipeline(
-        "its guidance_scale is an input of a distilled network; there are no branches", "unguided"
-    )
+    raise distilled
 
 
 def _is_own_method_with_scale(node: ast.AST) -> bool:
@@ -340,7 +294,7 @@ def _denoiser_call(node: ast.expr, reading: _Reading) -> tuple[ast.Call, list[st
         match node:
             case ast.Subscript(value=inner) | ast.Attribute(value=inner):
                 node = inner
-            case ast.Call(func=ast.Attribute(value=inner, attr=method)) if method in _RECAST:
+            case ast.Call(func=ast.Attribute(value=inner, attr=method)) if method in RECAST:
                 node = inner
             case _:
                 break
@@ -359,7 +313,7 @@ def _denoiser_call(node: ast.expr, reading: _Reading) -> tuple[ast.Call, list[st
 
 
 def _read_block(
-    statements: list[ast.stmt], names: _Names, guards: tuple[tuple[ast.expr, bool], ...], reading: _Reading
+    statements: list[ast.stmt], names: Names, guards: tuple[tuple[ast.expr, bool], ...], reading: _Reading
 ) -> None:
     """Follow the denoiser's output through statements; `names` is changed in place."""
     for statement in statements:
@@ -369,7 +323,7 @@ def _read_block(
             _read_block(statement.orelse, otherwise, (*guards, (statement.test, False)), reading)
             for name in {**otherwise, **then}:
                 values = [branch[name] for branch in (then, otherwise) if name in branch]
-                names[name] = next((value for value in values if isinstance(value, _Guided)), values[0])
+                names[name] = next((value for value in values if isinstance(value, Guided)), values[0])
         elif isinstance(statement, (ast.With, ast.For)):
             _read_block(statement.body, names, guards, reading)
         elif isinstance(statement, ast.Assign) and len(statement.targets) == 1:
@@ -380,7 +334,7 @@ def _read_block(
         elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
             call = statement.value
             if isinstance(call.func, ast.Attribute) and call.func.attr == "append" and call.args:
-                value = _value_of(call.args[0], names)
+                value = value_of(call.args[0], names)
                 if value is not None and isinstance(call.func.value, ast.Name):
                     names[call.func.value.id] = value
 
@@ -389,19 +343,19 @@ def _read_assignment(
     statement: ast.Assign,
     target: ast.expr,
     source: ast.expr,
-    names: _Names,
+    names: Names,
     guards: tuple[tuple[ast.expr, bool], ...],
     reading: _Reading,
 ) -> None:
     for call in (node for node in ast.walk(source) if isinstance(node, ast.Call)):
         if _scheduler_of(call) is not None and call.args:
-            value = _value_of(call.args[0], names)
+            value = value_of(call.args[0], names)
             if value is not None:
                 reading.steps.append((call, value))
             _assign(target, None, names)
             return
     if isinstance(target, ast.Tuple) and isinstance(source, ast.Tuple) and len(target.elts) == len(source.elts):
-        values = [_value_of(item, names) for item in source.elts]
+        values = [value_of(item, names) for item in source.elts]
         for item, value in zip(target.elts, values, strict=True):
             _assign(item, value, names)
         return
@@ -410,20 +364,20 @@ def _read_assignment(
         reading.sites.append(denoiser[0])
         reading.components.extend(denoiser[1])
         first = target.elts[0] if isinstance(target, ast.Tuple) else target
-        _assign(first, _Output(len(reading.sites) - 1), names)
+        _assign(first, Output(len(reading.sites) - 1), names)
         return
-    combination = _combination(source, names)
+    combination = combination_of(source, names)
     if combination is not None:
         reading.combinations.append((combination, guards, statement))
-        _assign(target, _Guided(), names)
+        _assign(target, Guided(), names)
         return
-    halves = _halves(source, names)
+    halves = halves_of(source, names)
     if halves is not None and isinstance(target, ast.Tuple) and len(target.elts) == len(halves):
         for item, value in zip(target.elts, halves, strict=True):
             _assign(item, value, names)
         return
-    value = _value_of(source, names)
-    rewritten = _free_names(target) & set(names) and _free_names(source) & set(names)
+    value = value_of(source, names)
+    rewritten = free_names(target) & set(names) and free_names(source) & set(names)
     if value is None and rewritten and not isinstance(target, (ast.Subscript, ast.Attribute)):
         # A rewritten prediction that is not understood; what is merely computed from one (a norm, a preview) is not.
         reading.unknown = reading.unknown or ast.unparse(statement)
@@ -431,7 +385,7 @@ def _read_assignment(
     _assign(target, value, names)
 
 
-def _assign(target: ast.expr, value: _Value | None, names: _Names) -> None:
+def _assign(target: ast.expr, value: Value | None, names: Names) -> None:
     if not isinstance(target, ast.Name):
         return
     if value is None:
@@ -440,182 +394,12 @@ def _assign(target: ast.expr, value: _Value | None, names: _Names) -> None:
         names[target.id] = value
 
 
-def _value_of(node: ast.expr, names: _Names) -> _Value | None:
-    """What an expression is, if it is a prediction but for its dtype, sign or arrangement."""
-    match node:
-        case ast.Name(id=name):
-            return names.get(name)
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            value = _value_of(operand, names)
-            return None if value is None else replace(value, sign=-value.sign)
-        case ast.Call(func=ast.Attribute(value=owner, attr=method)) if method in _RECAST:
-            return _value_of(owner, names)
-        case ast.Call(func=ast.Attribute(value=owner, attr=method)) if method in _RESHAPED:
-            return _arranged(_value_of(owner, names))
-        case ast.Call(func=ast.Attribute(value=owner, attr="clip" | "clamp")):
-            value = _value_of(owner, names)
-            return value if isinstance(value, _Guided) else None
-        case ast.Call(func=ast.Attribute(attr=method), args=[first, *_]) if (
-            any(word in method for word in _REARRANGEMENTS) or method in _RESCALINGS
-        ):
-            return _arranged(_value_of(first, names))
-        case ast.Call(func=ast.Name(id=function), args=[first, *_]) if function in _RESCALINGS:
-            return _value_of(first, names)
-        case ast.Call(func=ast.Name(id="list" | "tuple"), args=[first]):
-            return _value_of(first, names)
-        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="stack" | "cat"), args=[first, *_]):
-            # Both halves of a stacked batch may be given the same guided prediction; others may be joined behind it.
-            if isinstance(first, (ast.List, ast.Tuple)):
-                return _value_of(first.elts[0], names)
-            return _value_of(first, names)
-        case ast.ListComp(elt=element, generators=[ast.comprehension(target=ast.Name(id=item), iter=iterated)]):
-            value = _value_of(iterated, names)
-            return None if value is None else _value_of(element, {item: value})
-        case ast.Subscript(value=owner, slice=index):
-            return _part(owner, index, names)
-        case ast.BinOp(left=ast.BinOp(left=ast.Name(id=start), op=ast.Sub(), right=right), op=ast.Div()):
-            value = _value_of(right, names)  # a flow's velocity ε - x_0 is (z - x_0)/σ
-            return replace(value, clean=start) if isinstance(value, _Guided) and value.clean is None else None
-        case ast.BinOp(left=left, op=ast.Mult(), right=factor):
-            value = _value_of(
-                left, names
-            )  # comb_pred * (cond_norm / noise_norm): guidance made smaller, still guidance
-            return value if isinstance(value, _Guided) and not _free_names(factor) & _NOISE else None
-        case ast.BinOp(left=left, op=ast.Add(), right=ast.BinOp(op=ast.Mult()) as term):
-            # more guidance on top of guidance, or two scalings of it mixed
-            value = _value_of(left, names)
-            more = any(map(_is_difference, ast.walk(term))) or _value_of(term.right, names) == value
-            known = not _free_names(term) & _NOISE
-            return value if isinstance(value, _Guided) and more and known else None
-        case ast.IfExp(body=body, orelse=otherwise):
-            return _value_of(body, names) or _value_of(otherwise, names)
-    return None
-
-
-def _arranged(value: _Value | None) -> _Value | None:
-    return None if value is None else replace(value, arranged=True)
-
-
-def _part(owner: ast.expr, index: ast.expr, names: _Names) -> _Value | None:
-    value = _value_of(owner, names)
-    if value is None:
-        pieces = _halves(owner, names)  # noise_pred.chunk(2, dim=1)[0]
-        if pieces is not None and isinstance(index, ast.Constant) and isinstance(index.value, int):
-            return pieces[index.value]
-        return None
-    if isinstance(index, ast.Tuple):  # leading channels or tokens
-        leading = all(
-            _is_ellipsis(item) or (isinstance(item, ast.Slice) and item.lower is None and item.step is None)
-            for item in index.elts
-        )
-        if leading and (_is_ellipsis(index.elts[0]) or _whole(index.elts[0])):
-            return value
-        match index.elts:
-            case [batch, ast.Slice(lower=ast.expr(), upper=None, step=None), *others] if _whole(batch):
-                known = all(map(_whole, others)) and not value.arranged
-                return replace(value, trailing=True) if known else None
-        return None
-    if isinstance(index, ast.Slice) and index.step is None and isinstance(value, _Output) and value.half is None:
-        if index.lower is None and index.upper is not None:
-            return replace(value, half=0)
-        if index.upper is None and index.lower is not None:
-            return replace(value, half=1)
-    return value if isinstance(index, ast.Name) else None
-
-
-def _is_ellipsis(item: ast.expr) -> bool:
-    return isinstance(item, ast.Constant) and item.value is Ellipsis
-
-
-def _whole(item: ast.expr) -> bool:
-    return isinstance(item, ast.Slice) and item.lower is None and item.upper is None
-
-
-def _halves(node: ast.expr, names: _Names) -> list[_Value | None] | None:
-    """The parts of `x.chunk(2)`, `torch.split(x, ...)` and the like: branches along the batch, else a leading part."""
-    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
-        return None
-    if node.func.attr not in ("chunk", "split", "unbind", "tensor_split"):
-        return None
-    arguments = list(node.args)
-    if isinstance(node.func.value, ast.Name) and node.func.value.id == "torch":
-        owner = arguments.pop(0)
-    else:
-        owner = node.func.value
-    value = _value_of(owner, names)
-    if value is None:
-        return None
-    given = [keyword.value for keyword in node.keywords if keyword.arg == "dim"] + arguments[1:2]
-    along = given[0].value if given and isinstance(given[0], ast.Constant) else (None if given else 0)
-    if along == 0 and isinstance(value, _Guided):  # given to both halves before
-        return [value, value]
-    if along == 0:
-        count = arguments[0].value if arguments and isinstance(arguments[0], ast.Constant) else 2
-        if isinstance(value, _Output) and value.half is None and count == 2:
-            return [replace(value, half=0), replace(value, half=1)]
-        return None
-    return [value, None]  # learned variance and the like are left aside
-
-
-def _combination(node: ast.expr, names: _Names) -> _Combination | None:
-    """`u + s * (c - u)`, `c + s * (c - u)`, `s * c + (1 - s) * u`, `(s + 1) * c - s * u` or `torch.lerp(u, c, s)`."""
-    match node:
-        case ast.BinOp(
-            left=ast.BinOp(left=scale, op=ast.Mult(), right=one),
-            op=ast.Add(),
-            right=ast.BinOp(
-                left=ast.BinOp(left=ast.Constant(value=1), op=ast.Sub(), right=rest), op=ast.Mult(), right=other
-            ),
-        ) if ast.dump(scale) == ast.dump(rest):
-            found = _branches(one, other, names)
-            return None if found is None else _Combination(*found, scale, 1)
-        case ast.BinOp(left=base, op=ast.Add(), right=ast.BinOp(left=one, op=ast.Mult(), right=other)):
-            for difference, scale in ((one, other), (other, one)):
-                if isinstance(difference, ast.BinOp) and isinstance(difference.op, ast.Sub):
-                    found = _branches(difference.left, difference.right, names)
-                    start = _value_of(base, names)
-                    if found is not None and start in found:
-                        return _Combination(*found, scale, 1 if start == found[1] else 0)
-        case ast.BinOp(
-            left=ast.BinOp(op=ast.Mult(), right=one),
-            op=ast.Sub(),
-            right=ast.BinOp(left=scale, op=ast.Mult(), right=other),
-        ):
-            found = _branches(one, other, names)
-            return None if found is None else _Combination(*found, scale, 0)
-        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="lerp"), args=[start, end, scale]):
-            found = _branches(end, start, names)
-            return None if found is None else _Combination(*found, scale, 1)
-    return None
-
-
-def _branches(conditional: ast.expr, reference: ast.expr, names: _Names) -> tuple[_Output, _Output] | None:
-    """Two different outputs of the denoiser, if these are."""
-    c, u = _value_of(conditional, names), _value_of(reference, names)
-    return (c, u) if isinstance(c, _Output) and isinstance(u, _Output) and c != u else None
-
-
-def _is_difference(node: ast.AST) -> bool:
-    return isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub)
-
-
-def _free_names(node: ast.AST) -> set[str]:
-    return {item.id for item in ast.walk(node) if isinstance(item, ast.Name)}
-
-
 def _assigned_between(loop: ast.For, call: ast.Call, combination: ast.stmt) -> set[str]:
     """Names that the loop's body sets behind a call, before a statement."""
-    found: set[str] = set()
-    for node in _statements(loop):
-        behind = (call.end_lineno or call.lineno) < node.lineno < combination.lineno
-        if isinstance(node, ast.Assign) and behind:
-            for target in node.targets:
-                found |= {name.id for name in ast.walk(target) if isinstance(name, ast.Name) and _is_set(name)}
-    return found
-
-
-def _is_set(name: ast.Name) -> bool:
-    return isinstance(name.ctx, ast.Store)
+    first, last = call.end_lineno or call.lineno, combination.lineno
+    behind = [node for node in ast.walk(loop) if isinstance(node, ast.Assign) and first < node.lineno < last]
+    names = [name for node in behind for target in node.targets for name in ast.walk(target)]
+    return {name.id for name in names if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
 
 
 def _argument(call: ast.Call, place: int, name: str) -> ast.expr | None:
@@ -623,10 +407,6 @@ def _argument(call: ast.Call, place: int, name: str) -> ast.expr | None:
     if len(call.args) > place:
         return call.args[place]
     return next((keyword.value for keyword in call.keywords if keyword.arg == name), None)
-
-
-def _statements(loop: ast.For) -> Iterator[ast.stmt]:
-    return (node for node in ast.walk(loop) if isinstance(node, ast.stmt))
 
 
 def _contains(guards: tuple[tuple[ast.expr, bool], ...], test: ast.expr, wanted: bool) -> bool:
