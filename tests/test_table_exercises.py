@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 
 from companion.evaluation.metrics.figures import Figure
+from companion.evaluation.studies.ceilings import read_ceilings
 from companion.evaluation.studies.classifier_table import label_of
 from companion.evaluation.studies.validity_rows import rows_of
 from companion.evaluation.studies.verdict import METRICS, counted, differences, equal_strength, read_study
@@ -54,6 +55,28 @@ def test_08_what_more_steps_do() -> None:
     ]
     assert len(pairs) * len(names) == 40 and decided == [("mini-edm2, vanilla, scale 3", "recall", -0.027)]
     assert "One of 40 differences is decided" in text("08") and "lower recall by 0.027" in text("08")
+
+
+def test_08_and_09_quote_the_ceilings() -> None:
+    perfect = read_ceilings(NOTEBOOKS / "results/ceilings.json")["through the autoencoder"]
+    tables = {name: lines_of(read_cells(NOTEBOOKS / f"results/{name}-mini.json")) for name in ("imagenet", "coco")}
+    best = {
+        name: max((line.figures[name] for line in tables["imagenet"]), key=lambda each: sign * each.value)
+        for name, sign in (("fid", -1), ("inception_score", 1), ("precision", 1))
+    }
+    ceiling, least = (
+        [each["fid"].text(), each["inception_score"].text(), each["precision"].text(3)] for each in (perfect, best)
+    )
+    quoted = (
+        f"FID {ceiling[0]}, IS {ceiling[1]} and precision {ceiling[2]}; the best rows have {least[0]}, {least[1]} and "
+        f"{least[2]}. Recall is close to its ceiling, {perfect['recall'].value:.3f}"
+    )
+    assert quoted in text("08")
+    guided = [line.figures for line in tables["coco"] if line.method != "no guidance"]
+    fid, score = ([figures[name].value for figures in guided] for name in ("fid", "clip_score"))
+    assert f"FID {perfect['fid'].text()}, the guided rows {min(fid):.2f} to {max(fid):.2f}" in text("09")
+    said = f"{perfect['clip_score'].text()} (after the autoencoder); the guided rows have {min(score):.2f} to"
+    assert f"{said} {max(score):.2f}" in text("09")
 
 
 def test_09_guidance_and_reg() -> None:

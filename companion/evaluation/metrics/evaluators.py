@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from companion.pixels import to_uint8
 
 REFERENCE_SEED = 100  # scenes that no model has learned from, and that no classifier is measured on
 NEIGHBOURS = 3
+_KERNEL_BATCHES = 20  # of 100 pictures
 _JACKKNIFE = 512  # from as many dimensions on, a bootstrap of the Fréchet distance takes minutes
 
 
@@ -244,6 +245,12 @@ def scene_batches(
         yield np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy())
 
 
+@lru_cache(maxsize=1)
+def _held_out(samples: int, rendered: Callable[[Sequence[Scene]], torch.Tensor]) -> list[Pixels]:
+    """Batches of the reference's pictures, which two networks look at."""
+    return list(scene_batches([scene(REFERENCE_SEED, i, 1) for i in range(samples)], rendered=rendered))
+
+
 def scene_reference(
     network: FeatureNetwork, samples: int, *, rendered: Callable[[Sequence[Scene]], torch.Tensor] = render, **also: str
 ) -> Reference:
@@ -253,17 +260,15 @@ def scene_reference(
         rendered: scenes -> pictures in [-1, 1].
         also: what else is worth knowing of the pictures, for the provenance.
     """
-    held_out = [scene(REFERENCE_SEED, i, 1) for i in range(samples)]
-    features = extract(network, scene_batches(held_out, rendered=rendered)).features
+    features = extract(network, _held_out(samples, rendered)).features
     return Reference(statistics_of(features), features, {"scenes": samples, "seed": REFERENCE_SEED, **also})
 
 
 def scene_kernel(
     network: FeatureNetwork, samples: int, *, rendered: Callable[[Sequence[Scene]], torch.Tensor] = render
 ) -> KernelMeasure:
-    """The kernel distance to as many held-out scenes; arguments as of `scene_reference`."""
-    features = scene_reference(network, samples, rendered=rendered).features
-    assert features is not None
+    """The kernel distance to the first scenes of `scene_reference`, 2,000 at most; arguments as there."""
+    features = extract(network, _held_out(samples, rendered)[:_KERNEL_BATCHES]).features
     return KernelMeasure(network, KernelReference(features))
 
 
