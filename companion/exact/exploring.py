@@ -128,7 +128,7 @@ class Problem:
         return classifier_free_reward(self.conditional, self.unconditional, self.weight)
 
     def target(self, grid: Grid) -> Float[Tensor, "*grid"]:
-        """The density that guidance is to sample: `p(x_0|y) R_0(x_0) / Z`."""
+        """The density that guidance should sample: `p(x_0|y) R_0(x_0) / Z`."""
         return tilted_density(grid, self.conditional, self.reward)
 
     def step_at(self, noise_level: float) -> int:

@@ -64,7 +64,7 @@ def apply_k(
         x: the network's own input, any shape after the batch dimension, float64 to bfloat16.
         direction: any direction in the network's output space, of x's shape.
         coefficients: of K in the network's parametrization, from `rectification_coefficients`.
-        product: see the module's table.
+        product: one of `PRODUCTS`; see the module's table.
         prediction: `denoiser(x)` if it is known already; saves `finite_difference` that evaluation.
         probes: for `diagonal`: Rademacher probes of Hutchinson's estimate, 4 by default; None sums over the whole
             basis, exactly.

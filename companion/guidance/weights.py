@@ -82,8 +82,8 @@ class LinearWeight:
 
     Args:
         first, last: weights at the ends.
-        along: what the weight is linear in: the "step", or the level's "sigma" (the published schedules of EDM2) or
-            "timestep" (those of DiT).
+        along: the variable in which the weight is linear: the "step", or the level's "sigma" (the published schedules
+            of EDM2) or "timestep" (those of DiT).
         start, end: the levels at the ends where `along` is a level; None is 80 for "sigma", 1000 for "timestep". Beyond
             them the weight is constant.
 
@@ -115,7 +115,7 @@ class PowerCosineWeight:
     Args:
         power: larger values keep guidance off for longer; must be positive.
         peak: weight at the end.
-        along, start, end: what ρ goes along, as for `LinearWeight`.
+        along, start, end: the variable in which ρ runs from 0 to 1, as for `LinearWeight`.
 
     Raises:
         ValueError: a value is not a finite number, `power` is not positive, an unknown `along`, or `start` is not above

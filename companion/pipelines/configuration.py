@@ -51,9 +51,9 @@ check_sampling_product = check_preset
 
 @dataclass(frozen=True)
 class RectifiedGuidanceConfig:
-    """How a pipeline's guidance is rectified.
+    """Settings of rectified guidance in a pipeline.
 
-    | setting | evaluations of the network, CFG's two a step = 1 |
+    | setting | network evaluations, in multiples of CFG's (two in each step) |
     |---|---|
     | the default, `finite_difference` at every step | 1.5 |
     | `every=3` | 1.17 |
@@ -77,7 +77,7 @@ class RectifiedGuidanceConfig:
         method: "reg", rectified gradient guidance by the product above; or "covariance", which is not from the paper: Δ
             times one number per sample, from K of both branches along Δ (`companion.guidance.covariance`), two
             evaluations a step on top of CFG's.
-        every: evaluate the product at every so many guided steps, at least 1, and reuse it in between
+        every: evaluate the product at every n-th guided step, n at least 1, and reuse it in between
             (`companion.guidance.reuse`).
         skip: start guidance late (`companion.guidance.skipping`): at the first step whose share ‖KΔ‖/‖Δ‖ exceeds this
             threshold, 0 to 1; before it, only the conditional branch is evaluated. None guides at every step. 0.2

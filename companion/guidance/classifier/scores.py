@@ -72,7 +72,7 @@ def check_divergence(divergence: DivergenceName | Generator, smoothing: float) -
 
 @dataclass(frozen=True)
 class ClassifierScore:
-    """What guidance climbs; the default is plain classifier guidance, log p(y|x).
+    """The score whose gradient guides the sampling; the default is plain classifier guidance, log p(y|x).
 
     Args:
         joint_temperature: τ1, positive; multiplies the logit of the label.
@@ -88,7 +88,7 @@ class ClassifierScore:
         adaptive_entropy: whether the coefficient of ∇H adapts: φ'(H) = a_H (1 - H/log N) is a_H where the classifier is
             certain and fades to 0 where it is undecided and more entropy would only undo guidance. This choice is the
             package's own.
-        classes: what the diffusion model's labels count; a classifier with another number is refused.
+        classes: the number of classes of the diffusion model; a classifier with another number is refused.
 
     Raises:
         ValueError: a value is outside its range, f(1) is not 0, or the divergence is infinite at `smoothing=1`.

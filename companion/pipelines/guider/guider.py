@@ -42,7 +42,7 @@ class RectifiedGradientGuidance(BaseGuidance):
     pipe.update_components(guider=RectifiedGradientGuidance(guidance_scale=7.5, scheduler=pipe.scheduler))
     image = pipe(prompt="a fox in the snow", output="images")[0]
 
-    # the guider that the pipeline came with, or any other, rectified
+    # REG on top of the pipeline's own guider, or of any other
     pipe.update_components(guider=RectifiedGradientGuidance.for_pipeline(pipe, product="jvp"))
     inner = SkipLayerGuidance(guidance_scale=5.0, skip_layer_guidance_layers=[7, 8, 9])
     pipe.update_components(guider=RectifiedGradientGuidance(inner, scheduler=pipe.scheduler))
