@@ -118,6 +118,7 @@ def with_control(pipe: DiffusionPipeline, call: DenoiserCall, controls: Sequence
         joint = _joined(call, control)
         if joint is None:
             continue
+        assert isinstance(joint.forward, JointNetwork)
         key = (joint.structure, joint.forward.places, joint.forward.arrangement)
         if key not in _CHECKED:
             if not _agrees(joint, call):

@@ -256,8 +256,8 @@ def _controlled(
     steps = [found for found in _run(pipe, layout, arguments, config).steps if found[0].direction is not None]
     [(step, calls)] = [found for found in steps if found[0].index == index]
     delta, _ = _central(layout, step, calls)
-    fixed = ((other, _central(layout, other, theirs)[1]) for other, theirs in steps)
-    share = max(_distance(k_delta, other.direction) for other, k_delta in fixed if k_delta is not None)
+    fixed = ((_central(layout, other, theirs)[1], other.direction) for other, theirs in steps)
+    share = max(_distance(a, b) for a, b in fixed if a is not None and b is not None)
     size = _DISPLACEMENT.get(step.sample.dtype, 3e-3) * float(step.sample.norm() / delta.norm())
     ends = []
     for amount in (size, -size):

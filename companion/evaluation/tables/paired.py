@@ -34,7 +34,7 @@ def write_pictures(file: Path, pictures: Mapping[str, Tensor]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: (v.float() if v.dtype == torch.float64 else v).numpy() for name, v in pictures.items()}
     with whole_file(file) as unfinished, unfinished.open("wb") as stored:
-        np.savez_compressed(stored, **arrays)
+        np.savez_compressed(stored, **arrays)  # type: ignore[arg-type]
 
 
 def read_pictures(file: Path) -> dict[str, Tensor]:
