@@ -60,7 +60,8 @@ def compared(pairs: Sequence[Pair], out: Path) -> list[dict[str, Any]]:
         out: the table's folder.
 
     Returns:
-        For each pair label, first, second, and for each figure its value, interval, `p_value` and `p_value_holm`.
+        For each pair label, first, second, the commits that drew them, and for each figure its value, interval,
+        `p_value` and `p_value_holm`.
 
     Raises:
         ValueError: a pair does not share its noise.
@@ -78,7 +79,9 @@ def compared(pairs: Sequence[Pair], out: Path) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     for (label, first, second), own in found:
         figures = {name: {**asdict(each.figure), "p_value": each.p_value} for name, each in own.items()}
-        entries.append({"label": label, "first": first.name, "second": second.name, "figures": figures})
+        commits = [str(cell.provenance.get("commit")) for cell in (first, second)]
+        names = {"label": label, "first": first.name, "second": second.name}
+        entries.append({**names, "commits": commits, "figures": figures})
     for name in METRICS:
         family = [entry["figures"][name] for entry in entries if name in entry["figures"]]
         for figure, value in zip(family, holm([each["p_value"] for each in family]), strict=True):
