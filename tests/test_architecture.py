@@ -36,6 +36,7 @@ WHOLE = {  # tests of several modules together, in the folder of `tests/` that t
     "evaluation/studies/test_committed_cells.py",
     "minis/test_shipped.py",
     "page/test_browser.py",
+    "page/test_hostile_requests.py",
     "pipelines/test_conventions.py",
     "pipelines/test_oracle.py",
     "pipelines/test_zoo.py",
