@@ -102,29 +102,29 @@ def test_a_run_that_gets_worse_stops_early_and_keeps_the_best_weights(tmp_path) 
     start = Overconfident()
     with torch.no_grad():
         start.linear.weight.mul_(1 / 8)  # calibrated already
-    kept = [parameter.clone() for parameter in start.parameters()]
+    before = [parameter.clone() for parameter in start.parameters()]
     model, found = run(tmp_path, source=flipped, model=start)
     assert found.step == 0 and found.stopped_at == 30  # three validations without improvement
     assert found.after == found.before
-    for parameter, old in zip(model.parameters(), kept, strict=True):
+    for parameter, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter, old)
 
 
 def test_noise_aware_classifiers_see_noisy_images_and_timesteps(tmp_path) -> None:
-    kept = torch.linspace(0.99, 0.05, 10)
-    model, found = run(tmp_path, model=Overconfident(noise_aware=True), alphas_cumprod=kept)
+    alpha_bar = torch.linspace(0.99, 0.05, 10)
+    model, found = run(tmp_path, model=Overconfident(noise_aware=True), alphas_cumprod=alpha_bar)
     assert found.after.smooth_error < 0.5 * found.before.smooth_error
     scales = model.levels.detach()
     assert scales[-3:].mean() < scales[:3].mean()  # less is known in more noise
-    one, two = (held_out_logits(model, HELD_OUT, kept)[0] for _ in range(2))
+    one, two = (held_out_logits(model, HELD_OUT, alpha_bar)[0] for _ in range(2))
     assert torch.equal(one, two)
 
 
 def test_noise_has_the_level_of_its_timestep() -> None:
-    kept = torch.tensor([0.9, 0.1])
+    alpha_bar = torch.tensor([0.9, 0.1])
     images = torch.full((4000, 1, 2, 2), 2.0)
-    noisy, timesteps, *_ = noised(images, kept, torch.Generator().manual_seed(0))
-    for t, share in enumerate(kept.tolist()):
+    noisy, timesteps, *_ = noised(images, alpha_bar, torch.Generator().manual_seed(0))
+    for t, share in enumerate(alpha_bar.tolist()):
         part = noisy[timesteps == t]
         assert abs(len(part) - 2000) < 200
         assert float(part.mean()) == pytest.approx(2 * share**0.5, abs=0.05)

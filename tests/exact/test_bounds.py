@@ -42,7 +42,7 @@ def test_moments_of_tilted_gaussians():
 
 
 def test_both_shifts_of_a_mixture():
-    """Everyday is w Δ in closed form; optimal is the slope of log E_t, integrated by scipy."""
+    """CFG is w Δ in closed form; optimal is the slope of log E_t, integrated by scipy."""
     data, weight, x, h = toy("paper_1d"), 1.5, 0.3, 1e-3
     c, u = data.classes[0], data.unconditional
     point = torch.tensor([[x]]).double()

@@ -38,7 +38,7 @@ def test_all_coordinates_and_outputs_run_through_the_same_points(product):
     assert max(float((path - first).abs().max()) for path in others) < bound
 
 
-def test_a_gaussian_is_carried_along_the_exact_flow():
+def test_a_gaussian_follows_the_exact_flow():
     """Unguided, N(0, s² I): the probability flow keeps x/√(s² + r²), and the steps' product tends to it as 1/steps."""
     spread, noise = 0.7, start(4, 1)
     data = GaussianMixture.isotropic([1.0], [[0.0]], spread)

@@ -28,7 +28,7 @@ def test_the_capped_factor_is_exact_where_the_reference_is_the_broader_one(dimen
 
 
 def test_the_capped_factor_is_not_exact_where_the_reference_is_the_narrower_one():
-    """One Gaussian to a branch, variances 1 and 0.9, w = 3, σ = 3: the golden direction asks for 1.57 times CFG."""
+    """One Gaussian to a branch, variances 1 and 0.9, w = 3, σ = 3: the optimal direction asks for 1.57 times CFG."""
     narrow = GaussianMixture.isotropic([1.0], [[0.3]], 0.9**0.5)
     own = GaussianMixture.isotropic([1.0], [[0.0]], 1.0)
     x = torch.tensor([[0.7]], dtype=torch.float64)
@@ -39,9 +39,9 @@ def test_the_capped_factor_is_not_exact_where_the_reference_is_the_narrower_one(
     precisions = [1 / branch.posterior_covariance(x, *level)[:, 0] for branch in (own, narrow)]
     total = 4 * precisions[0] - 3 * precisions[1]
     tilted = (4 * precisions[0] * means[0] - 3 * precisions[1] * means[1]) / total
-    golden = -(tilted - means[0]) / 3.0
-    assert float(golden / (3 * delta)) == pytest.approx(1.57, abs=0.01)
-    torch.testing.assert_close(3 * covariance_direction(k_c, k_u, delta, 3.0, floor=1e-9), golden)
+    optimal = -(tilted - means[0]) / 3.0
+    assert float(optimal / (3 * delta)) == pytest.approx(1.57, abs=0.01)
+    torch.testing.assert_close(3 * covariance_direction(k_c, k_u, delta, 3.0, floor=1e-9), optimal)
     torch.testing.assert_close(covariance_direction(k_c, k_u, delta, 3.0, floor=None), delta)
 
 

@@ -119,7 +119,7 @@ def test_no_jensen_gap_for_an_affine_log_reward():
         assert gap or split.jensen.abs().max() < 1e-9
 
 
-def test_rectified_is_closer_to_golden(fields):
+def test_rectified_is_closer_to_the_optimum(fields):
     grid, conditional, unconditional, _, optimal, densities = fields
     plain = direction_field(grid, cfg_direction(conditional, unconditional), 20)
     better = direction_field(grid, rectified_direction(conditional, unconditional, SCHEDULE, "jvp"), 20)

@@ -96,7 +96,7 @@ def test_there_is_no_kernel_zero():
         implied_reward(chain, GRID, torch.ones(21, 1401), torch.zeros(1401), 0)
 
 
-def test_without_guidance_the_claim_is_kept():
+def test_without_guidance_the_claim_holds():
     chain, data = paper_chain()
     densities = chain.push_forward(GRID)
     gap = marginal_gap(chain, chain, GRID, densities, classifier_free_reward(data.classes[0], data.unconditional, 0.0))

@@ -31,7 +31,7 @@ def test_unknown_toy():
         toy("moon")
 
 
-def test_scattered_problems_share_what_they_are_told_to():
+def test_scattered_problems_share_as_many_as_asked():
     for shared in (0, 2, 3):
         first, second = scattered(4, shared=shared, std=0.2).classes
         assert int((first.means == second.means).all(dim=1).sum()) == shared

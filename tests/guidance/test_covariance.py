@@ -17,9 +17,9 @@ def tensors(*shape, count=3, seed=0):
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 2, 2), (4, 1)])
 @pytest.mark.parametrize("weight", [0.0, 1.0, 3.5])
 def test_isotropic_gaussians_are_exact(shape, weight):
-    """N(m_c, v_c I) against a broader N(m_u, v_u I): the golden shift is known without any estimate.
+    """N(m_c, v_c I) against a broader N(m_u, v_u I): the optimal shift is known without any estimate.
 
-    R_0 = [p_c/p_u]^w is Gaussian, so p(x_0|x, y) R_0 is Gaussian too, and golden guidance is the noise prediction at
+    R_0 = [p_c/p_u]^w is Gaussian, so p(x_0|x, y) R_0 is Gaussian too, and optimal guidance is the noise prediction at
     its mean: precisions add up.
     """
     (mean_c, mean_u, x), (v_c, v_u), (alpha, sigma) = tensors(*shape), (0.3, 0.8), (0.7, 0.6)
@@ -30,10 +30,10 @@ def test_isotropic_gaussians_are_exact(shape, weight):
         k[name] = alpha**2 / sigma**2 / precision[name]
     natural = (1 + weight) * precision["c"] * clean["c"] - weight * precision["u"] * clean["u"]
     tilted = natural / ((1 + weight) * precision["c"] - weight * precision["u"])
-    golden = -alpha / sigma * (tilted - clean["c"])
+    optimal = -alpha / sigma * (tilted - clean["c"])
     delta = -alpha / sigma * (clean["c"] - clean["u"])
     result = weight * covariance_direction(delta, k["c"] * delta, k["u"] * delta, weight)
-    torch.testing.assert_close(result, golden, atol=1e-13, rtol=1e-12)
+    torch.testing.assert_close(result, optimal, atol=1e-13, rtol=1e-12)
 
 
 def test_along_an_eigenvector_it_is_the_dense_formula():
@@ -44,8 +44,8 @@ def test_along_an_eigenvector_it_is_the_dense_formula():
     k_c, k_u = (vectors @ torch.diag_embed(values) @ vectors.mT for values in (small, large))
     delta, weight = 3 * vectors[:, :, 4], 2.5
     dense = (k_c @ torch.linalg.solve(k_u + weight * (k_u - k_c), delta)[..., None])[..., 0]
-    pulled = [(k @ delta[..., None])[..., 0].reshape(5, 3, 2, 2) for k in (k_c, k_u)]
-    result = covariance_direction(delta.reshape(5, 3, 2, 2), *pulled, weight)
+    products = [(k @ delta[..., None])[..., 0].reshape(5, 3, 2, 2) for k in (k_c, k_u)]
+    result = covariance_direction(delta.reshape(5, 3, 2, 2), *products, weight)
     torch.testing.assert_close(result, dense.reshape(5, 3, 2, 2))
 
 
@@ -58,17 +58,17 @@ def test_factor_shrinks_with_what_the_condition_has_settled(first, second, scale
     torch.testing.assert_close(covariance_factor(scale * c, scale * u, weight), factor, rtol=1e-4, atol=0)
     assert covariance_factor(c, 2 * u, weight) < factor
     assert covariance_factor(c, u, weight + 1) <= factor
-    # A reference that is more certain never asks for more than everyday guidance.
+    # A reference that is more certain never asks for more than CFG.
     assert covariance_factor(u, c, weight) == 1
 
 
 def test_samples_do_not_see_one_another_and_zeros_stay_zero():
-    delta, pulled, reference = tensors(2, 3, 3, count=3, seed=2).unsqueeze(1).expand(3, 4, 2, 3, 3) + tensors(
+    delta, products, reference = tensors(2, 3, 3, count=3, seed=2).unsqueeze(1).expand(3, 4, 2, 3, 3) + tensors(
         4, 2, 3, 3
     )
-    together = covariance_direction(delta, pulled, reference, 1.5)
+    together = covariance_direction(delta, products, reference, 1.5)
     for i in range(4):
-        alone = covariance_direction(delta[i : i + 1], pulled[i : i + 1], reference[i : i + 1], 1.5)
+        alone = covariance_direction(delta[i : i + 1], products[i : i + 1], reference[i : i + 1], 1.5)
         torch.testing.assert_close(together[i : i + 1], alone)
     zero = torch.zeros(2, 3)
     assert (covariance_direction(zero, zero, zero, 1.0) == 0).all()
@@ -76,7 +76,7 @@ def test_samples_do_not_see_one_another_and_zeros_stay_zero():
     assert covariance_factor(torch.tensor([-0.1]), torch.tensor([-0.2]), 1.0) == 1
 
 
-def test_what_cannot_be_resolved_is_everyday_guidance():
+def test_what_cannot_be_resolved_is_cfg():
     c, u = torch.tensor([1e-5, 0.3]), torch.tensor([4e-5, 0.6])
     ratio, resolved = covariance_factor(c, u, 1.0), covariance_factor(c, u, 1.0, resolution=0.01)
     torch.testing.assert_close(ratio, torch.tensor([1 / 7, 1 / 3]))

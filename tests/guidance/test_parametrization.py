@@ -160,7 +160,7 @@ def test_levels_may_be_tensors_that_broadcast() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
-def test_dtype_and_shape_are_kept(kind: str, dtype: torch.dtype) -> None:
+def test_dtype_and_shape_do_not_change(kind: str, dtype: torch.dtype) -> None:
     x = torch.linspace(-1, 1, 6).view(1, 2, 3).to(dtype)
     for convert in (clean_from_output, output_from_clean):
         converted = convert(kind, x, x, 0.6, 0.8)

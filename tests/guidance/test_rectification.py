@@ -199,7 +199,7 @@ def test_probes_repeat_with_their_generator() -> None:
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 5e-3), (torch.bfloat16, 0.15)])
 def test_dtypes(product: str, dtype: torch.dtype, tolerance: float) -> None:
-    """The dtype is kept; the relative error is the dtype's own, against float64."""
+    """The dtype does not change; the relative error is the dtype's own, against float64."""
     x, reference = inputs(dtype=dtype)
     network = Network().to(dtype)
     prediction, direction = rectify(network, x, reference, COEFFICIENTS, product=product, probes=None)

@@ -51,7 +51,7 @@ def chain_error(name: str, every: int, *, reused: bool = True) -> float:
     """Mean error of the followed direction along unguided trajectories, relative to CFG's own error."""
     data = toy(name)
     conditional, reference = data.classes[0], data.unconditional
-    reuse, errors, everyday = RectificationReuse(every), 0.0, 0.0
+    reuse, errors, cfg = RectificationReuse(every), 0.0, 0.0
     y = RATIOS[0] * normal(400, 2)
     for index, (ratio, following) in enumerate(zip(RATIOS, [*RATIOS[1:], 0.0], strict=True)):
         c, u = (mixture.posterior_mean(y, 1.0, ratio) for mixture in (conditional, reference))
@@ -62,9 +62,9 @@ def chain_error(name: str, every: int, *, reused: bool = True) -> float:
         else:
             followed = reuse.reused(c - u, log_snr(ratio)) if reused else c - u
         errors += float((followed - wanted).norm(dim=1).mean())
-        everyday += float((c - u - wanted).norm(dim=1).mean())
+        cfg += float((c - u - wanted).norm(dim=1).mean())
         y = c + (y - c) * following / ratio
-    return errors / everyday
+    return errors / cfg
 
 
 @pytest.mark.parametrize("name", ["isotropic", "anisotropic", "spiral", "moons"])

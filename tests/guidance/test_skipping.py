@@ -53,7 +53,7 @@ def test_guidance_starts_where_k_passes_the_threshold(spread, threshold, steps):
     first=st.floats(0.02, 80.0),
     passes=st.sampled_from([1, 2, 4]),
 )
-def test_a_budget_is_kept_whatever_the_data(cost, steps, spread, first, passes):
+def test_a_budget_is_met_whatever_the_data(cost, steps, spread, first, passes):
     decisions, spent = run(GuidanceSkipping(None, cost, passes), ratios_of(steps, first), spread)
     assert steps <= spent <= cost * 2 * steps + 1e-6
     if "follow" in decisions:

@@ -84,7 +84,7 @@ def test_what_projections_leave_is_orthogonal(seed, dimension):
 
 @given(st.floats(0.1, 1.0), st.floats(0.01, 50.0), st.floats(0.0, 0.95), st.integers(0, 10**6))
 def test_cfg_plus_plus_is_ddim_at_another_scale(strength, ratio, share, seed):
-    """One step as Algorithm 1 of Chung et al. writes it, against DDIM's with everyday guidance."""
+    """One step as Algorithm 1 of Chung et al. writes it, against DDIM's with CFG."""
     following = share * ratio
     c, u = predictions(seed, (3, 4))
     x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))

@@ -30,27 +30,27 @@ def test_the_network_is_of_adms_blocks_and_small():
         assert unet.config[name] == published.unet_config()[name], name
 
 
-def means(clean, noisy, kept, before):
+def means(clean, noisy, alpha_bar, before):
     """Mean of the posterior q(x_{t-1} | x_t, x_0): DDPM's equation 7."""
-    beta = 1 - kept / before
-    return (beta * before.sqrt() * clean + (1 - before) * (kept / before).sqrt() * noisy) / (1 - kept)
+    beta = 1 - alpha_bar / before
+    return (beta * before.sqrt() * clean + (1 - before) * (alpha_bar / before).sqrt() * noisy) / (1 - alpha_bar)
 
 
 def test_variance_loss_is_the_divergence_from_the_posterior():
     scheduler = adm.build_scheduler()
-    kept = scheduler.alphas_cumprod
+    alpha_bar = scheduler.alphas_cumprod
     generator = torch.Generator().manual_seed(0)
     timestep = torch.tensor([0, 1, 7, 300, 999])
     clean, noise = (torch.randn(5, 3, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     outputs = torch.randn(5, 6, 4, 4, generator=generator, dtype=torch.float64)
     outputs[:, :3] = noise + 0.3 * outputs[:, :3]
-    level = kept.double()[timestep].view(-1, 1, 1, 1)
+    level = alpha_bar.double()[timestep].view(-1, 1, 1, 1)
     noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
-    got = adm.variance_loss(outputs, clean, noisy, timestep, kept)
+    got = adm.variance_loss(outputs, clean, noisy, timestep, alpha_bar)
     assert got[0] == 0
-    whole = sampling_chain(kept, range(999, -1, -1))
+    whole = sampling_chain(alpha_bar, range(999, -1, -1))
     for row, t in enumerate(timestep.tolist()[1:], start=1):
-        here, before = kept.double()[t], kept.double()[t - 1]
+        here, before = alpha_bar.double()[t], alpha_bar.double()[t - 1]
         predicted = (noisy[row] - (1 - here).sqrt() * outputs[row, :3]) / here.sqrt()
         logs = log_variance(whole, 999 - t, outputs[row, 3:], "learned_range")  # what the sampler makes of the outputs
         ours = torch.distributions.Normal(means(predicted, noisy[row], here, before), (0.5 * logs).exp())
@@ -61,15 +61,15 @@ def test_variance_loss_is_the_divergence_from_the_posterior():
 
 
 def test_the_mean_does_not_learn_from_the_variance():
-    kept = adm.build_scheduler().alphas_cumprod
+    alpha_bar = adm.build_scheduler().alphas_cumprod
     outputs = torch.randn(2, 6, 4, 4, requires_grad=True)
     clean, noisy = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    adm.variance_loss(outputs, clean, noisy, torch.tensor([5, 500]), kept).sum().backward()
+    adm.variance_loss(outputs, clean, noisy, torch.tensor([5, 500]), alpha_bar).sum().backward()
     assert not outputs.grad[:, :3].any() and outputs.grad[:, 3:].all()
 
 
 def test_a_step_of_training(tmp_path, monkeypatch):
-    """What the network is fed: scenes in noise of the timestep it is told, every label or the null class; the loss."""
+    """What the network is fed: scenes in noise of the timestep it is given, every label or the null class; the loss."""
     seen = {}
     monkeypatch.setattr(adm, "train", lambda model, loss, config, folder: seen.update(model=model, loss=loss) or {})
     monkeypatch.setattr(adm, "legible_reading_loss", lambda *_: torch.zeros(()))  # tested by itself
@@ -83,8 +83,8 @@ def test_a_step_of_training(tmp_path, monkeypatch):
     assert float(seen["loss"](3).detach()) == value
     (noisy, timestep), condition = calls[0]
     scenes = [scene(adm.TRAINING_SEED, 3 * 64 + i, 1) for i in range(64)]
-    told, truth, clean = condition["class_labels"], labels(scenes), adm.render_small(scenes)
-    assert adm.NULL_CLASS in told and torch.equal(told[told != adm.NULL_CLASS], truth[told != adm.NULL_CLASS])
+    given, truth, clean = condition["class_labels"], labels(scenes), adm.render_small(scenes)
+    assert adm.NULL_CLASS in given and torch.equal(given[given != adm.NULL_CLASS], truth[given != adm.NULL_CLASS])
     level = adm.build_scheduler().alphas_cumprod[timestep].view(-1, 1, 1, 1)
     noise = (noisy - level.sqrt() * clean) / (1 - level).sqrt()
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
@@ -96,11 +96,11 @@ def test_a_step_of_training(tmp_path, monkeypatch):
     assert value == pytest.approx(float(denoising + 0.1 * variance.mean()), rel=1e-4)
 
 
-def test_two_steps_leave_a_network_that_can_be_kept(tmp_path):
+def test_two_steps_leave_a_network_that_can_be_saved(tmp_path):
     unet, record = adm.train_adm(tmp_path / "run", TrainingConfig(steps=2, batch_size=4, learning_rate=1e-3, warmup=1))
     assert record["steps"] == 2 and not unet.training
     unet.save_pretrained(tmp_path / "saved")
     inputs = (torch.zeros(1, 3, 32, 32), 5, torch.tensor([adm.NULL_CLASS]))
     with torch.no_grad():
-        kept, again = (net(*inputs).sample for net in (unet, UNet2DModel.from_pretrained(tmp_path / "saved")))
-    assert kept.shape == (1, 6, 32, 32) and torch.equal(kept, again)
+        trained, again = (net(*inputs).sample for net in (unet, UNet2DModel.from_pretrained(tmp_path / "saved")))
+    assert trained.shape == (1, 6, 32, 32) and torch.equal(trained, again)

@@ -85,17 +85,17 @@ def test_the_noise_aware_one_sees_mini_adms_noise(tmp_path):
     assert len({int(t) for _, times in spy.seen for t in times}) > 100
 
 
-def test_the_noise_aware_one_starts_from_mini_adm_told_the_null_class():
+def test_the_noise_aware_one_starts_from_mini_adm_with_the_null_class():
     torch.manual_seed(0)
     unet, network = build_unet().eval(), NoisyClassifier(**guides.MINI_NOISY).eval()
     pool = {name: value.clone() for name, value in network.pool.state_dict().items()}
     guides.start_from(network, unet)
-    kept = []
+    outputs = []
     for net in (unet, network):
-        net.mid_block.register_forward_hook(lambda _, __, out: kept.append(out))
+        net.mid_block.register_forward_hook(lambda _, __, out: outputs.append(out))
     pictures, timestep = torch.randn(2, 3, 32, 32), torch.tensor([3, 700])
     with torch.no_grad():
         unet(pictures, timestep, class_labels=torch.full((2,), NULL_CLASS))
         network(pictures, timestep)
-    torch.testing.assert_close(kept[1], kept[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
     assert all(torch.equal(value, pool[name]) for name, value in network.pool.state_dict().items())

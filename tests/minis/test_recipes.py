@@ -99,17 +99,19 @@ def test_the_loss_of_mini_dit_is_min_snr_weighted_noise_error(autoencoder, tmp_p
     assert float(seen["loss"](0).detach()) == value and float(seen["loss"](1).detach()) != value
     handle.remove()
     noisy, condition = calls[0]
-    kept = (
+    alpha_bar = (
         DDPMScheduler(beta_start=1e-4, beta_end=0.02).alphas_cumprod[condition["timestep"]].double().view(-1, 1, 1, 1)
     )
-    weight = (kept / (1 - kept)).clamp(max=5) / (kept / (1 - kept))
+    weight = (alpha_bar / (1 - alpha_bar)).clamp(max=5) / (alpha_bar / (1 - alpha_bar))
     assert set(condition["class_labels"].tolist()) <= {*range(10), 1000} and 1000 in condition["class_labels"]
     # With its last layer zeroed it predicts zero, so the error is the noise itself: what the best fitting latents
     # leave over.
     with torch.no_grad():
         images = render([scene(recipes.TRAINING_SEED, i, 1) for i in range(12)])
         stored = autoencoder.encode(images).latent_dist.mean.double()
-    candidates = (noisy.double().unsqueeze(1) - kept.sqrt().unsqueeze(1) * stored) / (1 - kept).sqrt().unsqueeze(1)
+    candidates = (noisy.double().unsqueeze(1) - alpha_bar.sqrt().unsqueeze(1) * stored) / (
+        1 - alpha_bar
+    ).sqrt().unsqueeze(1)
     losses = weight.flatten().unsqueeze(1) * candidates.square().mean(dim=(2, 3, 4))
     assert abs(losses.min(dim=1).values.mean() - value) < 0.05 * value
 

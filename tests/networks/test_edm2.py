@@ -102,7 +102,7 @@ def test_only_the_direction_of_weights_matters():
         if not name.endswith("gain"):
             parameter.mul_(20.0)
     after = network(x, 0.7, LABELS).sample
-    assert (after - before).norm() < 1e-3 * before.norm()  # up to the 1e-4 beside the norm
+    assert (after - before).norm() < 1e-3 * before.norm()  # up to the 1e-4 added to the norm
     assert not torch.equal(after, before)
 
 

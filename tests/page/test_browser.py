@@ -29,6 +29,7 @@ FLAGS = [
     "--disable-sync",
 ]
 SECONDS = 30_000  # of patience, in milliseconds
+WIDTHS = (1280, 400)  # a laptop's and a phone's
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,12 @@ def page(browser, address) -> Iterator[Page]:
     yield page
     page.close()
     assert complaints == []
+
+
+def resize(page: Page, width: int, height: int = 850) -> None:
+    """A window of that size, in which nothing sticks out to the right once what depends on the width has moved."""
+    page.set_viewport_size({"width": width, "height": height})
+    page.wait_for_function("document.documentElement.scrollWidth <= window.innerWidth")
 
 
 def button(page: Page, name: str) -> Any:
@@ -211,7 +218,9 @@ def test_leaving_the_page_ends_its_run(page, browser, address):
     expect(status(page)).to_contain_text("Done", timeout=SECONDS)
 
 
-def test_the_controls_of_a_schedule_come_with_it(page):
+def test_links_name_both_papers_and_the_controls_of_a_schedule_come_with_it(page):
+    targets = [link.get_attribute("href") for link in page.locator("#head a").all()]
+    assert targets == ["https://arxiv.org/abs/2501.18865", "https://arxiv.org/abs/2511.05844"]
     expect(page.get_by_label("Peak weight ×")).to_be_hidden()
     page.get_by_label("Guidance over time").click()
     page.get_by_role("option", name="power-cosine").click()
@@ -222,12 +231,16 @@ def test_the_controls_of_a_schedule_come_with_it(page):
     expect(status(page)).to_have_text("peak must be a number from -10 to 10, got nothing")
 
 
-@pytest.mark.parametrize(("width", "height"), [(400, 850), (1280, 768)])
-def test_nothing_sticks_out_on_a_phone_or_a_laptop(page, width, height):
-    page.set_viewport_size({"width": width, "height": height})
+def test_nothing_sticks_out_on_a_phone_or_a_laptop(page):
+    resize(page, 400)
     generate(page, "2")
     expect(status(page)).to_contain_text("Done", timeout=SECONDS)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for width, height in ((400, 850), (1280, 768)):
+        resize(page, width, height)
+        pictures_fit(page, width, height)
+
+
+def pictures_fit(page: Page, width: int, height: int) -> None:
     for side in ("without", "with_reg"):
         boxes = [pictures(page, side).nth(i).bounding_box() for i in range(8)]
         gallery = page.locator(f"#gallery-{side}").bounding_box()
@@ -246,9 +259,8 @@ def test_nothing_sticks_out_on_a_phone_or_a_laptop(page, width, height):
         assert place["y"] + place["height"] <= height
 
 
-@pytest.mark.parametrize("width", [400, 1280])
-def test_a_scale_sweep_is_drawn_and_can_be_cancelled(page, width):
-    page.set_viewport_size({"width": width, "height": 850})
+def test_a_scale_sweep_is_drawn_and_can_be_cancelled(page):
+    resize(page, 400)
     open_tab(page, "Scale sweep")
     said, begin, picture = (page.locator(f"#sweep-{name}") for name in ("status .status", "generate", "picture img"))
     expect(begin).to_be_enabled(timeout=SECONDS)
@@ -264,7 +276,8 @@ def test_a_scale_sweep_is_drawn_and_can_be_cancelled(page, width):
     expect(said).to_contain_text("in 2 of 8 with CFG and 2 of 8 with REG", timeout=SECONDS)
     shown = picture.get_attribute("src")
     assert picture.evaluate("image => image.complete && image.naturalWidth > 500")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for width in WIDTHS:
+        resize(page, width)
 
     set_number(page, "Steps (1–1000)", "1000")
     begin.click()
@@ -275,16 +288,17 @@ def test_a_scale_sweep_is_drawn_and_can_be_cancelled(page, width):
     expect(begin).to_be_enabled()
 
 
-@pytest.mark.parametrize("width", [400, 1280])
-def test_exploring_follows_the_controls(page, width):
-    page.set_viewport_size({"width": width, "height": 850})
+def test_exploring_follows_the_controls(page):
+    resize(page, 400)
     open_tab(page, "Explore")
     left, right, line = (page.locator(f"#explore-{part}") for part in ("left img", "right img", "line .status"))
     expect(line).to_contain_text("REG is nearer than CFG", timeout=SECONDS)
-    for half in (left, right):
-        assert half.evaluate("image => image.complete && image.naturalWidth > 300")
-        box = half.bounding_box()
-        assert box["x"] >= 0 and box["x"] + box["width"] <= width
+    for width in WIDTHS:
+        resize(page, width)
+        for half in (left, right):
+            assert half.evaluate("image => image.complete && image.naturalWidth > 300")
+            box = half.bounding_box()
+            assert box["x"] >= 0 and box["x"] + box["width"] <= width
 
     def changed(half: Any, before: str) -> str:
         expect(half).not_to_have_attribute("src", before, timeout=SECONDS)
@@ -315,7 +329,8 @@ def test_exploring_follows_the_controls(page, width):
     page.get_by_role("button", name="Marginal scaling fails").click()
     expect(line).to_contain_text("KL(produced ‖ claimed)", timeout=SECONDS)
     expect(page.get_by_label("marginal scaling")).to_be_checked()
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for width in WIDTHS:
+        resize(page, width)
 
 
 def test_example_prompts_can_be_clicked(browser, tmp_path):
@@ -373,8 +388,3 @@ def test_classifier_guidance(page):
     page.set_viewport_size({"width": 1280, "height": 844})  # on a phone the last tab is in a menu
     page.get_by_role("tab", name="CFG and REG").click()
     expect(button(page, "Generate")).to_be_visible()
-
-
-def test_links_name_both_papers(page):
-    targets = [link.get_attribute("href") for link in page.locator("#head a").all()]
-    assert targets == ["https://arxiv.org/abs/2501.18865", "https://arxiv.org/abs/2511.05844"]

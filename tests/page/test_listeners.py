@@ -49,7 +49,9 @@ def test_a_request_that_nobody_reads_frees_the_machine(server, http):
     began = time.monotonic()
     assert len(generate(Client(server.local_url, verbose=False))["with_reg"]) == 2  # it waited its turn
     assert time.monotonic() - began < 20
-    with http.stream("GET", f"gradio_api/call/generate/{asked.json()['event_id']}") as stream:  # who comes late is told
+    with http.stream(
+        "GET", f"gradio_api/call/generate/{asked.json()['event_id']}"
+    ) as stream:  # a late reader learns why
         assert "nobody listened to this run for 1 seconds" in "".join(stream.iter_text())
 
 

@@ -49,8 +49,8 @@ def preserving_levels(timesteps: Tensor, *, logarithmic: bool = False) -> tuple[
 
     Between two training timesteps most schedulers interpolate σ/α linearly, some its logarithm.
     """
-    kept = DDPMScheduler().alphas_cumprod.double()
-    ratios = ((1 - kept) / kept).sqrt()
+    alpha_bar = DDPMScheduler().alphas_cumprod.double()
+    ratios = ((1 - alpha_bar) / alpha_bar).sqrt()
     below = timesteps.double().floor().long().clamp(max=len(ratios) - 2)
     if logarithmic:
         ratios = ratios.log()

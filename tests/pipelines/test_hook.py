@@ -63,27 +63,27 @@ def ddim_by_hand(pipe, direction) -> Tensor:
     """
     noise = [torch.randn(1, 4, 8, 8, generator=g, dtype=torch.float64) for g in seeds()]
     x = torch.cat(noise)
-    kept = DDIMScheduler().alphas_cumprod.double()
+    alpha_bar = DDIMScheduler().alphas_cumprod.double()
     pipe.scheduler.set_timesteps(STEPS)
     for t in pipe.scheduler.timesteps.tolist():
-        c, delta = direction(x, t, kept[t])
+        c, delta = direction(x, t, alpha_bar[t])
         eps = c + (SCALE - 1) * delta
         earlier = t - 1000 // STEPS
-        kept_next = kept[earlier] if earlier >= 0 else torch.tensor(1.0, dtype=torch.float64)
-        clean = (x - (1 - kept[t]).sqrt() * eps) / kept[t].sqrt()
-        x = kept_next.sqrt() * clean + (1 - kept_next).sqrt() * eps
+        alpha_bar_next = alpha_bar[earlier] if earlier >= 0 else torch.tensor(1.0, dtype=torch.float64)
+        clean = (x - (1 - alpha_bar[t]).sqrt() * eps) / alpha_bar[t].sqrt()
+        x = alpha_bar_next.sqrt() * clean + (1 - alpha_bar_next).sqrt() * eps
     return x
 
 
 def equation_21(pipe):
     """The paper's rectified direction, with autograd through the unmodified network."""
 
-    def direction(x: Tensor, t: int, kept: Tensor) -> tuple[Tensor, Tensor]:
+    def direction(x: Tensor, t: int, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             c, u = branches(pipe, leaf, t)
             [gradient] = torch.autograd.grad(c.sum(), leaf)
-        return c.detach(), (c - u).detach() * (1 - (1 - kept).sqrt() * gradient)
+        return c.detach(), (c - u).detach() * (1 - (1 - alpha_bar).sqrt() * gradient)
 
     return direction
 
@@ -98,7 +98,7 @@ def test_ones_is_equation_21(family):
         with torch.no_grad():
             latents = (pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
     assert (drawn - latents).abs().max() < 1e-5
-    assert (draw(pipe) - latents).abs().max() > 1e-3  # and everyday guidance is something else
+    assert (draw(pipe) - latents).abs().max() > 1e-3  # and CFG is something else
 
 
 def float64_betas(config) -> np.ndarray:
@@ -159,7 +159,7 @@ def test_hutchinson_probes_do_not_depend_on_the_batch(family):
         assert not torch.equal(draw(pipe), both)
 
 
-def test_none_is_everyday_guidance_bit_for_bit(family):
+def test_none_is_cfg_bit_for_bit(family):
     make, draw = family
     pipe = make()
     with rectified_guidance(pipe, RectifiedGuidanceConfig(product="none")):
@@ -233,7 +233,7 @@ def test_weight_over_time_multiplies_the_pipelines_own(family):
     make, draw = family
     pipe, seen = make(), []
 
-    def by_hand(x: Tensor, t: int, kept: Tensor) -> tuple[Tensor, Tensor]:
+    def by_hand(x: Tensor, t: int, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
         c, u = branches(pipe, x, t)
         weight = 0.5 + 1.5 * (len(seen) / (STEPS - 1))
         seen.append(t)
@@ -446,12 +446,14 @@ def test_covariance_weighs_the_direction_by_both_branches(family):
         t, z = int(step.timestep), step.sample
         sigma = (1 - pipe.scheduler.alphas_cumprod[t].double()).sqrt()
         c, u = branches(pipe, z, t)
-        delta, pulled = c - u, []
+        delta, products = c - u, []
         for i in range(2):
             with sdpa_kernel(SDPBackend.MATH):
                 product = torch.func.jvp(lambda x, i=i, t=t: branches(pipe, x, t)[i], (z,), (delta,))[1]
-            pulled.append(delta - sigma * product)
-        own, others = (((delta * k).flatten(1).sum(1) / delta.flatten(1).square().sum(1)).clamp(min=0) for k in pulled)
+            products.append(delta - sigma * product)
+        own, others = (
+            ((delta * k).flatten(1).sum(1) / delta.flatten(1).square().sum(1)).clamp(min=0) for k in products
+        )
         weight = 0.5 * (SCALE - 1)
         known = own + 0.01  # as well as a network knows it
         factor = (known / (known + (1 + weight) * (others - own).clamp(min=0))).view(-1, 1, 1, 1)
@@ -527,7 +529,7 @@ def test_skipping_leaves_out_the_reference_branch(family, options):
     inner = network.forward
 
     def counted(*args, **kwargs):
-        """The network's ε made small beside that of standard normal data, σ z, for which K is ᾱ."""
+        """The network's ε made small against that of standard normal data, σ z, for which K is ᾱ."""
         z = args[0] if args else kwargs["hidden_states"]
         t = args[1] if len(args) > 1 else kwargs["timestep"]
         rows.append(len(z))
@@ -560,7 +562,7 @@ def test_skipping_leaves_out_the_reference_branch(family, options):
         assert bool(step.direction.any()) == (evaluations > 1) or "skip" not in options
 
 
-def test_skipping_waits_for_the_share_it_is_told():
+def test_skipping_waits_for_the_share_it_is_given():
     """A threshold of 0 never skips, and a budget of half of CFG's evaluations leaves nothing for guidance."""
     pipe, steps = tiny_dit(), []
     with rectified_guidance(pipe):

@@ -64,9 +64,9 @@ def test_image_to_image_begins_at_its_own_level():
     with rectified_guidance(tiny.pipe, on_step=steps.append):
         tiny.pipe(**tiny.arguments, guidance_scale=SCALE, output_type="latent")
     assert [(step.index, step.total) for step in steps] == [(0, 2), (1, 2)]
-    kept = DDIMScheduler().alphas_cumprod
+    alpha_bar = DDIMScheduler().alphas_cumprod
     for step, timestep in zip(steps, (251, 1), strict=True):
-        assert step.timestep == timestep and step.level.alpha == pytest.approx(float(kept[timestep]) ** 0.5)
+        assert step.timestep == timestep and step.level.alpha == pytest.approx(float(alpha_bar[timestep]) ** 0.5)
 
 
 def first_and_second(scheduler, evaluations: int) -> list:

@@ -109,11 +109,11 @@ def coefficients(tiny: Tiny, timestep: float) -> tuple[float, float]:
         alpha = 1 - sigma
     elif tiny.schedule == "exploding":
         [[place]] = (tiny.pipe.scheduler.timesteps == timestep).nonzero()
-        kept = 1 / (1 + float(tiny.pipe.scheduler.sigmas[place]) ** 2)
-        alpha, sigma = kept**0.5, (1 - kept) ** 0.5
+        alpha_bar = 1 / (1 + float(tiny.pipe.scheduler.sigmas[place]) ** 2)
+        alpha, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
     else:
-        kept = float(tiny.pipe.scheduler.alphas_cumprod[int(timestep)])
-        alpha, sigma = kept**0.5, (1 - kept) ** 0.5
+        alpha_bar = float(tiny.pipe.scheduler.alphas_cumprod[int(timestep)])
+        alpha, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
     identity, jacobian = {
         "epsilon": (1.0, -sigma),
         "v_prediction": (alpha * alpha, -alpha * sigma),

@@ -198,7 +198,7 @@ def _picture_and_mask() -> dict[str, Any]:
     return {"image": picture, "mask_image": mask, "strength": 1.0, "height": 16, "width": 16}
 
 
-@resident("StableDiffusionControlNetPipeline", "a control network beside the U-Net")
+@resident("StableDiffusionControlNetPipeline", "a control network next to the U-Net")
 def controlnet() -> Tiny:
     control = network(
         "ControlNetModel",

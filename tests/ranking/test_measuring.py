@@ -79,7 +79,7 @@ def test_evenly_spread_samples_stand_for_the_density():
         assert line_wasserstein(grid, samples[:, 0], chain.density) > 2 * LINE_FLOOR
 
 
-def test_rules_with_a_memory_are_told_from_those_without():
+def test_rules_with_a_memory_differ_from_those_without():
     chains = [Chain(rule.__name__, rule, 1.0, 1.0) for rule in (adaptive.feedback, schedules.cfg)]
     push_forward(LINE, chains, LINE.grid(), noise_levels(12))
     assert [chain.history for chain in chains] == [True, False]

@@ -70,8 +70,8 @@ def test_the_evaluator_knows_half_size_scenes():
 
     class Painter(ADMPipeline):
         def __call__(self, class_labels, **others):
-            kept = ((small[: len(class_labels)].permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
-            return type("Output", (), {"images": [Image.fromarray(picture) for picture in kept]})
+            pixels = ((small[: len(class_labels)].permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
+            return type("Output", (), {"images": [Image.fromarray(picture) for picture in pixels]})
 
     own = scene_adm()
     painter = Painter(own.unet, own.classifier, own.scheduler, null_class=10)

@@ -49,9 +49,9 @@ def test_script_says_device_and_dtype_only_where_they_are_not_the_default(folder
     pipe = load(folder)
     plain = as_python("mini-dit", pipe, Settings([3, 4]))
     assert 'pipe = companion.load("mini-dit")\n' in plain and "import torch" not in plain and "# star, heart" in plain
-    told = as_python("mini-dit", pipe, Settings([3]), device="cuda:1", dtype=torch.bfloat16)
-    assert 'companion.load("mini-dit", device="cuda:1", dtype=torch.bfloat16)' in told and "import torch\n" in told
-    assert max(map(len, told.splitlines())) <= 120
+    text = as_python("mini-dit", pipe, Settings([3]), device="cuda:1", dtype=torch.bfloat16)
+    assert 'companion.load("mini-dit", device="cuda:1", dtype=torch.bfloat16)' in text and "import torch\n" in text
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_prompts_stay_what_they_are(tmp_path):

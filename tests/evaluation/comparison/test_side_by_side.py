@@ -92,7 +92,7 @@ def test_a_pipeline_with_a_sampler_of_its_own(early_previews):
         compare(own, replace(SETTINGS, conditions=["unicorn"]))
 
 
-def test_one_side_alone_is_the_same_as_beside_the_other(pipe):
+def test_one_side_alone_is_the_same_as_with_the_other(pipe):
     both, alone = compare(pipe, SETTINGS), compare(pipe, SETTINGS, sides=["with_reg"])
     np.testing.assert_array_equal(pixels(alone.with_reg.side.images), pixels(both.with_reg.side.images))
     assert alone.without.side is None and not alone.without.images

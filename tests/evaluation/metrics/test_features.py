@@ -35,10 +35,10 @@ def test_scene_features_are_the_classifiers():
     pixels, network = scenes(12), SceneFeatures()
     found = extract(network, iter([pixels[:5], pixels[5:]]))
     scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    judge = load_classifier()
+    evaluator = load_classifier()
     with torch.no_grad():
-        assert torch.allclose(found.logits, judge(scaled), atol=1e-4)
-        head = judge.network.classifier[-1]
+        assert torch.allclose(found.logits, evaluator(scaled), atol=1e-4)
+        head = evaluator.network.classifier[-1]
         assert torch.allclose(found.features @ head.weight.T + head.bias, found.logits, atol=1e-4)
     assert found.features.shape == (12, network.dimensions) == (12, 128)
     assert (found.logits.argmax(dim=1) == labels([scene(31, i, 1) for i in range(12)])).float().mean() > 0.9

@@ -123,10 +123,10 @@ def test_inception_values_have_the_scores_mean_and_its_scatter():
 def test_precision_and_recall_by_brute_force():
     real, drawn = normal(5, 60, 3).numpy(), 0.6 * normal(6, 45, 3).numpy() + 0.4
 
-    def covered(judged: np.ndarray, members: np.ndarray) -> float:
+    def covered(points: np.ndarray, members: np.ndarray) -> float:
         radii = [sorted(np.linalg.norm(members - m, axis=1))[3] for m in members]
         return float(
-            np.mean([any(np.linalg.norm(j - m) <= r for m, r in zip(members, radii, strict=True)) for j in judged])
+            np.mean([any(np.linalg.norm(j - m) <= r for m, r in zip(members, radii, strict=True)) for j in points])
         )
 
     precision, recall = precision_recall(torch.from_numpy(real), torch.from_numpy(drawn))

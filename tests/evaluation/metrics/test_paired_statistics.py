@@ -81,9 +81,9 @@ def test_mcnemar_of_the_textbook() -> None:
 
     150 and 86 changed their mind: the difference is 0.04, Wald's interval 0.02 to 0.06, McNemar's χ² 17.36.
     """
-    kept, gains, losses = 794 + 570, 150, 86
-    first = torch.tensor([True] * gains + [False] * losses + [True] * kept)
-    second = torch.tensor([False] * gains + [True] * losses + [True] * kept)
+    unchanged, gains, losses = 794 + 570, 150, 86
+    first = torch.tensor([True] * gains + [False] * losses + [True] * unchanged)
+    second = torch.tensor([False] * gains + [True] * losses + [True] * unchanged)
     found = mcnemar(first, second)
     error = math.sqrt((gains + losses) - (gains - losses) ** 2 / 1600) / 1600
     assert (found.figure.low, found.figure.high) == pytest.approx((0.04 - 1.96 * error, 0.04 + 1.96 * error), abs=2e-4)

@@ -153,7 +153,7 @@ def pictures(folder: Path, count: int, side: int = 64) -> Path:
     return folder
 
 
-def test_precision_and_recall_against_the_pictures_beside_adms_statistics(tmp_path):
+def test_precision_and_recall_against_the_pictures_with_adms_statistics(tmp_path):
     taken = np.random.default_rng(2).integers(0, 256, (120, 8, 8, 3), dtype=np.uint8)
     expected = extract(Colours(), [taken]).features
     statistics = statistics_of(expected)

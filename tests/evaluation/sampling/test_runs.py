@@ -218,14 +218,17 @@ def test_other_settings_and_foreign_folders_are_refused(whole, tmp_path):
     with pytest.raises(ValueError, match="cannot be used"):
         run(tmp_path / "file")
     manifest = whole["npz"] / "manifest.json"
-    kept = manifest.read_text()
+    stored = manifest.read_text()
     try:
-        for content, words in (("{", "damaged, it is not JSON"), (kept.replace('"seed": 4', '"seed": 5'), "checksum")):
+        for content, words in (
+            ("{", "damaged, it is not JSON"),
+            (stored.replace('"seed": 4', '"seed": 5'), "checksum"),
+        ):
             manifest.write_text(content)
             with pytest.raises(ValueError, match=words):
                 run(whole["npz"], image_format="npz")
     finally:
-        manifest.write_text(kept)
+        manifest.write_text(stored)
 
 
 def test_a_full_disk_is_said_and_the_run_goes_on(tmp_path):

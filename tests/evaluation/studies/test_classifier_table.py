@@ -90,14 +90,14 @@ def test_arithmetic_is_counted_in_forward_passes():
     assert unguided.described == {"unet_forward_passes": 2, "classifier_gradients": 0}
     free = cost(replace(ROWS[3], budget=None))
     assert free.evaluations == free.described["unet_forward_passes"] == 4
-    everyday, rectified = (cost(row) for row in ROWS[1:3])
-    assert everyday.described == {"unet_forward_passes": 2, "classifier_gradients": 2}
+    plain, rectified = (cost(row) for row in ROWS[1:3])
+    assert plain.described == {"unet_forward_passes": 2, "classifier_gradients": 2}
     assert rectified.described == {"unet_forward_passes": 4, "classifier_gradients": 2}
-    assert rectified.evaluations - everyday.evaluations == pytest.approx(2)
+    assert rectified.evaluations - plain.evaluations == pytest.approx(2)
     through = cost(replace(ROWS[1], product="vjp"))
     assert through.described["unet_forward_passes"] == 2
-    assert through.evaluations - everyday.evaluations > 1.8  # a backward pass of the U-Net
-    assert 0 < everyday.evaluations - 2 < 2  # and the classifier's, forwards and backwards
+    assert through.evaluations - plain.evaluations > 1.8  # a backward pass of the U-Net
+    assert 0 < plain.evaluations - 2 < 2  # and the classifier's, forwards and backwards
 
 
 def test_classifier_free_guidance_gets_the_arithmetic_of_the_rectified_row():
@@ -139,7 +139,7 @@ def test_features_of_small_scenes_tell_the_shapes_apart():
 
 @pytest.mark.slow
 def test_its_cells_are_a_tables_cells(tmp_path):
-    """Drawn, kept and continued as in test_tables.py."""
+    """Drawn, stored and continued as the tables of test_engine.py."""
     collected = tmp_path / "all.json"
 
     def run(plan=PLAN, **options):
@@ -172,9 +172,9 @@ def test_rows_of_both_profiles():
         names = [row.cell(0) for row in plan.rows]
         assert len(set(names)) == len(names)
         assert all(published_figures(row.published) for row in plan.rows)
-    everyday = {row.cell(0) for row in mini.rows if row.guide and row.product == "none"}
+    plain = {row.cell(0) for row in mini.rows if row.guide and row.product == "none"}
     rectified = {row.cell(0).replace("finite_difference", "none") for row in mini.rows if row.product != "none"}
-    assert rectified <= everyday and len(everyday - rectified) <= 1
+    assert rectified <= plain and len(plain - rectified) <= 1
     known = {"strength": 0.5, "smoothing": 0.9, "entropy": 0.1}
     whole = imagenet128(TableOptions("paper", **known))
     for row in whole.rows:

@@ -1,4 +1,4 @@
-"""The committed cells are their plans': resumed, they are kept, as long as the models' weights stay what they were."""
+"""The committed cells are their plans': resumed, they stay, as long as the models' weights stay what they were."""
 
 import pytest
 

@@ -24,7 +24,7 @@ def gradients(seed):
 FOUND = {"raw": gradients(0), "one": gradients(1), "two": gradients(2)}
 
 
-def test_every_score_has_a_panel_of_its_own_beside_raw():
+def test_every_score_has_a_panel_with_the_raw_one():
     figure = draw_norms(FOUND, columns=2)
     titles = [axis.get_title() for axis in figure.axes]
     assert titles == ["one", "two"]

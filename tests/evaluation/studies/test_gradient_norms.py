@@ -19,7 +19,7 @@ WAYS = {"plain": ClassifierScore(), "tempered": ClassifierScore(marginal_tempera
 
 
 def visited(kind):
-    # Two classes' mixture as network, told nothing; its null class is their mixture.
+    # Two classes' mixture as network, without a label; its null class is their mixture.
     pipe = mixture_pipe(kind, conditional=True)
     states = visited_states(pipe, LABELS, steps=6, every=2, unconditional=True, classifier_scale=0.5, clip_sample=False)
     return pipe, states
@@ -52,19 +52,19 @@ def test_norms_are_those_of_the_score_by_finite_differences(kind):
             direction = torch.randn(state.sample.shape, generator=generator, dtype=torch.float64)
             pushed = (clean(state.sample + 1e-5 * direction) - clean(state.sample - 1e-5 * direction)) / 2e-5
             x = state.sample.detach().requires_grad_()
-            [pulled] = torch.autograd.grad((clean(x) * slope).sum(), x)
-            inner = (pulled * direction).flatten(1).sum(dim=1)
+            [through_k] = torch.autograd.grad((clean(x) * slope).sum(), x)
+            inner = (through_k * direction).flatten(1).sum(dim=1)
             torch.testing.assert_close(inner, (slope * pushed).flatten(1).sum(dim=1).detach(), rtol=1e-4, atol=1e-7)
             scale = state.level.alpha if kind is BayesNoisy else 1.0
-            torch.testing.assert_close(got.through[row], scale * pulled.flatten(1).norm(dim=1))
-            expected = torch.nn.functional.cosine_similarity(slope.flatten(1), pulled.flatten(1))
+            torch.testing.assert_close(got.through[row], scale * through_k.flatten(1).norm(dim=1))
+            expected = torch.nn.functional.cosine_similarity(slope.flatten(1), through_k.flatten(1))
             torch.testing.assert_close(got.cosine[row], expected)
             p = pipe.classifier(*((place, int(state.timestep)) if kind is BayesNoisy else (place,))).softmax(dim=1)
             torch.testing.assert_close(got.confidence[row], p.amax(dim=1).detach())
             torch.testing.assert_close(got.label[row], p[torch.arange(3), LABELS].detach())
 
 
-def test_states_are_those_of_an_everyday_run():
+def test_states_are_those_of_a_plain_run():
     pipe, states = visited(BayesNoisy)
     again = visited_states(pipe, LABELS, steps=6, unconditional=True, classifier_scale=0.5, clip_sample=False)
     assert len(again) == 6 and torch.equal(again[2].sample, states[1].sample)
@@ -76,12 +76,12 @@ def test_estimates_are_posterior_means():
     pipe = mixture_pipe(conditional=True)
     pictures = torch.randn(4, 3, 2, 2, dtype=torch.float64) / 4
     got = estimates(pipe, pictures, 500, torch.Generator().manual_seed(1))
-    kept = float(pipe.scheduler.alphas_cumprod[500])
+    alpha_bar = float(pipe.scheduler.alphas_cumprod[500])
     noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(1))
-    noisy = kept**0.5 * pictures + (1 - kept) ** 0.5 * noise
+    noisy = alpha_bar**0.5 * pictures + (1 - alpha_bar) ** 0.5 * noise
     oracle = mixture_pipe()  # without classes
     epsilon = oracle.unet(noisy, 500, return_dict=False)[0]
-    torch.testing.assert_close(got, ((noisy - (1 - kept) ** 0.5 * epsilon) / kept**0.5).clamp(-1, 1))
+    torch.testing.assert_close(got, ((noisy - (1 - alpha_bar) ** 0.5 * epsilon) / alpha_bar**0.5).clamp(-1, 1))
 
 
 def test_an_exact_network_s_k_is_symmetric_and_has_no_negative_direction():

@@ -65,9 +65,9 @@ def test_cfg_plus_plus_by_its_own_algorithm(pipe):
 
 def test_rows_differ_and_count_their_evaluations(pipe):
     plain = draw(pipe, CAPTIONS, guidance_scale=5.0, num_inference_steps=3)
-    everyday, evaluations = drawn(pipe, Row("CFG", steps=3))
-    assert torch.equal(everyday, plain) and evaluations == 6
-    seen = [everyday]
+    cfg, evaluations = drawn(pipe, Row("CFG", steps=3))
+    assert torch.equal(cfg, plain) and evaluations == 6
+    seen = [cfg]
     for row, expected in (
         (Row("CFG", guidance_scale=1.0, steps=3), 3),
         (Row("CFG", "finite_difference", steps=3), 9),

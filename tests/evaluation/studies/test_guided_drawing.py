@@ -18,7 +18,7 @@ def pipe():
     return pipe
 
 
-def test_everyday_guidance_is_the_pipelines(pipe):
+def test_cfg_is_the_pipelines(pipe):
     found = draw_with_guider(
         pipe, guiders.ClassifierFreeGuidance(guidance_scale=4.0), CAPTIONS, num_inference_steps=4, batch_size=2
     )
@@ -34,5 +34,5 @@ def test_rectified_guidance_is_the_hooks(pipe):
     with companion.rectified_guidance(pipe, companion.RectifiedGuidanceConfig(product="ones")):
         own = draw(pipe, CAPTIONS, guidance_scale=4.0, num_inference_steps=4)
     assert torch.allclose(found, own, atol=1e-3)
-    everyday = draw(pipe, CAPTIONS, guidance_scale=4.0, num_inference_steps=4)
-    assert (found - everyday).abs().max() > 0.05
+    cfg = draw(pipe, CAPTIONS, guidance_scale=4.0, num_inference_steps=4)
+    assert (found - cfg).abs().max() > 0.05

@@ -31,7 +31,7 @@ def test_ratios_and_their_summary():
     assert as_images(torch.full((1, 3, 2, 2), -1.0))[0].getpixel((0, 0)) == (0, 0, 0)
 
 
-def test_shares_of_an_evaluation_are_seen_and_still_kept():
+def test_shares_of_an_evaluation_are_seen_and_still_held():
     run = RectifiedRun(RectifiedGuidanceConfig(every=2))
     run.begin(0, 4, NoiseLevel(0.6, 0.8), 1.0)
     direction = torch.tensor([[3.0, 4.0], [1.0, 0.0]])

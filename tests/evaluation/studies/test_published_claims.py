@@ -1,4 +1,4 @@
-"""Published claims beside the stored cells: signs and counts as the files have them."""
+"""Published claims and the stored cells: signs and counts as the files have them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The study of validity: pictures share their noise, are kept with their scores, and are compared pair by pair."""
+"""The study of validity: pictures share their noise, are stored with their scores, and are compared pair by pair."""
 
 import math
 
@@ -38,17 +38,17 @@ def two_steps(monkeypatch) -> Model:
     return model
 
 
-def test_pictures_are_the_pipelines_own_and_are_kept(tmp_path, two_steps) -> None:
+def test_pictures_are_the_pipelines_own_and_are_stored(tmp_path, two_steps) -> None:
     rows = [Row("mini-dit", method, 3.0) for method in ("CFG", "REG")]
     draw_rows(rows, tmp_path, 4, {"commit": "abc"}, part=2)
-    scores, told = read_row(tmp_path, rows[0], 2, part=2)
+    scores, parts = read_row(tmp_path, rows[0], 2, part=2)
     pipe = load("mini-dit")
     pipe.set_progress_bar_config(disable=True)
     asked = asked_scenes(4)
     again = Scorer()(draw(pipe, labels(asked).tolist(), guidance_scale=3.0, num_inference_steps=2), asked)
     assert torch.allclose(scores["residual"], again["residual"], atol=1e-3)
     assert torch.equal(scores["recognised"], again["recognised"])
-    assert [part["provenance"] for part in told] == [{"commit": "abc"}] * 2
+    assert [part["provenance"] for part in parts] == [{"commit": "abc"}] * 2
     rectified, _ = read_row(tmp_path, rows[1], 2, part=2)
     assert not torch.allclose(scores["residual"], rectified["residual"], atol=1e-3)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}

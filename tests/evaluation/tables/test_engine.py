@@ -1,4 +1,4 @@
-"""Tables: cells are kept as they finish, a stopped grid goes on, a cell made anew is the same; Pareto fronts."""
+"""Tables: cells are stored as they finish, a stopped grid goes on, a cell made anew is the same; Pareto fronts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -76,18 +76,18 @@ def test_a_stopped_grid_goes_on(make, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluators, "class_agreement", failing)
     with pytest.raises(KeyboardInterrupt):
         make("stopped")
-    [kept] = (tmp_path / "stopped" / "cells").iterdir()
+    [stored] = (tmp_path / "stopped" / "cells").iterdir()
     [drawn] = (tmp_path / "stopped" / "samples").iterdir()
     one_batch = sorted(drawn.glob("*/00000004.*"))
     for file in one_batch:  # as if it had been interrupted while this cell was drawn
         file.unlink()
     assert len(one_batch) == 2
-    stamp = kept.stat().st_mtime_ns
+    stamp = stored.stat().st_mtime_ns
     with pytest.raises(ValueError, match="stopped holds 1 finished cells; resume it"):
         make("stopped")
     monkeypatch.setattr(evaluators, "class_agreement", measure)
     resumed = make("stopped", resume=True)
-    assert kept.stat().st_mtime_ns == stamp
+    assert stored.stat().st_mtime_ns == stamp
     assert [(cell.figures, cell.nfe, cell.settings) for cell in resumed] == [
         (cell.figures, cell.nfe, cell.settings) for cell in whole
     ]
@@ -112,14 +112,14 @@ def test_a_cell_alone_is_the_same(make, tmp_path):
         make("alone", only="x")
 
 
-def test_pictures_are_kept_and_cells_compared(make, tmp_path):
+def test_pictures_are_stored_and_cells_compared(make, tmp_path):
     rows = (replace(ROWS[0]), replace(ROWS[0], product="finite_difference"), replace(ROWS[0], guidance_scale=1.0))
     plan = replace(PLAN, rows=rows, seeds=(0,))
     cells = make("whole", plan=plan)
     for cell in cells:
-        kept = read_pictures(pictures_file(tmp_path / "whole", cell.name))
-        assert set(kept) == {*cell.figures, "features"}
-        means = {name: float(kept[name].double().mean()) for name in cell.figures}
+        stored = read_pictures(pictures_file(tmp_path / "whole", cell.name))
+        assert set(stored) == {*cell.figures, "features"}
+        means = {name: float(stored[name].double().mean()) for name in cell.figures}
         assert means == pytest.approx({name: figure.value for name, figure in cell.figures.items()}, rel=1e-5)
     entries = compared(plan.pairs(cells), tmp_path / "whole")
     assert [entry["label"] for entry in entries] == [
@@ -139,7 +139,7 @@ def test_what_cannot_be_measured_is_not_drawn(make, tmp_path):
 
 
 def test_no_cell_is_begun_too_late_and_one_file_holds_all(make, tmp_path):
-    collected = tmp_path / "kept" / "cells.json"
+    collected = tmp_path / "collected" / "cells.json"
     first = make("a", only=ROWS[0].cell(1), collected=collected)
     assert read_cells(collected) == first
     assert make("b", minutes=0.0) == []

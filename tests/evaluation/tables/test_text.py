@@ -64,7 +64,7 @@ def test_all_cells_in_the_order_of_reading():
         ("linear", "CFG", "2"),
     ]
     bold = [[text.startswith("**") for text in row[6:8]] for row in rows]
-    assert not any(any(row) for row in bold), "2.8 ± 0.5 and 3.0 ± 0.5 are not told apart, nor are 7.9 and 8.0"
+    assert not any(any(row) for row in bold), "2.8 ± 0.5 and 3.0 ± 0.5 do not differ, nor do 7.9 and 8.0"
     assert rows[2][6] == "2.80 ± 0.50" and rows[2][-2:] == ["100", "2"]
 
 

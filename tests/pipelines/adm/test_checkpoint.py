@@ -89,31 +89,31 @@ class Published(dict):
         embedding = self.layer("time_embed.2", F.silu(embedding), 4 * a.model_channels)
         if y is not None:
             embedding = embedding + self.tensor("label_emb.weight", a.classes, 4 * a.model_channels)[y]
-        kept = [self.layer("input_blocks.0.0", x, a.widths[0], 3, 3)]
+        skips = [self.layer("input_blocks.0.0", x, a.widths[0], 3, 3)]
         for level, width in enumerate(a.widths):
             for _ in range(a.layers):
-                h = self.residual(f"input_blocks.{len(kept)}.0", kept[-1], embedding, width)
-                kept.append(self.attention(f"input_blocks.{len(kept)}.1", h) if a.attended[level] else h)
+                h = self.residual(f"input_blocks.{len(skips)}.0", skips[-1], embedding, width)
+                skips.append(self.attention(f"input_blocks.{len(skips)}.1", h) if a.attended[level] else h)
             if level < len(a.widths) - 1:
-                kept.append(self.residual(f"input_blocks.{len(kept)}.0", kept[-1], embedding, width, "down"))
-        h = self.residual("middle_block.0", kept[-1], embedding, a.widths[-1])
+                skips.append(self.residual(f"input_blocks.{len(skips)}.0", skips[-1], embedding, width, "down"))
+        h = self.residual("middle_block.0", skips[-1], embedding, a.widths[-1])
         h = self.residual("middle_block.2", self.attention("middle_block.1", h), embedding, a.widths[-1])
-        return h, embedding, kept
+        return h, embedding, skips
 
     def unet(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         a = self.architecture
-        h, embedding, kept = self.descend(x, t, y)
+        h, embedding, skips = self.descend(x, t, y)
         n = 0
         for level in reversed(range(len(a.widths))):
             for layer in range(a.layers + 1):
-                h = torch.cat([h, kept.pop()], dim=1)
+                h = torch.cat([h, skips.pop()], dim=1)
                 h = self.residual(f"output_blocks.{n}.0", h, embedding, a.widths[level])
                 h = self.attention(f"output_blocks.{n}.1", h) if a.attended[level] else h
                 if level and layer == a.layers:
                     place = f"output_blocks.{n}.{2 if a.attended[level] else 1}"
                     h = self.residual(place, h, embedding, a.widths[level], "up")
                 n += 1
-        assert not kept
+        assert not skips
         return self.layer("out.2", F.silu(self.norm("out.0", h)), 6 if a.learned_variance else 3, 3, 3)
 
     def classifier(self, x: Tensor, t: Tensor) -> Tensor:

@@ -143,17 +143,17 @@ def test_products_against_the_closed_form(product, at):
         for step in steps:
             alpha, sigma, x = step.level.alpha, step.level.sigma, step.sample.flatten(1)
             k = pipe.unet.rectification_matrix(step.sample, step.timestep)
-            judged = x if at == "noisy" else pipe.unet.unconditional.posterior_mean(x, alpha, sigma)
-            leaf = judged.detach().requires_grad_()
-            told = (int(step.timestep),) if at == "noisy" else ()
-            [g] = torch.autograd.grad(score_logits(pipe.classifier(leaf, *told), labels, SCORE).sum(), leaf)
+            classified = x if at == "noisy" else pipe.unet.unconditional.posterior_mean(x, alpha, sigma)
+            leaf = classified.detach().requires_grad_()
+            times = (int(step.timestep),) if at == "noisy" else ()
+            [g] = torch.autograd.grad(score_logits(pipe.classifier(leaf, *times), labels, SCORE).sum(), leaf)
             expected = products_of(k, g)[product]
             if chain_rule and at == "clean":
                 expected = expected / alpha
             expected = -sigma * scale * expected
             got = step.direction.flatten(1)
             if product == "finite_difference":
-                # I - σ ∂ε/∂x cancels in noise, where K is small: its error is to be seen beside g.
+                # I - σ ∂ε/∂x cancels in noise, where K is small: its error is compared with g.
                 unit = sigma * scale * g.abs().max() / (alpha if chain_rule and at == "clean" else 1)
                 assert (got - expected).abs().max() < 1e-6 * unit
             else:
@@ -218,16 +218,16 @@ def test_guided_run_by_hand():
 def test_weight_zero_is_no_guidance_bit_for_bit(classifier, sampler):
     pipe = tiny_adm(classifier)
     plain = draw(pipe, labels=(0, 4), num_inference_steps=3, sampler=sampler, classifier_scale=0)
-    everyday = draw(pipe, labels=(0, 4), num_inference_steps=3, sampler=sampler)
+    standard = draw(pipe, labels=(0, 4), num_inference_steps=3, sampler=sampler)
     none, _ = rectified(pipe, RectifiedGuidanceConfig("none"), labels=(0, 4), num_inference_steps=3, sampler=sampler)
-    assert torch.equal(none, everyday) and not torch.equal(plain, everyday)
+    assert torch.equal(none, standard) and not torch.equal(plain, standard)
     off, steps = rectified(
         pipe, RectifiedGuidanceConfig(weight=0), labels=(0, 4), num_inference_steps=3, sampler=sampler
     )
     assert torch.equal(off, plain) and all(not step.direction.any() for step in steps)
     on, _ = rectified(pipe, None, labels=(0, 4), num_inference_steps=3, sampler=sampler)
-    assert not torch.equal(on, plain) and not torch.equal(on, everyday)
-    assert torch.equal(draw(pipe, labels=(0, 4), num_inference_steps=3, sampler=sampler), everyday)
+    assert not torch.equal(on, plain) and not torch.equal(on, standard)
+    assert torch.equal(draw(pipe, labels=(0, 4), num_inference_steps=3, sampler=sampler), standard)
 
 
 def test_reuse_evaluates_every_third_call():
@@ -256,7 +256,7 @@ def test_skipping_leaves_out_what_guidance_takes(product):
 
 @pytest.mark.parametrize("product", [*PRODUCTS, "every third"])
 def test_classifier_free_guidance(product):
-    """c + (s - 1) w product(K, c - u), alone and with a classifier beside it."""
+    """c + (s - 1) w product(K, c - u), alone and with a classifier."""
     pipe = mixture_pipe(conditional=True)
     labels = torch.tensor([0, 1, 1])
     config = RectifiedGuidanceConfig(weight=ConstantWeight(0.5), every=3)

@@ -15,7 +15,7 @@ from companion.pipelines.levels import alpha_bar_table
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 
 
-def kept(schedule: str = "linear") -> torch.Tensor:
+def alpha_bars(schedule: str = "linear") -> torch.Tensor:
     return DDPMScheduler(beta_schedule=schedule).alphas_cumprod
 
 
@@ -44,9 +44,9 @@ def test_timesteps_are_the_published_ones():
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_learned_variance_step_by_hand(schedule):
     """Nichol & Dhariwal 2021, eq. 9 to 15, for the chain of the timesteps 999, 600 and 100."""
-    table = kept(schedule).double().tolist()
+    table = alpha_bars(schedule).double().tolist()
     times = [999, 600, 100]
-    chain = sampling_chain(kept(schedule), times)
+    chain = sampling_chain(alpha_bars(schedule), times)
     x, clean, values, noise, gradient = (drawn(2, 3, 4, 4, seed=i) for i in range(5))
     for i, t in enumerate(times):
         now, after = table[t], table[times[i + 1]] if i < 2 else 1.0
@@ -107,7 +107,7 @@ def test_ddim_is_diffusers(eta):
 
 @given(i=st.integers(0, 24), scale=st.floats(-5, 5))
 def test_guided_ddim_is_ddim_of_the_guided_noise(i, scale):
-    chain = sampling_chain(kept(), sampling_timesteps(1000, 25, "ddim"))
+    chain = sampling_chain(alpha_bars(), sampling_timesteps(1000, 25, "ddim"))
     x, epsilon, gradient = drawn(2, 4), drawn(2, 4, seed=1), scale * drawn(2, 4, seed=2)
     a = float(chain.alpha_bar[i])
 
@@ -126,7 +126,7 @@ def test_guided_ddim_is_ddim_of_the_guided_noise(i, scale):
     schedule=st.sampled_from(sorted(SCHEDULES.values())),
 )
 def test_learned_variance_lies_between_its_bounds(steps, place, value, schedule):
-    chain = sampling_chain(kept(schedule), sampling_timesteps(1000, steps, "ddpm"))
+    chain = sampling_chain(alpha_bars(schedule), sampling_timesteps(1000, steps, "ddpm"))
     i = int(place * steps)
     variance = float(log_variance(chain, i, torch.tensor([value], dtype=torch.float64), "learned_range").exp())
     low, high = sorted((float(chain.posterior[i]), float(chain.beta[i])))
@@ -137,7 +137,7 @@ def test_learned_variance_lies_between_its_bounds(steps, place, value, schedule)
 
 
 def test_sine_schedule():
-    chain = sampling_chain(kept(), sampling_timesteps(1000, 250, "ddpm"))
+    chain = sampling_chain(alpha_bars(), sampling_timesteps(1000, 250, "ddpm"))
     share = chain.sine_share(0.3)
     largest = float(chain.beta.max())
     # Rounding leaves some neighbours 5 apart instead of 4: the first step's variance is not quite the largest.

@@ -181,14 +181,16 @@ def test_code_inside_is_dropped_unseen(tmp_path, marker):
     read_edm2_checkpoint(write(tmp_path / "a.pkl", data))
 
 
-@pytest.mark.parametrize("place", ["instead", "beside", "in the network", "in its arguments", "in a tensor's hooks"])
+@pytest.mark.parametrize(
+    "place", ["instead", "next to it", "in the network", "in its arguments", "in a tensor's hooks"]
+)
 def test_code_in_the_pickle_is_refused(tmp_path, marker, place):
     hostile = Hostile(marker)
     data = published(tiny_unet(0, torch.float32))
     match place:
         case "instead":
             data = hostile
-        case "beside":
+        case "next to it":
             data["dataset_kwargs"]["path"] = hostile
         case "in the network":
             data["ema"].state["_modules"]["logvar_linear"] = hostile
@@ -417,7 +419,7 @@ def test_pipelines_from_files_and_folders(tmp_path):
     vae = tiny_autoencoder()
     for pipe in (
         load_edm2("edm2-img512-s", tmp_path, vae=vae),
-        load_edm2("edm2-img512-s", own[0], vae=None),  # its guide lies beside it
+        load_edm2("edm2-img512-s", own[0], vae=None),  # its guide lies in the same folder
         load_edm2(source=own[0], guide=own[1], vae=None),
     ):
         assert torch.equal(draw(pipe), expected)
@@ -508,8 +510,8 @@ def test_downloading_when_asked(tmp_path, monkeypatch, server):
     for file in folder.iterdir():
         file.unlink()
     assert torch.equal(draw(load_edm2("edm2-img512-s", vae=None)), expected)  # from the cache, without asking
-    kept = {file.name for file in (tmp_path / "cache").rglob("*") if file.is_file()}
-    assert not any(name.endswith((".pkl", ".part")) for name in kept) and "model_index.json" in kept
+    names = {file.name for file in (tmp_path / "cache").rglob("*") if file.is_file()}
+    assert not any(name.endswith((".pkl", ".part")) for name in names) and "model_index.json" in names
 
 
 def test_what_cannot_be_downloaded(tmp_path, server):

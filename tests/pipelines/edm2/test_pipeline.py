@@ -184,11 +184,11 @@ def test_outside_the_interval_only_the_conditional_network_is_evaluated():
     expected = [sigma for pair in pairwise(levels) for sigma in pair][:-1]
     inside = [sigma for sigma in expected if interval[0] <= sigma <= interval[1]]
     assert len(inside) == 6 and len(expected) == 15
-    everyday = draw(pipe, num_inference_steps=8, guidance_interval=interval)
+    cfg = draw(pipe, num_inference_steps=8, guidance_interval=interval)
     assert asked == {"unet": expected, "guide": inside}
     asked["unet"].clear(), asked["guide"].clear()
     config = RectifiedGuidanceConfig(product="none", weight=IntervalWeight(*interval, unit="sigma"))
-    assert torch.equal(rectified(pipe, config, num_inference_steps=8), everyday)
+    assert torch.equal(rectified(pipe, config, num_inference_steps=8), cfg)
     assert asked == {"unet": expected, "guide": inside}
     assert [bool(s.direction.any()) for s in pipe.last_steps] == [sigma in inside for sigma in expected]
     asked["unet"].clear(), asked["guide"].clear()
@@ -206,7 +206,7 @@ def test_interval_equals_the_formula():
     assert torch.allclose(draw(pipe, guidance_interval=(levels[2], levels[1])), expected, atol=1e-10)
 
 
-def test_none_is_everyday_guidance_bit_for_bit_and_clearing_restores_it():
+def test_none_is_standard_guidance_bit_for_bit_and_clearing_restores_it():
     pipe = tiny_edm2()
     plain = draw(pipe)
     assert torch.equal(rectified(pipe, RectifiedGuidanceConfig(product="none")), plain)
@@ -265,10 +265,10 @@ def test_noise_is_one_draw_per_generator():
         return (x,)
 
     pipe.unet.forward = silent  # D = x: nothing moves
-    kept = draw(pipe, guidance_scale=1.0, callback_on_step_end=first, num_inference_steps=2)
+    after_one = draw(pipe, guidance_scale=1.0, callback_on_step_end=first, num_inference_steps=2)
     expected = [torch.randn(4, 8, 8, generator=g) for g in companion.sample_generators(0, range(2))]
     assert torch.allclose(noise[0], 80 * torch.stack(expected), atol=1e-4)
-    assert len(noise) == 2 and torch.equal(kept, torch.zeros_like(kept))
+    assert len(noise) == 2 and torch.equal(after_one, torch.zeros_like(after_one))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-3), (torch.bfloat16, 0.3), (torch.float16, 0.1)])

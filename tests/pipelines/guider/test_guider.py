@@ -141,7 +141,7 @@ def test_products_against_the_dense_jacobian(networks):
             draw(pipe, num_inference_steps=None, timesteps=[500])
         followed[product] = steps[0].followed
     function, z = steps[0].denoiser(network)
-    kept = table(DDIMScheduler())[500]
+    alpha_bar = table(DDIMScheduler())[500]
     c, u = steps[0].prediction(0), steps[0].prediction(1)
     for i in range(2):
 
@@ -151,7 +151,7 @@ def test_products_against_the_dense_jacobian(networks):
             return function(stacked)[i].flatten()
 
         dense = torch.autograd.functional.jacobian(one, z[i].flatten())
-        k, d = torch.eye(64, dtype=torch.float64) - (1 - kept).sqrt() * dense, (SCALE - 1) * (c - u)[i].flatten()
+        k, d = torch.eye(64, dtype=torch.float64) - (1 - alpha_bar).sqrt() * dense, (SCALE - 1) * (c - u)[i].flatten()
         for product, expected in products_of(k[None], d[None]).items():
             error = ((followed[product] - c)[i].flatten() - expected[0]).norm() / expected.norm()
             assert error < 1e-6, product
@@ -488,7 +488,11 @@ def blocks() -> dict[str, tuple[dict[str, Any], tuple[int, ...], dict[str, Any]]
     ltx = {**words, "prompt_attention_mask": mask, "negative_prompt_attention_mask": mask, "num_frames": 1}
     ltx = {**ltx, "height": 32, "width": 32, "dtype": torch.float64}
     typed = {**words, "dtype": torch.float64}
-    beside = {"cond_latents_concat": _noise(*video), "mask_concat": _noise(1, 1, 2, 2), "image_embeds": _noise(2, 2)}
+    concatenated = {
+        "cond_latents_concat": _noise(*video),
+        "mask_concat": _noise(1, 1, 2, 2),
+        "image_embeds": _noise(2, 2),
+    }
     ids = {"txt_ids": mask, "negative_txt_ids": mask}
     flux2 = {**words, **ids, "latent_ids": _noise(4, 4), **more, "image_latent_ids": _noise(3, 4)}
     ernie = {"text_bth": c, "negative_text_bth": u, "text_lens": mask, "negative_text_lens": mask}
@@ -503,7 +507,7 @@ def blocks() -> dict[str, tuple[dict[str, Any], tuple[int, ...], dict[str, Any]]
         "hunyuan_video1_5.HunyuanVideo15DenoiseStep": (
             {**first, "says_all": False},
             video,
-            {**beside, **masked, **twice},
+            {**concatenated, **masked, **twice},
         ),
         "krea2.Krea2DenoiseStep": (unit, tokens, {**masked, "batch_size": 2, "position_ids": mask}),
         "ltx.LTXDenoiseStep": ({}, tokens, ltx),
@@ -666,8 +670,8 @@ def test_inpainting_networks_are_rectified_in_their_latents():
         sigma = (1 - table(scheduler)[int(step.timestep)]).sqrt()
         with torch.enable_grad():
             leaf = whole.clone().requires_grad_()
-            [pulled] = torch.autograd.grad(function(leaf), leaf, d)
-        assert torch.allclose(step.followed, c + d - sigma * pulled[:, :4], rtol=1e-6, atol=1e-8)
+            [derivative] = torch.autograd.grad(function(leaf), leaf, d)
+        assert torch.allclose(step.followed, c + d - sigma * derivative[:, :4], rtol=1e-6, atol=1e-8)
 
 
 def test_image_to_image_starts_inside_the_schedule(networks):
