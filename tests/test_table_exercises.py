@@ -15,6 +15,7 @@ from companion.evaluation.tables.published import published
 from companion.evaluation.tables.results import read_cells
 from companion.evaluation.tables.text import _less, lines_of, method_pairs, p_value
 from companion.evaluation.tables.text import differences as cell_differences
+from companion.files import read_json
 
 NOTEBOOKS = Path("notebooks")
 
@@ -92,6 +93,23 @@ def test_09_guidance_and_reg() -> None:
         none = line_of("coco", model, "unguided", "no guidance", 1.0)["clip_score"].value
         cfg = line_of("coco", model, "vanilla", "CFG", 3.0)["clip_score"].value
         assert f"{cfg - none:.2f}" == gain and gain in said
+
+
+def test_14_quotes_the_ceiling_and_the_pair() -> None:
+    said, cells = text("14"), read_cells(NOTEBOOKS / "results/imagenet128-mini.json")
+    [perfect] = read_ceilings(NOTEBOOKS / "results/ceilings.json", "32x32").values()
+    fid = min((cell.figures["fid"] for cell in cells), key=lambda each: each.value)
+    precision = max((cell.figures["precision"] for cell in cells), key=lambda each: each.value)
+    real = f"FID {perfect['fid'].text()} and precision {perfect['precision'].text(3)}"
+    assert f"{real}; the best rows have {fid.text()} and {precision.text(3)}." in said
+    [pair] = read_json(NOTEBOOKS / "results/imagenet128-mini-paired.json")
+    names = ("value", "low", "high", "method", "samples")
+    figures = {name: Figure(**{key: given[key] for key in names}) for name, given in pair["figures"].items()}
+    assert f"{figures['fid'].text()}, taken picture by picture" in said
+    fall = figures["agreement"].scaled(100)
+    assert f"falls by {-fall.value:.1f} ± {fall.high - fall.value:.1f} points" in said
+    decided = {name for name, given in pair["figures"].items() if given["p_value_holm"] < 0.05}
+    assert decided == {"inception_score", "agreement"} and fall.value < 0 > figures["inception_score"].value
 
 
 def test_14_the_two_published_sizes() -> None:
