@@ -25,6 +25,11 @@ from companion.seeding import sample_generators
 REFERENCE = "CFG"
 
 
+def _rows(args: tuple, kwargs: Mapping[str, Any]) -> int:
+    """Of the batch that a network is called on."""
+    return len(args[0] if args else kwargs["hidden_states"] if "hidden_states" in kwargs else kwargs["sample"])
+
+
 @contextmanager
 def counted(pipe: DiffusionPipeline) -> Iterator[list[int]]:
     """Rows that the block's networks evaluate, one entry a pass: forward, forward mode or backward."""
@@ -33,8 +38,7 @@ def counted(pipe: DiffusionPipeline) -> Iterator[list[int]]:
 
     def counting(forward: Callable[..., Any]) -> Callable[..., Any]:
         def evaluate(*args: Any, **kwargs: Any) -> Any:
-            x = args[0] if args else kwargs["hidden_states"] if "hidden_states" in kwargs else kwargs["sample"]
-            rows.append(len(x))
+            rows.append(_rows(args, kwargs))
             return forward(*args, **kwargs)
 
         return evaluate
@@ -48,6 +52,29 @@ def counted(pipe: DiffusionPipeline) -> Iterator[list[int]]:
             stack.enter_context(patch.object(network, "forward", counting(network.forward)))
         stack.enter_context(patch("torch.autograd.grad", backward))
         yield rows
+
+
+def half_pass(pipe: DiffusionPipeline, call: Mapping[str, Any], images: int) -> float | None:
+    """Processor time of a pass on one branch in multiples of a pass on both, during a run of `auto`; None where the
+    pipeline does not evaluate both in one pass.
+    """
+    seconds: dict[int, list[float]] = {}
+
+    def timed(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def evaluate(*args: Any, **kwargs: Any) -> Any:
+            start = time.process_time()
+            output = forward(*args, **kwargs)
+            seconds.setdefault(_rows(args, kwargs), []).append(time.process_time() - start)
+            return output
+
+        return evaluate
+
+    with ExitStack() as stack:
+        for network in denoisers(pipe):
+            stack.enter_context(patch.object(network, "forward", timed(network.forward)))
+        draw(pipe, call, METHODS["REG, auto"], images)
+    one, both = (seconds.get(rows) for rows in (images, 2 * images))
+    return statistics.median(one) / statistics.median(both) if one and both else None
 
 
 def draw(
@@ -72,7 +99,7 @@ def cost(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Seconds, evaluations per step and image, peak memory, and ratios to CFG, by method; and what each drew.
 
-    `time_ratio` is of processor time, `clock_ratio` of the clock's.
+    `time_ratio` is of processor time, `clock_ratio` of the clock's; `half_pass` is the function's.
 
     Args:
         call: arguments of the pipeline, `num_inference_steps` among them.
@@ -109,6 +136,7 @@ def cost(
         "memory_ratio": {name: (weights + peaks[name]) / base for name in methods},
         "evaluations": {name: evaluations[name] / evaluations[REFERENCE] for name in methods},
         "evaluations_per_step": evaluations,
+        "half_pass": half_pass(pipe, call, images) if "REG, auto" in methods else None,
     }
     return row, drawn
 

@@ -126,6 +126,7 @@ def page(record: Mapping[str, Any]) -> str:
         "Processor time, because it depends least on other load. The column *the paper* has the published ratio on one"
         " A40 (REG by `ones`). `ones, public code` computes as the authors' code does: both branches in one graph.",
         _cost_table(rows, names, "time_ratio", "time_ratio"),
+        *_passes(rows),
         "## Network evaluations",
         "Forward, forward-mode and backward passes on one image, counted in the network. Where REG shows more than"
         " 1.50, the run includes a check of three passes, made once: whether the stacked batch may be split.",
@@ -167,6 +168,24 @@ def _cost_table(rows: list[dict[str, Any]], names: list[str], what: str, anchor:
         cells = [name, *(f"{row[what][method]:.2f}" for method in names)]
         lines.append([*cells, theirs[row["model"]][anchor] if row["model"] in theirs else "–"] if anchor else cells)
     return _table(["model", *names, *(["the paper"] if anchor else [])], lines)
+
+
+def _passes(rows: list[dict[str, Any]]) -> list[str]:
+    """What of `auto`'s time its passes alone explain: `N + k` of one branch and k of both, for CFG's N of both."""
+    lines = []
+    for row in rows:
+        if half := row.get("half_pass"):
+            alone = row["evaluations"]["REG, auto"] - 0.5 + half
+            lines.append([row["model"], f"{half:.2f}", f"{alone:.2f}", f"{row['time_ratio']['REG, auto']:.2f}"])
+    if not lines:
+        return []
+    text = (
+        "`auto` takes as many evaluations as CFG in more and smaller passes: of N steps it guides k, each with one pass"
+        " on both branches and one for the product; the others take one pass on the conditional branch. Where a pass on"
+        " one branch takes h times one on both, and h is more than 1/2, that is (k + N h) / N times CFG's time before"
+        " anything else."
+    )
+    return [text, _table(["model", "h", "`auto` by its passes alone", "`auto`, measured"], lines)]
 
 
 def _distance_table(rows: list[dict[str, Any]]) -> str:

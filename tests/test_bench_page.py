@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import page
-from benchmarks.cost import cost, counted, distances, draw
+from benchmarks.cost import cost, counted, distances, draw, half_pass
 from benchmarks.methods import METHODS
 from benchmarks.models import MODELS, build
 
@@ -43,6 +43,15 @@ def test_cost_is_relative_to_cfg(dit):
     assert 1 <= row["memory_ratio"]["REG"] < 1.1
     assert drawn["REG"].shape == drawn["CFG"].shape
     assert not np.array_equal(drawn["REG"], drawn["CFG"])
+
+
+def test_a_pass_on_one_branch_is_timed_against_one_on_both(dit):
+    pipe, call = dit
+    assert 0.2 < half_pass(pipe, call, 1) < 1.5
+    record = json.loads(page.RESULTS.read_text())
+    row = record["minis"]["found"][0]
+    row["half_pass"], row["evaluations"]["REG, auto"], row["time_ratio"]["REG, auto"] = 0.62, 0.98, 1.14
+    assert "| mini-dit | 0.62 | 1.10 | 1.14 |" in page.page(record)
 
 
 def test_distances_are_shares_of_cfg_s():

@@ -147,23 +147,62 @@ class _ContiguousNorms(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _finite_difference(evaluation: Evaluation, direction: Tensor) -> Tensor:
-    """J direction by a one-sided difference; 0 where there is no direction. Of float32 at least, as its norms are."""
-    x, output, relative_step = evaluation.x, evaluation.output, evaluation.relative_step
-    wide = torch.promote_types(torch.promote_types(x.dtype, output.dtype), torch.float32)
+@dataclass(frozen=True)
+class Perturbation:
+    """A point a small step from x along a direction; the network's output there gives `J direction`.
+
+    Args:
+        direction: of the step.
+        there: the point, of x's shape and dtype.
+        realised: how far it is along the direction, per sample; rounding changes what was asked for.
+        length: the direction's norm, per sample.
+    """
+
+    direction: Float[Tensor, "batch ..."]
+    there: Float[Tensor, "batch ..."]
+    realised: Float[Tensor, "batch ..."]
+    length: Float[Tensor, "batch ..."]
+
+    def jacobian_product(self, moved: Tensor, output: Tensor) -> Tensor:
+        """`J direction` by a one-sided difference of the outputs there and at x; 0 where there is no direction."""
+        change = moved.to(self.realised.dtype) - output.to(self.realised.dtype)
+        slope = torch.where(self.realised > 0, change / torch.where(self.realised > 0, self.realised, 1), 0)
+        return slope * self.length
+
+
+def perturbed(
+    x: Float[Tensor, "batch ..."], direction: Float[Tensor, "batch ..."], relative: float | Tensor, dtype: torch.dtype
+) -> Perturbation:
+    """The point x + relative ‖x‖ direction / ‖direction‖ of every sample.
+
+    Args:
+        relative: length of the step as a fraction of x's norm, one number or one a sample (see `default_step`).
+        dtype: of the network's output; norms are of float32 at least.
+    """
+    wide = torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
     shape = (len(x),) + (1,) * (x.ndim - 1)
     start, way = x.to(wide), direction.to(wide)
     size, length = (value.reshape(len(x), -1).norm(dim=1).view(shape) for value in (start, way))
     usual = start[0].numel() ** 0.5  # inputs of networks are of order 1; one near 0, in few dimensions, says nothing
     size = torch.where(size > 0.01 * usual, size, usual)
-    relative = _rounding(x, output).sqrt().to(wide).view(shape) if relative_step is None else relative_step
+    if torch.is_tensor(relative):
+        relative = relative.to(wide).view(shape)
     unit = way / torch.where(length > 0, length, 1)
     there = (start + relative * size * unit).to(x.dtype)
     # Rounding to the dtype changes the step: what counts is how far it went along the direction.
     realised = ((there.to(wide) - start) * unit).reshape(len(x), -1).sum(dim=1).view(shape)
-    change = evaluation.denoiser(there).to(wide) - output.to(wide)
-    slope = torch.where(realised > 0, change / torch.where(realised > 0, realised, 1), 0)
-    return evaluation.k(direction, slope * length)
+    return Perturbation(direction, there, realised, length)
+
+
+def _finite_difference(evaluation: Evaluation, direction: Tensor) -> Tensor:
+    x, output, relative = evaluation.x, evaluation.output, evaluation.relative_step
+    near = perturbed(x, direction, default_step(x, output) if relative is None else relative, output.dtype)
+    return evaluation.k(direction, near.jacobian_product(evaluation.denoiser(near.there), output))
+
+
+def default_step(x: Float[Tensor, "batch ..."], output: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
+    """The step that balances truncation against rounding, as a fraction of x's norm: √ε of the precision at hand."""
+    return _rounding(x, output).sqrt()
 
 
 def _rounding(x: Float[Tensor, "batch ..."], output: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:

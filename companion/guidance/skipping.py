@@ -6,8 +6,10 @@ the logit of ρ moves with log SNR, so one evaluation at the first step tells wh
 the conditional branch alone is evaluated; a second evaluation there checks the prediction.
 
 A budget buys evaluations of both, as many as it can pay for: one at the first step, the others from where ρ is to pass
-`SHARE` on, in a row first and at every second step as they get fewer. Between them the last rectified direction is
-followed, moved by the law, and the conditional branch alone is evaluated.
+the threshold on (`SHARE` where none is given), in a row first and at every second step as they get fewer. Between them
+the last rectified direction is followed, moved by the law, and the conditional branch alone is evaluated. Where a
+sampler evaluates a noise level twice in a row (Heun's method), the second evaluation follows what the first one gave,
+unless all that is left can be paid for.
 
 What counts is the mean share of a run's samples: all of them start to be guided at one step, so that no sample waits
 for another. (The step at which a picture's guidance starts may thus depend on the others of its batch.)
@@ -24,7 +26,7 @@ from torch import Tensor
 from companion.guidance.reuse import NEAR
 
 SHARE = 0.2
-"""The share at which a budget lets guidance start."""
+"""The share at which a budget lets guidance start where no threshold is given."""
 
 Decision = Literal["skip", "follow", "guide"]
 """Of a step: no guidance; the last rectified direction; the reference branch."""
@@ -35,7 +37,7 @@ class GuidanceSkipping:
     """What the steps of one run evaluate, by a threshold or by a budget.
 
     Args:
-        threshold: the share from which on the run is guided, 0 to 1; None goes by the budget.
+        threshold: the share from which on the run is guided, 0 to 1; None is `SHARE` with a budget, else 0.
         cost: the budget, as a multiple of CFG's two evaluations a step; None is none.
         passes: what one evaluation of the product takes on top of the two.
     """
@@ -46,9 +48,10 @@ class GuidanceSkipping:
 
     def __post_init__(self) -> None:
         self.started = self.threshold is None and self.cost is None
+        self._start = SHARE if self.threshold is None else self.threshold
         self._share: float | None = None
         self._log_snr = 0.0
-        self._evaluated = -1
+        self._evaluated, self._evaluated_at = -1, math.nan
 
     def decide(self, index: int, total: int, spent: float, log_snr: float) -> Decision:
         """Decide what this step does; called once a step.
@@ -61,19 +64,21 @@ class GuidanceSkipping:
         if self.cost is not None:
             return self._by_budget(index, total - index, self.cost * 2 * total - spent, log_snr)
         unknown = self._share is None
-        return "guide" if self.started or unknown or self.predicted(log_snr) >= (self.threshold or 0) else "skip"
+        return "guide" if self.started or unknown or self.predicted(log_snr) >= self._start else "skip"
 
     def _by_budget(self, index: int, left: int, budget: float, log_snr: float) -> Decision:
         affordable = int((budget - left + 1e-9) // (1 + self.passes))  # evaluations of both, besides one a step
-        due = self.started or self.predicted(log_snr) >= SHARE
+        due = self.started or self.predicted(log_snr) >= self._start
         if affordable < 1:
             return "follow" if due and self._share is not None else "skip"
         self.started = self.started or affordable >= left
         if not due and not self.started and self._share is not None:
             return "skip"
+        if log_snr == self._evaluated_at and affordable < left and self._share is not None:
+            return "follow"
         in_a_row = 2 * (affordable - 1) >= left - 1
         if in_a_row or not self.started or index - self._evaluated >= math.ceil(left / affordable):
-            self._evaluated = index
+            self._evaluated, self._evaluated_at = index, log_snr
             return "guide"
         return "follow"
 
@@ -94,7 +99,7 @@ class GuidanceSkipping:
         length, passed = (value.to(wide).flatten(1).norm(dim=1) for value in (direction, k_delta))
         share = float((passed / length.clamp(min=torch.finfo(wide).tiny)).mean())
         self._share, self._log_snr = min(max(share, NEAR), 1 - NEAR), log_snr
-        self.started = share >= (SHARE if self.threshold is None else self.threshold)
+        self.started = share >= self._start
 
 
 def check_skip(skip: float | None) -> float | None:

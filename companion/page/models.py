@@ -11,8 +11,8 @@ from PIL import Image
 
 from companion.evaluation.comparison.classifier_side_by_side import classifier_guided, with_classifier
 from companion.evaluation.comparison.side_by_side import Evaluator, as_tensor
-from companion.evaluation.metrics.inversion import invert
-from companion.minis import classifier
+from companion.evaluation.metrics.inversion import invert, shipped_regressor
+from companion.minis import classifier, scene_regressor
 from companion.pipelines.adm.classifier import EMBEDDED_CLASSIFIERS, off_the_shelf_classifier
 from companion.pipelines.adm.pipeline import ADMPipeline
 from companion.pipelines.hook import check_pipeline
@@ -82,7 +82,9 @@ class Models:
         self._loaded: dict[str, DiffusionPipeline] = {first: pipe}
         self._guided: dict[tuple[str, str], ADMPipeline] = {}
         self._loading = threading.Lock()
-        self.distances: Distances | None = scene_distances
+        self.distances: Distances | None = scene_distances if scene_regressor.WEIGHTS.is_dir() else None
+        if self.distances is not None:
+            shipped_regressor()  # now, so that the first visitor does not wait for it
         self.evaluator: Evaluator | None = classifier.load_classifier() if classifier.WEIGHTS.is_dir() else None
 
     def pipe(self, name: str) -> DiffusionPipeline:

@@ -267,7 +267,10 @@ def show(
     if distances is not None and all(side.verdicts and side.images[0].size == (SIZE, SIZE) for side in finished):
         line = status("busy", f"Sampled {took}. Measuring the distance from valid scenes …")
         yield Update(_ending(run, state, galleries, chosen, line), _progress(state))
-        measured = [sum(found) / len(found) for side in finished if (found := distances(side.images))]
+        pictures = [image for side in finished for image in side.images]
+        found = distances(pictures)  # both sides at once: scenes of one look are fitted together
+        half = len(found) // 2
+        measured = [sum(part) / half for part in (found[:half], found[half:])]
     line = status("done", f"Done: {took}.{_recognised(run, state)}")
     yield Update(_ending(run, state, galleries, chosen, line, measured), _progress(state))
 

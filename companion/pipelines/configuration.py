@@ -60,6 +60,7 @@ class RectifiedGuidanceConfig:
     | `skip=0.2` | 1.3 to 1.35 on this package's small models: less the longer K stays small |
     | `cost=c` | at most c |
     | `product="auto"` | at most 1: short for `cost=1.0` |
+    | `one_pass=True` | 1.5, in as many calls of the network as CFG makes |
 
     Args:
         product: which product of K with the guidance direction (see `companion.guidance.rectification`). `none`
@@ -82,13 +83,18 @@ class RectifiedGuidanceConfig:
         skip: start guidance late (`companion.guidance.skipping`): at the first step whose share ‖KΔ‖/‖Δ‖ exceeds this
             threshold, 0 to 1; before it, only the conditional branch is evaluated. None guides at every step. 0.2
             leaves out about the first fifth of a uniform schedule.
-        cost: a budget in multiples of CFG's evaluations, at least 0.5, instead of skip and every: the reference branch
-            and the product are evaluated at as many steps as the budget allows, and the last rectified direction is
-            reused in between (`companion.guidance.skipping`). `GuidanceStep.spent` counts what a run spends. None is no
-            budget.
+        cost: a budget in multiples of CFG's evaluations, at least 0.5, instead of every: the reference branch and the
+            product are evaluated at as many steps as the budget allows, from where the share exceeds `skip` on (0.2 if
+            that is None), and the last rectified direction is reused in between (`companion.guidance.skipping`).
+            `GuidanceStep.spent` counts what a run spends. None is no budget.
         include_controlnet: whether K has the part of the derivative that runs through the residuals of a ControlNet,
             which is called again with the network wherever the product evaluates it; False holds the residuals fixed.
             Not counted in `spent` and `cost`.
+        one_pass: take the finite difference along the last step's direction, so that it is evaluated in the same batch
+            as the two branches instead of after them, and go on to this step's direction by the rule of
+            `companion.guidance.reuse`. The arithmetic is that of the default; where a call of the network takes the
+            same time for three samples as for two, so does a step. Steps before which there was no guided one, and
+            pipelines that evaluate their branches one after the other, do as the default does.
 
     Raises:
         ValueError: an unknown product or method, a weight that is neither a function nor a finite number, a number out
@@ -106,6 +112,7 @@ class RectifiedGuidanceConfig:
     skip: float | None = None
     cost: float | None = None
     include_controlnet: bool = False
+    one_pass: bool = False
 
     def __post_init__(self) -> None:
         if self.product == "covariance":
@@ -172,10 +179,16 @@ class RectifiedGuidanceConfig:
     def _check_economy(self) -> None:
         given = {"every": self.every != 1, "skip": self.skip is not None, "cost": self.cost is not None}
         chosen = [name for name, is_given in given.items() if is_given]
-        if self.cost is not None and len(chosen) > 1:
-            raise ValueError(f"cost chooses skip and every itself; give cost or {' and '.join(chosen[:-1])}")
+        if self.cost is not None and self.every != 1:
+            raise ValueError("cost chooses the steps that evaluate the product itself; give cost or every")
         if self.cost is not None and self.row.per_probe and self.probes is None:
             raise ValueError("cost needs a number of probes: the exact diagonal's price depends on the sample's size")
+        if not isinstance(self.one_pass, bool):
+            raise ValueError(f"one_pass must be True or False, got {self.one_pass!r}")
+        if self.one_pass and (self.method != "reg" or self.product != "finite_difference"):
+            raise ValueError('one_pass is a way to evaluate product="finite_difference", and no other product')
+        if self.one_pass and self.include_controlnet:
+            raise ValueError("one_pass holds a ControlNet's residuals fixed; give one_pass or include_controlnet")
         if chosen and (self.method == "covariance" or self.product == "none"):
             what = 'method="covariance"' if self.method == "covariance" else 'product="none"'
             raise ValueError(f"{' and '.join(chosen)} needs a product of K to save, which {what} has not")

@@ -252,6 +252,11 @@ def branches(
     return _cut(call, conditional, cut), _cut(call, reference, cut)
 
 
+def known_cut(call: DenoiserCall, branch: slice) -> frozenset[str] | None:
+    """The cut that `branches` found for calls of this kind, as `DenoiserCall.on` takes it; None where there is none."""
+    return _CUTS.get((call.structure, branch.start))
+
+
 def _cut(call: DenoiserCall, branch: slice, second: frozenset[str] | None) -> DenoiserCall:
     return call.within(branch) if second is None else call.on(branch, second)
 

@@ -40,7 +40,8 @@ from companion.pipelines.denoiser_call import (
 )
 from companion.pipelines.layout import GuidanceLayout, UnsupportedPipeline, call_code, evaluate, guidance_layout
 from companion.pipelines.levels import NoiseLevel, check_scheduler, noise_level
-from companion.pipelines.product_step import GuidanceStep, OnStep, RectifiedRun, RectifiesItself
+from companion.pipelines.one_pass import evaluated
+from companion.pipelines.product_step import Beside, GuidanceStep, OnStep, RectifiedRun, RectifiesItself
 
 __all__ = [
     "SAMPLING_PRODUCTS",
@@ -110,12 +111,9 @@ class _Run:
     rectified: RectifiedRun
     moment: _Moment | None = None
     pending: _Branch | None = None
+    region: tuple[int, ...] | None = None
     repeatable: bool = False
     controls: tuple[ControlCall, ...] = ()
-
-    @property
-    def index(self) -> int:
-        return -1 if self.moment is None else self.moment.index
 
 
 class _Rectifier:
@@ -191,8 +189,8 @@ class _Rectifier:
             both, only = call(), call.within(conditional)
             known = map_output(both, lambda whole: whole[conditional])
             region = self._region(only.sample, first_output(known), moment.latents)
-            direction = inside(first_output(known), region) - inside(first_output(both)[reference], region)
-            self._report(run, _Branch(only, known, region), direction)
+            part = inside(first_output(both)[reference], region)
+            self._report(run, _Branch(only, known, region), inside(first_output(known), region) - part, part)
             return both
         only, other = branches(call, conditional, reference, self.config.guide)
         if not moment.guided:
@@ -206,25 +204,23 @@ class _Rectifier:
             return map_output(output, lambda _: torch.cat(parts))
         if self.config.guide is not None or run.rectified.differentiates:
             # Each branch on its own: only the conditional one needs a graph, and a guide is another network.
-            reference_output = first_output(other())
+            beside, reference_output = None, first_output(other())
             known = None if run.rectified.differentiates else only()
         else:
-            both = call()
+            both, beside = evaluated(call, conditional, run.region, run.rectified)
             known = map_output(both, lambda whole: whole[conditional])
             reference_output = first_output(both)[reference]
-        region = self._region(only.sample, reference_output, moment.latents)
+        run.region = region = self._region(only.sample, reference_output, moment.latents)
         joint = self._joint(call, run, controls)
         if joint is not call:
             only, other = branches(joint, conditional, reference, self.config.guide)
-        branch, direction = self._rectify(only, known, other, inside(reference_output, region), region, run)
-        self._report(run, branch, direction)
-        outside = reference_output if self.config.guide is None else first_output(branch.output)
-        moved = replaced(outside, inside(first_output(branch.output), region) - direction, region)
-        parts = (
-            [moved, first_output(branch.output)]
-            if self.layout.reference_first
-            else [first_output(branch.output), moved]
-        )
+        part = inside(reference_output, region)
+        branch, direction = self._rectify(only, known, other, part, region, run, beside)
+        self._report(run, branch, direction, part)
+        c = first_output(branch.output)
+        outside = reference_output if self.config.guide is None else c
+        moved = replaced(outside, inside(c, region) - direction, region)
+        parts = [moved, c] if self.layout.reference_first else [c, moved]
         return map_output(branch.output, lambda _: torch.cat(parts))
 
     def _region(self, sample: Tensor, output: Tensor, latents: Tensor) -> tuple[int, ...]:
@@ -248,7 +244,7 @@ class _Rectifier:
         output = other()
         reference = inside(first_output(output), branch.region)
         if self._is_plain(moment):
-            self._report(run, branch, inside(known, branch.region) - reference)
+            self._report(run, branch, inside(known, branch.region) - reference, reference)
             return output
         if not run.repeatable and branch.call.has_state:
             if not branch.call.repeats(branch.output):
@@ -261,7 +257,7 @@ class _Rectifier:
         if again is not branch.call:
             other = again.of(guide) if guide is not None else self._joint(call, run, branch.controls + later)
         branch, direction = self._rectify(again, branch.output, other, reference, branch.region, run)
-        self._report(run, branch, direction)
+        self._report(run, branch, direction, reference)
         c = inside(first_output(branch.output), branch.region)
         return map_output(output, lambda whole: replaced(whole, c - direction, branch.region))
 
@@ -273,6 +269,7 @@ class _Rectifier:
         reference: Tensor,
         region: tuple[int, ...],
         run: _Run,
+        beside: Beside | None = None,
     ) -> tuple[_Branch, Tensor]:
         """The conditional branch, and its rectified and weighted direction; `other` is the reference branch's call."""
         z, last, moment = call.sample, known, run.moment
@@ -293,13 +290,14 @@ class _Rectifier:
             inside(z, region),
             reference,
             prediction=None if known is None else inside(first_output(known), region),
+            beside=beside,
             reference_denoiser=reference_branch,
             weight=None if moment.scale is None else moment.weight * moment.scale,
         )
         output = map_output(last, torch.Tensor.detach)
         return _Branch(call, output, region), moment.weight * direction
 
-    def _report(self, run: _Run, branch: _Branch, direction: Tensor | None) -> None:
+    def _report(self, run: _Run, branch: _Branch, direction: Tensor | None, reference: Tensor | None = None) -> None:
         moment = run.moment
         if self.on_step is None or moment is None:
             return
@@ -307,7 +305,7 @@ class _Rectifier:
             inside(whole, branch.region) for whole in (branch.call.sample, first_output(branch.output))
         )
         place = (moment.index, moment.total, moment.timestep, moment.level)
-        self.on_step(GuidanceStep(*place, sample, prediction, direction, run.rectified.spent))
+        self.on_step(GuidanceStep(*place, sample, prediction, direction, run.rectified.spent, reference))
 
     def _moment(self, frame: FrameType, run: _Run, guided: bool) -> _Moment:
         """Where the pipeline is, and whether this step is guided."""
@@ -317,7 +315,7 @@ class _Rectifier:
             scheduler.timesteps if self.layout.timesteps is None else evaluate(self.layout.timesteps, frame)
         )
         value = torch.as_tensor(timestep).flatten()[0]
-        index = self._place(steps, value.to(steps), run.index + 1)
+        index = self._place(steps, value.to(steps), 0 if run.moment is None else run.moment.index + 1)
         level = noise_level(scheduler, value)
         if self.layout.clean:
             level = replace(level, prediction_type="sample")

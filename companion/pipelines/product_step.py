@@ -10,6 +10,7 @@ from torch import Tensor
 
 from companion.guidance.covariance import covariance_direction
 from companion.guidance.noise_level import NoiseLevel
+from companion.guidance.products import Perturbation, default_step, perturbed
 from companion.guidance.rectification import Denoiser, Rectified, apply_k, rectify
 from companion.guidance.reuse import RectificationReuse
 from companion.guidance.skipping import GuidanceSkipping
@@ -17,6 +18,10 @@ from companion.pipelines.configuration import RectifiedGuidanceConfig
 from companion.seeding import sample_generators
 
 _RESOLUTION = 0.01  # of trained Rayleigh quotients, which scatter by 0.01 to 0.02 in the noise (notebook 16)
+
+
+Beside = tuple[Perturbation, Float[Tensor, "batch ..."]]
+"""A point beside the input, and the denoiser's output there."""
 
 
 class RectifiedRun:
@@ -37,6 +42,7 @@ class RectifiedRun:
         self._skipping = GuidanceSkipping(config.skip, config.cost, config.passes)
         self._followed: tuple[Tensor, NoiseLevel] | None = None
         self._evaluates = self._follows = False
+        self._last: tuple[int, Tensor, Tensor] | None = None
 
     def begin(self, index: int, total: int, level: NoiseLevel, weight: float) -> bool:
         """Whether the next step needs the reference branch; if not, the conditional one alone is to be evaluated.
@@ -89,6 +95,19 @@ class RectifiedRun:
         """Whether this step needs the graph of the conditional branch."""
         return self._evaluates and self.config.method == "reg" and self.config.row.differentiates
 
+    def beside(self, x: Float[Tensor, "batch ..."], relative_step: float | None = None) -> Perturbation | None:
+        """With `one_pass`: where to evaluate the conditional branch in the same batch as at x, its input at this step.
+
+        None where there is nothing to evaluate, or where the step before had no direction: then `rectify` evaluates
+        what it needs.
+        """
+        if not (self.config.one_pass and self._evaluates) or self._last is None:
+            return None
+        index, direction, known = self._last
+        if index != self._index - 1 or direction.shape != x.shape:
+            return None
+        return perturbed(x, direction, self.config.relative_step or relative_step or known, direction.dtype)
+
     def rectify(
         self,
         denoiser: Denoiser,
@@ -96,6 +115,7 @@ class RectifiedRun:
         reference: Float[Tensor, "batch ..."],
         *,
         prediction: Float[Tensor, "batch ..."] | None = None,
+        beside: Beside | None = None,
         relative_step: float | None = None,
         reference_denoiser: Denoiser | None = None,
         weight: float | None = None,
@@ -105,6 +125,7 @@ class RectifiedRun:
         Args:
             denoiser, x, reference, prediction, relative_step: see `companion.guidance.rectification.rectify`; the
                 configuration's own step comes first.
+            beside: what the method `beside` gave, and the denoiser's output there.
             reference_denoiser: the reference branch, for `covariance`.
             weight: the paper's w at this step (guidance scale minus 1, weight over time included), for `covariance`.
 
@@ -128,7 +149,9 @@ class RectifiedRun:
                 denoiser, x, direction, prediction, reference, relative_step, reference_denoiser, weight
             )
         else:
-            direction = self.apply(denoiser, x, direction, prediction=prediction, relative_step=relative_step)
+            direction = self.apply(
+                denoiser, x, direction, prediction=prediction, beside=beside, relative_step=relative_step
+            )
         return Rectified(prediction, direction.to(prediction.dtype))
 
     def apply(
@@ -138,13 +161,20 @@ class RectifiedRun:
         direction: Float[Tensor, "batch ..."],
         *,
         prediction: Float[Tensor, "batch ..."] | None = None,
+        beside: Beside | None = None,
         relative_step: float | None = None,
     ) -> Float[Tensor, "batch ..."]:
-        """product(K, direction) at this step, evaluated or reused; arguments as of `apply_k`."""
+        """product(K, direction) at this step, evaluated or reused; arguments as of `apply_k`, `beside` of `rectify`."""
         if self.config.product == "none":
             return direction
+        if self.config.one_pass and prediction is not None:
+            self._last = self._index, direction, default_step(x, prediction)
         if not self._evaluates:
             return self._reuse.reused(direction, self._level.log_snr)
+        if beside is not None and prediction is not None:
+            result = self._split(direction, *beside, prediction)
+            self.keep(direction, result)
+            return result
         result = apply_k(
             denoiser,
             x,
@@ -156,6 +186,15 @@ class RectifiedRun:
         )
         self.keep(direction, result)
         return result
+
+    def _split(self, direction: Tensor, near: Perturbation, moved: Tensor, prediction: Tensor) -> Tensor:
+        """K direction from K of the last direction, evaluated at this step: reuse's split, with no change of level."""
+        coefficients, log_snr = self._level.coefficients, self._level.log_snr
+        k_last = coefficients.identity * near.direction
+        k_last = k_last + coefficients.jacobian * near.jacobian_product(moved, prediction)
+        here = RectificationReuse()
+        here.update(self._index, near.direction, k_last, log_snr)
+        return here.reused(direction, log_snr)
 
     def _options(self, relative_step: float | None) -> dict:
         config, generator = self.config, None
@@ -209,6 +248,7 @@ class GuidanceStep:
         prediction: the conditional prediction, in the network's own output space.
         direction: the direction the pipeline is about to follow, rectified and weighted; None where guidance is off.
         spent: network evaluations per sample so far, this call included.
+        reference: the reference prediction, None where it was not evaluated; Δ is `prediction - reference`.
     """
 
     index: int
@@ -219,6 +259,7 @@ class GuidanceStep:
     prediction: Float[Tensor, "batch ..."]
     direction: Float[Tensor, "batch ..."] | None
     spent: float = 0.0
+    reference: Float[Tensor, "batch ..."] | None = None
 
     def clean(self, guidance_scale: float) -> Float[Tensor, "batch ..."]:
         """The guided estimate x̂_0 at the pipeline's `guidance_scale`: the picture if sampling ended here."""

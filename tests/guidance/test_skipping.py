@@ -79,6 +79,18 @@ def test_what_budgets_buy():
     assert "follow" in half and not any(a == b == "follow" for a, b in pairwise(half))  # every second step at least
 
 
+def test_a_level_that_is_evaluated_twice_is_guided_once():
+    """Heun's method: every level but the first twice in a row; a budget that pays for everything guides everything."""
+    levels = ratios_of(25)
+    ratios = [levels[0], *(ratio for ratio in levels[1:] for _ in range(2))]
+    decisions, _ = run(GuidanceSkipping(None, 1.0, 1), ratios, 0.6)
+    start = decisions.index("guide", 1)
+    guided = [ratio for ratio, decision in zip(ratios, decisions, strict=True) if decision == "guide"]
+    assert decisions[start : start + 6] == ["guide", "follow"] * 3
+    assert len(guided) == len(set(guided)) and levels[levels.index(ratios[start]) :] == guided[1:]
+    assert run(GuidanceSkipping(None, 1.5, 1), ratios, 0.6)[0] == ["guide"] * 49
+
+
 def test_the_share_is_the_batchs_mean():
     skipping = GuidanceSkipping(0.3, None, 1)
     assert skipping.predicted(0.0) == 0

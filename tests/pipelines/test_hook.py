@@ -137,7 +137,7 @@ def test_products_against_the_dense_jacobian(family, product):
         sigma = float(np.sqrt(1 - np.cumprod(1 - float64_betas(pipe.scheduler.config))[t]))
         c, u = branches(pipe, step.sample, t)
         delta = c - u
-        assert torch.allclose(step.prediction, c, atol=1e-10)
+        assert torch.allclose(step.prediction, c, atol=1e-10) and torch.allclose(step.reference, u, atol=1e-10)
         key = (make, t, step.sample.numpy().tobytes())  # the first step's states are the same for every product
         if key not in JACOBIANS:
             JACOBIANS[key] = dense_jacobian(pipe, step.sample, t)
@@ -380,7 +380,11 @@ def test_errors_say_what_would_be_right():
         ({"cost": 0.4}, "cost must be a multiple of CFG's evaluations, at least 0.5"),
         ({"cost": math.nan}, "cost must be a multiple of CFG's evaluations"),
         ({"cost": math.inf}, "cost must be a multiple of CFG's evaluations"),
-        ({"cost": 1.0, "every": 3}, "cost chooses skip and every itself; give cost or every"),
+        ({"one_pass": 1}, "one_pass must be True or False, got 1"),
+        ({"one_pass": True, "product": "ones"}, 'one_pass is a way to evaluate product="finite_difference"'),
+        ({"one_pass": True, "method": "covariance"}, 'one_pass is a way to evaluate product="finite_difference"'),
+        ({"one_pass": True, "include_controlnet": True}, "give one_pass or include_controlnet"),
+        ({"cost": 1.0, "every": 3}, "cost chooses the steps that evaluate the product itself; give cost or every"),
         ({"product": "diagonal", "probes": None, "cost": 1.0}, "cost needs a number of probes"),
         ({"product": "auto", "skip": 0.3}, 'product="auto" is short for cost=1.0'),
         ({"product": "none", "every": 3}, "every needs a product of K to save"),
@@ -558,7 +562,7 @@ def test_skipping_leaves_out_the_reference_branch(family, options):
                 assert torch.cosine_similarity(flat, last).min() > 1 - 1e-9
     spent = [now.spent - before.spent for before, now in pairwise(steps)]
     for step, evaluations in zip(steps[1:], spent, strict=True):
-        assert evaluations in (1, 2, 3)
+        assert evaluations in (1, 2, 3) and (step.reference is None) == (evaluations == 1)
         assert bool(step.direction.any()) == (evaluations > 1) or "skip" not in options
 
 

@@ -122,7 +122,7 @@ def invert(
     ):
         raise ValueError(f"asked must be one class from 0 to {len(SHAPES) - 1} for each picture, got {asked!r}")
     images = images.detach().float().cpu()
-    proposing = regressor or _shipped_regressor()
+    proposing = regressor or shipped_regressor()
     with torch.no_grad():
         found = [proposing(part) for part in images.split(100)]
     guess = SceneGuess(*(torch.cat(parts) for parts in zip(*(vars(each).values() for each in found), strict=True)))
@@ -141,7 +141,8 @@ def invert(
 
 
 @cache
-def _shipped_regressor() -> SceneRegressor:
+def shipped_regressor() -> SceneRegressor:
+    """The regressor that comes with the package, loaded once."""
     return load_regressor()
 
 

@@ -9,12 +9,10 @@ Why: the share `‖KΔ‖ / ‖Δ‖` of the guidance direction that K passes, s
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from diffusers import DiffusionPipeline
@@ -25,42 +23,28 @@ from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.metrics.metrics import share
 from companion.evaluation.metrics.scene_validity import percentile
 from companion.files import read_json, write_json
-from companion.guidance import skipping
 from companion.minis.drawing import draw
 from companion.minis.scenes import SHAPES, scene
 from companion.minis.shipping import weights_digest
 from companion.pipelines.configuration import RectifiedGuidanceConfig
 from companion.pipelines.hook import rectified_guidance
-from companion.pipelines.product_step import GuidanceStep, RectifiedRun
+from companion.pipelines.product_step import GuidanceStep
 from companion.pipelines.registry import load
 from companion.provenance import provenance
 
 COMMAND = ("python", "-m", "companion.evaluation.studies.picture_distances")
 RESULTS = Path("notebooks/results/picture_distances.json")
 PICTURES, BATCH, SEED = 24, 8, 20614
-"""The seed is of noise and captions. `SHARE` was chosen on seed 0."""
+"""The seed is of noise and captions. `companion.guidance.skipping.SHARE` was chosen on seed 0."""
 
-
-@dataclass(frozen=True)
-class Way:
-    """One way to guide.
-
-    Args:
-        settings: of `RectifiedGuidanceConfig`.
-        starts_at: the share from which a budget guides (`companion.guidance.skipping.SHARE`); None is the shipped one.
-    """
-
-    settings: Mapping[str, Any]
-    starts_at: float | None = None
-
-
-WAYS = {
-    "every=3": Way({"every": 3}),
-    "skip=0.2": Way({"skip": 0.2}),
-    "auto": Way({"product": "auto"}),
-    "auto, from 0.1": Way({"product": "auto"}, 0.1),
-    "auto, from 0.4": Way({"product": "auto"}, 0.4),
+WAYS: dict[str, dict[str, Any]] = {
+    "every=3": {"every": 3},
+    "skip=0.2": {"skip": 0.2},
+    "auto": {"product": "auto"},
+    "auto, from 0.1": {"cost": 1.0, "skip": 0.1},
+    "auto, from 0.4": {"cost": 1.0, "skip": 0.4},
 }
+"""Settings of `RectifiedGuidanceConfig`."""
 
 
 @dataclass(frozen=True)
@@ -95,21 +79,22 @@ def conditions(pipe: DiffusionPipeline, count: int, seed: int) -> list[str] | li
 
 
 def drawn(
-    pipe: DiffusionPipeline, setting: Setting, asked: Sequence[Any], way: Way, seed: int
-) -> tuple[Float[Tensor, "samples 3 height width"], float]:
-    """Pictures, and the evaluations spent on one of them in multiples of CFG's; batches of eight, whose samples skip
-    together."""
-    last: list[GuidanceStep] = []
-    with ExitStack() as stack:
-        if way.starts_at is not None:
-            stack.enter_context(patch.object(skipping, "SHARE", way.starts_at))
-        stack.enter_context(rectified_guidance(pipe, RectifiedGuidanceConfig(**way.settings), on_step=last.append))
+    pipe: DiffusionPipeline, setting: Setting, asked: Sequence[Any], way: Mapping[str, Any], seed: int
+) -> tuple[Float[Tensor, "samples 3 height width"], list[GuidanceStep]]:
+    """Pictures, and the steps of all batches; batches of eight, whose samples skip together."""
+    steps: list[GuidanceStep] = []
+    with rectified_guidance(pipe, RectifiedGuidanceConfig(**way), on_step=steps.append):
         images = draw(
             pipe, asked, guidance_scale=setting.guidance_scale, num_inference_steps=setting.steps, seed=seed,
             batch_size=BATCH,
         )  # fmt: skip
-    ends = [step for step in last if step.index == step.total - 1]
-    return images, sum(step.spent for step in ends) / len(ends) / (2 * ends[-1].total)
+    return images, steps
+
+
+def evaluations(steps: Sequence[GuidanceStep]) -> float:
+    """Spent on one picture, the mean over its batches, in multiples of CFG's."""
+    ends = [step for step in steps if step.index == step.total - 1]
+    return sum(step.spent for step in ends) / len(ends) / (2 * ends[-1].total)
 
 
 def distance_ratios(
@@ -119,19 +104,11 @@ def distance_ratios(
     return (images - reg).flatten(1).norm(dim=1) / (cfg - reg).flatten(1).norm(dim=1)
 
 
-@contextmanager
-def shares_passed() -> Iterator[list[tuple[float, Float[Tensor, " samples"]]]]:
-    """Within the block: (log SNR, `‖KΔ‖ / ‖Δ‖` of every sample) of each evaluation of a product, in a list."""
-    found: list[tuple[float, Tensor]] = []
-    keep: Callable[..., None] = RectifiedRun.keep
-
-    def noted(run: RectifiedRun, direction: Tensor, k_delta: Tensor) -> None:
-        passed = k_delta.flatten(1).norm(dim=1) / direction.flatten(1).norm(dim=1)
-        found.append((run._level.log_snr, passed.detach().cpu()))
-        keep(run, direction, k_delta)
-
-    with patch.object(RectifiedRun, "keep", noted):
-        yield found
+def share_passed(step: GuidanceStep) -> Float[Tensor, " samples"]:
+    """`‖KΔ‖ / ‖Δ‖` of a fully rectified step at weight 1."""
+    assert step.direction is not None and step.reference is not None
+    whole = step.prediction - step.reference
+    return step.direction.flatten(1).norm(dim=1) / whole.flatten(1).norm(dim=1)
 
 
 def measured(setting: Setting, *, pictures: int = PICTURES) -> dict[str, Any]:
@@ -139,17 +116,16 @@ def measured(setting: Setting, *, pictures: int = PICTURES) -> dict[str, Any]:
     pipe = load(setting.model)
     pipe.set_progress_bar_config(disable=True)
     asked = conditions(pipe, pictures, SEED)
-    cfg, _ = drawn(pipe, setting, asked, Way({"product": "none"}), SEED)
-    with shares_passed() as shares:
-        reg, _ = drawn(pipe, setting, asked, Way({}), SEED)
+    cfg, _ = drawn(pipe, setting, asked, {"product": "none"}, SEED)
+    reg, along = drawn(pipe, setting, asked, {}, SEED)
     batches = -(-pictures // BATCH)
-    levels = [level for level, _ in shares[: len(shares) // batches]]
-    passed = torch.stack([value for _, value in shares]).view(batches, len(levels), -1).mean(dim=(0, 2))
+    levels = [step.level.log_snr for step in along[: len(along) // batches]]
+    passed = torch.stack([share_passed(step) for step in along]).view(batches, len(levels), -1).mean(dim=(0, 2))
     ways = {}
     for name, way in WAYS.items():
-        images, spent = drawn(pipe, setting, asked, way, SEED)
+        images, steps = drawn(pipe, setting, asked, way, SEED)
         ratios = [round(value, 4) for value in distance_ratios(images, cfg, reg).tolist()]
-        ways[name] = {"spent": round(spent, 4), "ratios": ratios}
+        ways[name] = {"spent": round(evaluations(steps), 4), "ratios": ratios}
         print(f"{setting.model}, {setting.steps} steps, {name}: {summary(ratios)[0].text()}", flush=True)
     return {
         **asdict(setting),

@@ -232,7 +232,7 @@ class ADMPipeline(RectifiesItself, DiffusionPipeline):
         guided = guidance is not None or guidance_scale != 1
         by_classifier, classifier_free = runs
         weight = by_classifier.config.weight_at(index / max(1, total - 1), level) if guided else 0.0
-        gradient, step = None, self._relative_step()
+        gradient, reference, step = None, None, self._relative_step()
         if not by_classifier.begin(index, total, level, 0.0 if guidance is None else weight):
             prediction = network(x)
             if guidance is not None and weight != 0:
@@ -257,7 +257,7 @@ class ADMPipeline(RectifiesItself, DiffusionPipeline):
                     shift = shift + _as_output(level) * gradient
                 shift = shift / (guidance_scale - 1 if guidance_scale != 1 else 1)
             spent = by_classifier.spent + classifier_free.spent - (index + 1)  # the conditional branch is one
-            self._on_step(GuidanceStep(index, total, timestep, level, x, plain, shift, spent))
+            self._on_step(GuidanceStep(index, total, timestep, level, x, plain, shift, spent, reference))
         return prediction, whole[:, channels:].to(x.dtype) if whole.shape[1] == 2 * channels else None, gradient
 
     def _reference(

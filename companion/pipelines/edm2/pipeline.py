@@ -185,25 +185,33 @@ class EDM2Pipeline(RectifiesItself, DiffusionPipeline):
         def conditional(z: Tensor) -> Tensor:
             return _evaluate(self.unet, z, sigma, labels)
 
-        direction = None
+        direction = reference = None
         if not run.begin(index, total, level, weight):
             guided = prediction = conditional(x)
             if scale != 1:
                 direction = weight * run.alone(prediction)
                 guided = prediction + (scale - 1) * direction
         else:
+            reference, step = self._reference(guide, x, sigma, labels), self._relative_step(sigma)
+            near, beside, prediction = run.beside(x, step), None, None
+            if near is not None:
+                twice = None if labels is None else labels.repeat(2)
+                prediction, moved = _evaluate(self.unet, torch.cat([x, near.there]), sigma, twice).chunk(2)
+                beside = near, moved
             prediction, direction = run.rectify(
                 conditional,
                 x,
-                self._reference(guide, x, sigma, labels),
-                relative_step=self._relative_step(sigma),
+                reference,
+                prediction=prediction,
+                beside=beside,
+                relative_step=step,
                 reference_denoiser=lambda z: self._reference(guide, z, sigma, labels),
                 weight=weight * (scale - 1),
             )
             direction = weight * direction
             guided = prediction + (scale - 1) * direction
         if self._on_step is not None:
-            self._on_step(GuidanceStep(index, total, sigma, level, x, prediction, direction, run.spent))
+            self._on_step(GuidanceStep(index, total, sigma, level, x, prediction, direction, run.spent, reference))
         return guided
 
     def _reference(self, guide: Any, x: Tensor, sigma: float, labels: Tensor | None) -> Tensor:

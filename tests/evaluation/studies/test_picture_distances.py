@@ -11,13 +11,11 @@ from companion.evaluation.studies.picture_distances import (
     Setting,
     distance_ratios,
     main,
-    shares_passed,
+    share_passed,
     summary,
 )
-from companion.guidance import skipping
 from companion.guidance.noise_level import NoiseLevel
-from companion.pipelines.configuration import RectifiedGuidanceConfig
-from companion.pipelines.product_step import RectifiedRun
+from companion.pipelines.product_step import GuidanceStep
 from companion.pixels import as_images
 
 
@@ -31,16 +29,13 @@ def test_ratios_and_their_summary():
     assert as_images(torch.full((1, 3, 2, 2), -1.0))[0].getpixel((0, 0)) == (0, 0, 0)
 
 
-def test_shares_of_an_evaluation_are_seen_and_still_held():
-    run = RectifiedRun(RectifiedGuidanceConfig(every=2))
-    run.begin(0, 4, NoiseLevel(0.6, 0.8), 1.0)
-    direction = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
-    with shares_passed() as found:
-        run.keep(direction, torch.tensor([[0.3, 0.4], [0.5, 0.0]]))
-    [(level, passed)] = found
-    assert level == pytest.approx(NoiseLevel(0.6, 0.8).log_snr)
-    torch.testing.assert_close(passed, torch.tensor([0.1, 0.5]))
-    assert run.spent == 3
+def test_the_share_of_a_step_is_of_its_difference():
+    difference, passed = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[0.3, 0.4], [0.5, 0.0]])
+    reference = torch.ones(2, 2)
+    step = GuidanceStep(
+        0, 4, 9.0, NoiseLevel(0.6, 0.8), torch.zeros(2, 2), reference + difference, passed, 3, reference
+    )
+    torch.testing.assert_close(share_passed(step), torch.tensor([0.1, 0.5]))
 
 
 def test_a_setting_is_measured_and_other_rows_stay(tmp_path, monkeypatch):
@@ -56,7 +51,7 @@ def test_a_setting_is_measured_and_other_rows_stay(tmp_path, monkeypatch):
     assert all(way["spent"] <= 1 for way in row["ways"].values())
     assert len(row["shares"]) == len(row["log_snr"]) == 4 and row["shares"][0] < row["shares"][-1]
     assert row["provenance"]["command"][2] == "companion.evaluation.studies.picture_distances"
-    assert skipping.SHARE == 0.2
+    assert row["ways"]["auto"]["ratios"] != row["ways"]["late"]["ratios"]
 
 
 def test_committed_figures_are_of_seeds_of_their_own():

@@ -391,6 +391,27 @@ def test_errors_about_references_and_rectification():
     assert torch.equal(draw(pipe), plain)
 
 
+def test_one_pass_evaluates_the_moved_point_in_the_conditional_batch():
+    """Both networks are called once a step after the first; directions against K of the last one in forward mode."""
+    pipe, rows = tiny_edm2(), {"unet": [], "guide": []}
+    for name, found in rows.items():
+        hook = lambda module, inputs, found=found: found.append(len(inputs[0]))  # noqa: E731
+        getattr(pipe, name).register_forward_pre_hook(hook)
+    rectified(pipe, RectifiedGuidanceConfig(one_pass=True))
+    batch, steps = len(LABELS), pipe.last_steps
+    assert rows["unet"] == [batch, batch] + [2 * batch] * (len(steps) - 1)
+    assert rows["guide"] == [batch] * len(steps) and steps[-1].spent == 3 * len(steps)
+    labels = torch.tensor(LABELS)
+    for before, step in pairwise(steps):
+        sigma, last = torch.tensor(step.timestep, dtype=step.sample.dtype), before.prediction - before.reference
+        product = torch.func.jvp(lambda x, s=sigma: pipe.unet(x, s, class_labels=labels)[0], (step.sample,), (last,))[1]
+        k_last, delta = step.level.coefficients.jacobian * product, step.prediction - step.reference
+        size = last.flatten(1).square().sum(1)
+        along, quotient = (((last * v).flatten(1).sum(1) / size).view(-1, 1, 1, 1) for v in (delta, k_last))
+        expected = along * k_last + quotient.clamp(1e-4) * (delta - along * last)
+        assert torch.allclose(step.direction, expected, atol=1e-5 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("options", [{"skip": 0.3}, {"cost": 1.0}, {"product": "auto"}])
 def test_the_reference_is_left_out_where_k_passes_nothing(options):
     """Counted at both networks; what runs without the option draw is untouched."""

@@ -972,7 +972,7 @@ def test_savings_are_checked():
         ({"every": 0}, "every must be an integer of at least 1"),
         ({"skip": 2.0}, "skip must be a share from 0"),
         ({"cost": 0.2}, "cost must be a multiple of CFG's evaluations"),
-        ({"cost": 1.0, "skip": 0.3}, "cost chooses skip and every itself"),
+        ({"cost": 1.0, "every": 3}, "cost chooses the steps that evaluate the product itself"),
     ]:
         with pytest.raises(ValueError, match=message):
             RectifiedGradientGuidance(**settings)
