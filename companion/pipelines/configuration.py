@@ -95,6 +95,7 @@ class RectifiedGuidanceConfig:
             `companion.guidance.reuse`. The arithmetic is that of the default; where a call of the network takes the
             same time for three samples as for two, so does a step. Steps before which there was no guided one, and
             pipelines that evaluate their branches one after the other, do as the default does.
+            docs/usage.md has its error.
 
     Raises:
         ValueError: an unknown product or method, a weight that is neither a function nor a finite number, a number out

@@ -85,9 +85,10 @@ def test_a_level_that_is_evaluated_twice_is_guided_once():
     ratios = [levels[0], *(ratio for ratio in levels[1:] for _ in range(2))]
     decisions, _ = run(GuidanceSkipping(None, 1.0, 1), ratios, 0.6)
     start = decisions.index("guide", 1)
-    guided = [ratio for ratio, decision in zip(ratios, decisions, strict=True) if decision == "guide"]
-    assert decisions[start : start + 6] == ["guide", "follow"] * 3
-    assert len(guided) == len(set(guided)) and levels[levels.index(ratios[start]) :] == guided[1:]
+    end = max(index for index, decision in enumerate(decisions) if decision == "follow") + 1
+    guided = [ratio for ratio, decision in zip(ratios[:end], decisions, strict=False) if decision == "guide"]
+    assert guided == [levels[0], *dict.fromkeys(ratios[start:end])] and len(guided) > 4
+    assert decisions[end:] == ["guide"] * (49 - end)  # all that is left is paid for
     assert run(GuidanceSkipping(None, 1.5, 1), ratios, 0.6)[0] == ["guide"] * 49
 
 

@@ -22,7 +22,7 @@ def along_the_last(coefficients, jacobian_product, last: Tensor, delta: Tensor) 
     k_last = coefficients.identity * last + coefficients.jacobian * jacobian_product
     size = last.flatten(1).square().sum(1)
     along, quotient = (((last * v).flatten(1).sum(1) / size).view(-1, 1, 1, 1) for v in (delta, k_last))
-    return along * k_last + quotient.clamp(1e-4) * (delta - along * last)
+    return along * k_last + quotient * (delta - along * last)
 
 
 def test_one_pass_goes_along_the_last_direction_in_one_batch(family):

@@ -1,11 +1,13 @@
 """Errors of `one_pass` and of reuse: on matrices known by hand, on a pipeline, and the committed figures."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from companion import RectifiedGuidanceConfig, rectified_guidance
+from companion.evaluation.metrics.figures import over_seeds
 from companion.evaluation.studies import one_pass_errors
 from companion.evaluation.studies.one_pass_errors import Step, errors, main, watched
 from companion.evaluation.studies.picture_distances import Setting
@@ -45,7 +47,10 @@ def test_a_model_is_measured(tmp_path, monkeypatch):
 
 
 def test_committed_errors_are_no_larger_than_those_of_reuse_at_every_third_step():
+    text = Path("docs/usage.md").read_text(encoding="utf-8")
     for row in json.loads(one_pass_errors.RESULTS.read_text())["rows"]:
+        cells = [over_seeds(row["errors"][name]).text() for name in ("one_pass", "every=2", "every=3")]
+        assert f"| {row['model']} | {' | '.join(cells)} |" in text
         mean = {name: sum(values) / len(values) for name, values in row["errors"].items()}
         less = row["one_pass_less"]
         assert less["every=3"]["high"] < 0
