@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from companion.arguments import shortened
+
 
 def sample_seed(seed: int, index: int) -> int:
     """A well-mixed 63-bit seed for one sample (numpy's `SeedSequence`, so neighbours are independent).
@@ -22,7 +24,7 @@ def sample_seed(seed: int, index: int) -> int:
     """
     for name, value in (("seed", seed), ("index", index)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
-            raise ValueError(f"{name} must be a non-negative integer, got {value!r}")
+            raise ValueError(f"{name} must be a non-negative integer, got {shortened(value)}")
     return int(np.random.SeedSequence([int(seed), int(index)]).generate_state(1, np.uint64)[0] >> 1)
 
 

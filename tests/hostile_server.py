@@ -24,14 +24,19 @@ from companion.evaluation.metrics.reference_statistics import read_statistics
 from companion.evaluation.sampling.folder import read_batches
 from companion.evaluation.sampling.settings import SamplingSettings, read_prompts
 from companion.evaluation.tables.results import finished_cells, read_cells
+from companion.guidance.weights import from_dict as weight_from_settings
 from companion.guidance.weights import from_text
 from companion.page.classifier_tab import read as read_classifier_tab
+from companion.page.explore_tab import FIRST
+from companion.page.explore_tab import read as read_explore_tab
 from companion.page.guidance_tab import read as read_guidance_tab
 from companion.page.models import Models
 from companion.page.sweep_tab import read as read_sweep_tab
 from companion.pipelines.adm.checkpoint import ADMArchitecture, read_adm_checkpoint
 from companion.pipelines.adm.classifier import off_the_shelf_classifier
+from companion.pipelines.configuration import RectifiedGuidanceConfig
 from companion.pipelines.edm2.checkpoint import read_edm2_checkpoint
+from companion.pipelines.guider.guider import RectifiedGradientGuidance
 from companion.pipelines.saved import checked_device, checked_dtype
 from companion.ranking.ranking import load_ranking
 from companion.ranking.rules.catalogue import RULES
@@ -124,6 +129,25 @@ def resumed(path: str) -> None:
     measure_suite(suite_problems("quick")[:1], [RULES["none"], RULES["CFG"]], QUICK, folder=Path(path))
 
 
+EXPLORED = dict(FIRST.question._asdict())
+
+
+def guider(**changes: Any) -> None:
+    """A guider of saved settings; `scheduler.beta_start` and the like are changes within one of its parts."""
+    settings = {"guider": {"_class_name": "ClassifierFreeGuidance"}, "scheduler": {"_class_name": "DDIMScheduler"}}
+    for name, value in changes.items():
+        part, _, key = name.partition(".")
+        settings |= {part: {**settings[part], key: value} if key else value}
+    RectifiedGradientGuidance.from_config(settings)
+
+
+def weight_settings(*settings: Any, depth: int = 0) -> None:
+    held = settings[0] if settings else {"type": "ConstantWeight"}
+    for _ in range(depth):
+        held = {"type": "IntervalWeight", "low": 0.1, "high": 1.0, "unit": "sigma", "weight": held}
+    weight_from_settings(held)
+
+
 ENTRIES: dict[str, Callable[..., Any]] = {
     "load": companion.load,
     "load_edm2": lambda path: companion.load_edm2(source=path),
@@ -151,6 +175,10 @@ ENTRIES: dict[str, Callable[..., Any]] = {
     "ranking": lambda path: load_ranking(Path(path)).text(),
     "ranking folder": resumed,
     "table": lambda path: finished_cells(Path(path), None),
+    "config": lambda **changes: RectifiedGuidanceConfig(**changes),
+    "weight settings": weight_settings,
+    "guider": guider,
+    "explored": lambda **controls: read_explore_tab(EXPLORED | controls),
 }
 
 

@@ -356,6 +356,70 @@ def test_names(server, entry, value):
     assert outcome == "refused" or any(value is name or value == name for name in known[entry])
 
 
+CONFIGURED: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "config": {
+        "product": one_of(),
+        "weight": lambda value: value is None or number()(value),
+        "probes": lambda value: value is None or integer(1, 10**400)(value),
+        "seed": integer(0, 10**400),
+        "relative_step": lambda value: value is None or number(0, 1000)(value),
+        "guide": one_of(None),
+        "method": one_of(),
+        "every": integer(1, 10**400),
+        "skip": lambda value: value is None or number(0, 1)(value),
+        "cost": lambda value: value is None or number(0.5)(value),
+        "include_controlnet": one_of(True),
+    },
+    "guider": {
+        "guider": one_of(None, {}),
+        "guider._class_name": one_of(),
+        "guider.guidance_scale": lambda value: value is None or number()(value),
+        "guider.use_original_formulation": one_of(None, True),
+        "guider.start": number(0, 1),
+        "scheduler": one_of(None),
+        "scheduler._class_name": one_of(),
+        "scheduler.num_train_timesteps": integer(1, 10**6),
+        "scheduler.beta_start": lambda value: value is None or number()(value),
+        "scheduler.beta_schedule": one_of(),
+        "scheduler.trained_betas": one_of(None),
+        "scheduler.clip_sample": one_of(None, True),
+        "product": one_of(),
+        "weight": lambda value: value is None or number()(value),
+        "start": number(0, 1),
+        "stop": number(0, 1),
+        "enabled": one_of(True),
+        "guidance_scale": lambda value: value is None or number()(value),
+        "every": integer(1, 10**400),
+    },
+    "explored": {
+        "problem": one_of(),
+        "rule": one_of(),
+        "weight": number(0, 4),
+        "noise_level": number(0, 1),
+        "steps": integer(2, 1000),
+    },
+}
+
+
+@pytest.mark.parametrize("entry", CONFIGURED)
+def test_settings(server, entry):
+    """Every setting with every nasty value: of a configuration, a guider's saved settings, the tab *Explore*."""
+    for name, sound in CONFIGURED[entry].items():
+        for value in NASTY:
+            outcome, message = server.ask(entry, **{name: value})
+            assert outcome == "refused" or sound(value), f"{entry} accepts {name}={value!r}"
+            assert len(message) < 500, message
+
+
+def test_settings_of_a_weight(server):
+    for value in NASTY:
+        assert server.ask("weight settings", value)[0] == "refused", value
+        assert server.ask("weight settings", {"type": value})[0] == "refused", value
+        server.ask("weight settings", {"type": "LinearWeight", "first": value, "along": value})
+    assert server.ask("weight settings", depth=3)[0] == "accepted"
+    assert server.ask("weight settings", depth=5000)[0] == "refused"
+
+
 OPTIONS = ("--steps", "--num-samples", "--batch-size", "--seed", "--guidance-scale", "--weight", "--product")
 OPTIONS += (
     "--scheduler",

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from companion.arguments import shortened
 from companion.guidance.parametrization import (
     KCoefficients,
     PredictionType,
@@ -102,6 +103,6 @@ def check_unit(name: str, unit: str | None) -> LevelUnit:
     if unit not in LEVEL_UNITS:
         raise ValueError(
             f'{name} must be "sigma" (σ/α, as in EDM), "timestep" (as the network is given it) or '
-            f'"log_snr" (2 log(α/σ)), got {unit!r}'
+            f'"log_snr" (2 log(α/σ)), got {shortened(unit)}'
         )
     return unit

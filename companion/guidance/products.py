@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from companion.arguments import check_choice
+from companion.arguments import check_choice, shortened
 from companion.guidance.parametrization import KCoefficients
 
 PROBES = 4
 """Rademacher probes of `diagonal` where none are given."""
+LARGEST_STEP = 1e3
 
 Denoiser = Callable[[Float[Tensor, "batch ..."]], Float[Tensor, "batch ..."]]
 """The conditional network at one noise level and condition, as a function of its own input; samples are independent."""
@@ -282,7 +283,9 @@ def check_probes(probes: int | None) -> int | None:
         ValueError: it is neither None nor an integer of at least 1.
     """
     if probes is not None and (isinstance(probes, bool) or not isinstance(probes, int) or probes < 1):
-        raise ValueError(f"probes must be an integer of at least 1, or None for the exact diagonal, got {probes!r}")
+        raise ValueError(
+            f"probes must be an integer of at least 1, or None for the exact diagonal, got {shortened(probes)}"
+        )
     return probes
 
 
@@ -293,6 +296,9 @@ def check_relative_step(relative_step: float | None) -> float | None:
         ValueError: it is neither None nor a positive, finite number.
     """
     known = isinstance(relative_step, (int, float)) and not isinstance(relative_step, bool)
-    if relative_step is not None and not (known and 0 < relative_step < float("inf")):
-        raise ValueError(f"relative_step must be positive and finite, or None, got {relative_step!r}")
+    if relative_step is not None and not (known and 0 < relative_step <= LARGEST_STEP):
+        raise ValueError(
+            f"relative_step must be positive and finite, a fraction of the input's norm of at most {LARGEST_STEP:g}, "
+            f"or None, got {shortened(relative_step)}"
+        )
     return relative_step

@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.arguments import shortened
+
 NEAR = 1e-4  # Rayleigh quotients of trained networks may leave (0, 1), where a logit is defined
 
 
@@ -103,7 +105,7 @@ def check_every(every: int) -> int:
         ValueError: it is not an integer of at least 1.
     """
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be an integer of at least 1, got {every!r}")
+        raise ValueError(f"every must be an integer of at least 1, got {shortened(every)}")
     return every
 
 

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.arguments import shortened
 from companion.guidance.reuse import NEAR
 
 SHARE = 0.2
@@ -109,7 +110,7 @@ def check_skip(skip: float | None) -> float | None:
         ValueError: it is neither None nor a number from 0 to 1.
     """
     if skip is not None and not (_is_number(skip) and 0 <= skip <= 1):
-        raise ValueError(f"skip must be a share from 0 (never skip) to 1, or None, got {skip!r}")
+        raise ValueError(f"skip must be a share from 0 (never skip) to 1, or None, got {shortened(skip)}")
     return skip
 
 
@@ -122,7 +123,7 @@ def check_cost(cost: float | None) -> float | None:
     if cost is not None and not (_is_number(cost) and 0.5 <= cost < math.inf):
         raise ValueError(
             f"cost must be a multiple of CFG's evaluations, at least 0.5 (the conditional branch alone), or None, "
-            f"got {cost!r}"
+            f"got {shortened(cost)}"
         )
     return cost
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from companion.arguments import check_choice
+from companion.arguments import check_choice, shortened
 from companion.guidance.noise_level import LevelUnit, NoiseLevel, check_unit
 
 GuidanceWeight = Callable[[float, NoiseLevel], float]
@@ -37,7 +37,7 @@ def _finite(name: str, value: float) -> None:
     except OverflowError:
         raise ValueError(f"{name} must be a finite number, got an integer beyond what a float holds") from None
     if not finite:
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+        raise ValueError(f"{name} must be a finite number, got {shortened(value)}")
 
 
 def _check_along(along: str, start: float | None, end: float) -> None:
@@ -168,7 +168,7 @@ class IntervalWeight:
         if self.low > self.high:
             raise ValueError(f"low must not exceed high, got {self.low} and {self.high}")
         if not callable(self.weight):
-            raise ValueError(f"weight must be a schedule such as ConstantWeight(), got {self.weight!r}")
+            raise ValueError(f"weight must be a schedule such as ConstantWeight(), got {shortened(self.weight)}")
 
     def __call__(self, progress: float, level: NoiseLevel) -> float:
         inside = self.low <= level.value(check_unit("unit", self.unit)) <= self.high
@@ -240,17 +240,23 @@ def from_dict(settings: Mapping[str, Any]) -> GuidanceWeight:
     Raises:
         ValueError: an unknown type or setting, or a value out of its range.
     """
-    kind = _CLASSES.get(settings.get("type"))  # type: ignore[arg-type]
-    if kind is None:
-        raise ValueError(f"weight must name one of {', '.join(_CLASSES)} as its type, got {settings.get('type')!r}")
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"weight must be a mapping with its type and settings, got {shortened(settings)}")
+    name = settings.get("type")
+    if not isinstance(name, str) or name not in _CLASSES:
+        raise ValueError(f"weight must name one of {', '.join(_CLASSES)} as its type, got {shortened(name)}")
+    kind = _CLASSES[name]
     given = {name: value for name, value in settings.items() if name != "type"}
     unknown = set(given) - {item.name for item in fields(kind)}
     if unknown:
-        raise ValueError(f"weight {kind.__name__} has no setting {sorted(unknown)[0]!r}")
+        raise ValueError(f"weight {kind.__name__} has no setting {shortened(min(unknown, key=str))}")
     if kind is IntervalWeight and not {"low", "high"} <= set(given):
         raise ValueError("weight IntervalWeight needs low and high")
     if isinstance(given.get("weight"), Mapping):
-        given["weight"] = from_dict(given["weight"])
+        try:
+            given["weight"] = from_dict(given["weight"])
+        except RecursionError:
+            raise ValueError("weight is nested too deeply") from None
     return kind(**given)
 
 

@@ -252,8 +252,10 @@ def explore_tab(tab: gr.Tab) -> None:
         return [problem, rules, steps, noise_level, weight, f"<p><b>{preset.label}.</b> {said}</p>", *pictures]
 
     def choose_problem(problem: Any, rule: Any, steps: Any) -> list[Any]:
-        known, most = _rules(problem), most_steps(problem) if problem in PROBLEMS else steps
-        return [gr.update(choices=known, value=rule if rule in known else "CFG"), min(steps, most), ""]
+        if problem not in list(PROBLEMS) or not isinstance(steps, int | float):
+            return [gr.skip(), gr.skip(), ""]  # what is drawn next says what is wrong
+        known = _rules(problem)
+        return [gr.update(choices=known, value=rule if rule in known else "CFG"), min(steps, most_steps(problem)), ""]
 
     inputs = [*controls.values()]
     # One event for all of them: an answer to older values never comes last.

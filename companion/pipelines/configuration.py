@@ -135,14 +135,14 @@ class RectifiedGuidanceConfig:
         if self.weight is not None and not callable(self.weight):
             if not isinstance(self.weight, (int, float)):
                 raise ValueError(
-                    f"weight must be a number, a function of (progress, level) or None, got {self.weight!r}"
+                    f"weight must be a number, a function of (progress, level) or None, got {shortened(self.weight)}"
                 )
             ConstantWeight(self.weight)
         check_probes(self.probes)
         check_relative_step(self.relative_step)
         sample_seed(self.seed, 0)
         if self.guide is not None and not isinstance(self.guide, nn.Module):
-            raise ValueError(f"guide must be a network (torch.nn.Module) or None, got {self.guide!r}")
+            raise ValueError(f"guide must be a network (torch.nn.Module) or None, got {shortened(self.guide)}")
         check_every(self.every), check_skip(self.skip), check_cost(self.cost)
         if not isinstance(self.include_controlnet, bool):
             raise ValueError(f"include_controlnet must be True or False, got {shortened(self.include_controlnet)}")

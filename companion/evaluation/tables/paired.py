@@ -13,12 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from companion.arguments import shortened
 from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.metrics.paired_statistics import Comparison, holm, paired
 from companion.evaluation.tables.results import Cell
 from companion.evaluation.tables.text import METRICS
 from companion.files import array_names, read_arrays, whole_file
 from companion.markdown import table
+
+_NUMBERS = ("bool", "float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64")  # torch has them, too
 
 Pair = tuple[str, Cell, Cell]
 """Label, and the two cells; the difference is the first less the second."""
@@ -41,15 +44,21 @@ def read_pictures(file: Path) -> dict[str, Tensor]:
     """What `write_pictures` wrote.
 
     Raises:
-        ValueError: the file is not there or damaged.
+        ValueError: the file is not there or damaged, or holds something else than numbers.
     """
-    return {name: torch.tensor(v) for name, v in read_arrays(file, array_names(file)).items()}
+    arrays = read_arrays(file, array_names(file))
+    wrong = [name for name, values in arrays.items() if values.dtype.name not in _NUMBERS]
+    if wrong:
+        raise ValueError(f"file {file} must hold numbers, but its {shortened(wrong[0])} does not")
+    return {name: torch.tensor(values) for name, values in arrays.items()}
 
 
 def shares_noise(first: Cell, second: Cell) -> bool:
     """Whether picture i of both began with the same noise and the same condition."""
-    one, other = (cell.settings["sampling"] for cell in (first, second))
-    return all(one[name] == other[name] for name in ("model", "num_samples", "seed", "conditions"))
+    one, other = (cell.settings.get("sampling") for cell in (first, second))
+    if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
+        return False
+    return all(name in one and one[name] == other.get(name) for name in ("model", "num_samples", "seed", "conditions"))
 
 
 def compared(pairs: Sequence[Pair], out: Path) -> list[dict[str, Any]]:

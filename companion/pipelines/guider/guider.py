@@ -22,6 +22,7 @@ from diffusers.modular_pipelines import ModularPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from companion.arguments import check_number, shortened
 from companion.guidance import weights
 from companion.guidance.noise_level import NoiseLevel
 from companion.guidance.products import PROBES, Product
@@ -101,6 +102,9 @@ class RectifiedGradientGuidance(BaseGuidance):
         skip: float | None = None,
         cost: float | None = None,
     ) -> None:
+        check_number("start", start), check_number("stop", stop)
+        if not isinstance(enabled, bool):
+            raise ValueError(f"enabled must be True or False, got {shortened(enabled)}")
         super().__init__(start, stop, enabled)
         self.guider = guider_from(guider or {"_class_name": "ClassifierFreeGuidance"}, guidance_scale)
         if product == "covariance":

@@ -8,6 +8,9 @@ from typing import Any
 from diffusers import guiders
 from diffusers.guiders.guider_utils import BaseGuidance
 
+from companion.arguments import check_number, shortened
+from companion.errors import reason
+
 RECTIFIABLE_GUIDERS = (
     "AdaptiveProjectedGuidance",
     "AdaptiveProjectedMixGuidance",
@@ -21,6 +24,7 @@ RECTIFIABLE_GUIDERS = (
     "SmoothedEnergyGuidance",
     "TangentialClassifierFreeGuidance",
 )
+_LARGEST = 1_000_000  # of an integer among the settings: schedulers make tables of so many entries
 _REFUSED_GUIDERS = {
     "LTX2Guidance": "it combines clean estimates, not the network's own predictions, and shares each network call with "
     "the guider of another modality",
@@ -43,21 +47,47 @@ def _plain(value: Any) -> Any:
 
 
 def from_settings(settings: dict[str, Any], argument: str, source: Any, kind: Any) -> Any:
+    """A guider or scheduler from its saved settings.
+
+    Raises:
+        ValueError: they name no class of that kind, or are not settings of it.
+    """
     name = settings.get("_class_name")
     found: Any = getattr(source, name, None) if isinstance(name, str) else None
     known = inspect.isclass(found) and issubclass(found, kind)
     if not known:
-        raise ValueError(f"{argument} must name a class of diffusers as its _class_name, got {name!r}")
-    return found.from_config(settings)
+        raise ValueError(f"{argument} must name a class of diffusers as its _class_name, got {shortened(name)}")
+    for parameter in inspect.signature(found.__init__).parameters.values():
+        if parameter.name in settings:
+            _check_kind(f"{argument}'s {parameter.name}", settings[parameter.name], parameter.default)
+    try:
+        return found.from_config(settings)
+    except Exception as error:  # whatever a class of diffusers raises about its settings
+        raise ValueError(f"{argument} {name} cannot be made of its settings: {reason(error)}") from error
+
+
+def _check_kind(name: str, value: Any, default: Any) -> None:
+    """Refuse a setting of another kind than the class's default, and sizes that fill the memory."""
+    if value is None:
+        return
+    if isinstance(default, bool) and not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {shortened(value)}")
+    if isinstance(default, (int, float)) and not isinstance(default, bool):
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            check_number(name, number, *((-_LARGEST, _LARGEST) if isinstance(default, int) else ()))
+    if isinstance(default, str) and not isinstance(value, str):
+        raise ValueError(f"{name} must be a text, got {shortened(value)}")
 
 
 def guider_from(given: BaseGuidance | dict[str, Any], guidance_scale: float | None) -> BaseGuidance:
     name = given.get("_class_name") if isinstance(given, dict) else type(given).__name__
+    if not isinstance(name, str):
+        raise ValueError(f"guider must name its class as its _class_name, got {shortened(name)}")
     if name in _REFUSED_GUIDERS:
         raise ValueError(f"guider {name} cannot be rectified: {_REFUSED_GUIDERS[name]}")
     known = getattr(guiders, name, None) if name in RECTIFIABLE_GUIDERS else None
     if known is None or not (isinstance(given, dict) or type(given) is known):
-        raise ValueError(f"guider must be one of diffusers' {', '.join(RECTIFIABLE_GUIDERS)}, got {name}")
+        raise ValueError(f"guider must be one of diffusers' {', '.join(RECTIFIABLE_GUIDERS)}, got {shortened(name)}")
     guider = from_settings(given, "guider", guiders, BaseGuidance) if isinstance(given, dict) else given
     if guidance_scale is None:
         return guider

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from companion.evaluation.tables.paired import (
     compared_markdown,
     pictures_file,
     read_pictures,
+    shares_noise,
     write_pictures,
 )
 from companion.evaluation.tables.results import Cell
@@ -86,3 +88,17 @@ def test_pictures_survive_their_file(tmp_path) -> None:
     assert torch.equal(found["agreement"], given["agreement"]) and torch.equal(found["features"], given["features"])
     with pytest.raises(ValueError, match="nothere"):
         read_pictures(tmp_path / "nothere.npz")
+
+
+def test_pictures_that_are_no_numbers_are_refused(tmp_path):
+    for values in (np.array(["a", "b"]), np.array([1j, 2j]), np.array([1, 2], dtype=np.uint16)):
+        np.savez(tmp_path / "a.npz", fid=values)
+        with pytest.raises(ValueError, match=r"a.npz must hold numbers, but its 'fid' does not"):
+            read_pictures(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("settings", [{}, {"sampling": None}, {"sampling": {"seed": 0}}])
+def test_cells_that_do_not_say_what_they_sampled_share_no_noise(settings):
+    bare = replace(cell("bare"), settings=settings)
+    assert not shares_noise(cell("a"), bare) and not shares_noise(bare, cell("a")) and not shares_noise(bare, bare)
+    assert shares_noise(cell("a"), cell("b"))
