@@ -371,7 +371,7 @@ CONFIGURED: dict[str, dict[str, Callable[[Any], bool]]] = {
         "include_controlnet": one_of(True),
     },
     "guider": {
-        "guider": one_of(None, {}),
+        "guider": one_of(None),
         "guider._class_name": one_of(),
         "guider.guidance_scale": lambda value: value is None or number()(value),
         "guider.use_original_formulation": one_of(None, True),
@@ -381,7 +381,7 @@ CONFIGURED: dict[str, dict[str, Callable[[Any], bool]]] = {
         "scheduler.num_train_timesteps": integer(1, 10**6),
         "scheduler.beta_start": lambda value: value is None or number()(value),
         "scheduler.beta_schedule": one_of(),
-        "scheduler.trained_betas": one_of(None),
+        "scheduler.trained_betas": one_of(None, [0]),
         "scheduler.clip_sample": one_of(None, True),
         "product": one_of(),
         "weight": lambda value: value is None or number()(value),

@@ -16,6 +16,7 @@ for another. (The step at which a picture's guidance starts may thus depend on t
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -120,7 +121,7 @@ def check_cost(cost: float | None) -> float | None:
     Raises:
         ValueError: it is neither None nor a finite number of at least 0.5, which is no guidance.
     """
-    if cost is not None and not (_is_number(cost) and 0.5 <= cost < math.inf):
+    if cost is not None and not (_is_number(cost) and 0.5 <= cost <= sys.float_info.max):
         raise ValueError(
             f"cost must be a multiple of CFG's evaluations, at least 0.5 (the conditional branch alone), or None, "
             f"got {shortened(cost)}"

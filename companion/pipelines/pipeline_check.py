@@ -266,7 +266,7 @@ def _controlled(
         ends.append(next(found for found, _ in moved if found.index == index))
     way = (ends[0].sample - ends[1].sample).double()
     length = (way * delta).sum() / (delta.double() ** 2).sum()
-    if (way - length * delta).norm() > 0.05 * way.norm():  # masked after the step
+    if not way.any() or (way - length * delta).norm() > 0.05 * way.norm():  # of another size, or masked after the step
         return None, share
     identity, jacobian = step.level.coefficients
     slope = (ends[0].prediction.double() - ends[1].prediction.double()) / length
@@ -275,7 +275,7 @@ def _controlled(
 
 @contextmanager
 def _displaced(scheduler: Any, number: int, displacement: Tensor) -> Iterator[None]:
-    """The scheduler, with the latents of its step of that number displaced where they have the displacement's shape."""
+    """The scheduler, with the latents of its step of that number displaced where they have the displacement's size."""
     own, count = scheduler.step, itertools.count()
 
     @wraps(own)  # pipelines look at its parameters
@@ -284,7 +284,8 @@ def _displaced(scheduler: Any, number: int, displacement: Tensor) -> Iterator[No
         if next(count) != number:
             return output
         latents = output[0]
-        moved = latents + displacement.to(latents) if latents.shape == displacement.shape else latents
+        same = latents.numel() == displacement.numel()
+        moved = latents + displacement.to(latents).view_as(latents) if same else latents
         return (moved, *output[1:]) if isinstance(output, tuple) else type(output)(moved)
 
     scheduler.step = step

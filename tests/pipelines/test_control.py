@@ -1,5 +1,6 @@
 """Rectified guidance through a ControlNet: both networks as one function of the sample, and its whole Jacobian."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -180,10 +181,10 @@ def test_the_option_is_true_or_false(value):
 def test_a_guide_is_given_the_same_residuals(tiny):
     """Autoguidance: the weaker network at the same sample; K is of the conditional branch, with the ControlNet."""
     words = tiny.arguments["prompt_embeds"]
-    config = RectifiedGuidanceConfig(product="jvp", guide=tiny.pipe.unet, **WITH)
+    config = RectifiedGuidanceConfig(product="jvp", guide=deepcopy(tiny.pipe.unet), **WITH)
     guided = drawn(tiny, config)[1][0]
-    assert float(guided.direction.abs().max()) < 1e-12  # the guide is the network itself
-    weaker = RESIDENTS["StableDiffusionControlNetPipeline"]().pipe.unet
+    assert float(guided.direction.abs().max()) < 1e-6  # the guide is the network itself
+    weaker = deepcopy(tiny.pipe.unet)
     with torch.no_grad():
         for weight in weaker.parameters():
             weight.mul_(0.9)

@@ -106,7 +106,9 @@ class RectifiedGradientGuidance(BaseGuidance):
         if not isinstance(enabled, bool):
             raise ValueError(f"enabled must be True or False, got {shortened(enabled)}")
         super().__init__(start, stop, enabled)
-        self.guider = guider_from(guider or {"_class_name": "ClassifierFreeGuidance"}, guidance_scale)
+        self.guider = guider_from(
+            {"_class_name": "ClassifierFreeGuidance"} if guider is None else guider, guidance_scale
+        )
         if product == "covariance":
             raise ValueError(
                 'product="covariance" evaluates the reference branch again, which a guider does not see; '

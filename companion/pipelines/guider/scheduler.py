@@ -7,6 +7,7 @@ import diffusers
 import torch
 from diffusers import SchedulerMixin
 
+from companion.arguments import check_integer
 from companion.guidance.noise_level import NoiseLevel
 from companion.pipelines.guider.settings import from_settings
 from companion.pipelines.levels import check_scheduler, noise_level
@@ -24,11 +25,24 @@ def scheduler_from(given: SchedulerMixin | dict[str, Any] | None) -> SchedulerMi
     if scheduler is None:
         return None
     check_scheduler(scheduler)
+    if isinstance(given, dict):
+        _check_levels(scheduler)
     if scheduler.config.get("invert_sigmas"):
         raise ValueError(
             f"{type(scheduler).__name__} with invert_sigmas=True counts noise levels backwards, which is not supported"
         )
     return scheduler
+
+
+def _check_levels(scheduler: Any) -> None:
+    """Refuse settings that make no noise levels."""
+    count, kept = scheduler.config.get("num_train_timesteps", 1), getattr(scheduler, "alphas_cumprod", None)
+    check_integer("scheduler's num_train_timesteps", count, 1, 1_000_000)
+    if kept is not None and not (kept.ndim == 1 and len(kept) and bool(((kept >= 0) & (kept <= 1)).all())):
+        raise ValueError(
+            "scheduler's betas must give shares of kept signal (alphas_cumprod) from 0 to 1; look at its beta_start, "
+            "beta_end and trained_betas"
+        )
 
 
 def level_of(

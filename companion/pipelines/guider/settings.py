@@ -59,21 +59,23 @@ def from_settings(settings: dict[str, Any], argument: str, source: Any, kind: An
         raise ValueError(f"{argument} must name a class of diffusers as its _class_name, got {shortened(name)}")
     for parameter in inspect.signature(found.__init__).parameters.values():
         if parameter.name in settings:
-            _check_kind(f"{argument}'s {parameter.name}", settings[parameter.name], parameter.default)
+            _check_kind(f"{argument}'s {parameter.name}", settings[parameter.name], parameter)
     try:
         return found.from_config(settings)
     except Exception as error:  # whatever a class of diffusers raises about its settings
         raise ValueError(f"{argument} {name} cannot be made of its settings: {reason(error)}") from error
 
 
-def _check_kind(name: str, value: Any, default: Any) -> None:
+def _check_kind(name: str, value: Any, parameter: inspect.Parameter) -> None:
     """Refuse a setting of another kind than the class's default, and sizes that fill the memory."""
-    if value is None:
+    default = parameter.default
+    if value is None or (type(value) is type(default) and value == default):  # some defaults are infinite
         return
     if isinstance(default, bool) and not isinstance(value, bool):
         raise ValueError(f"{name} must be true or false, got {shortened(value)}")
     if isinstance(default, (int, float)) and not isinstance(default, bool):
-        for number in value if isinstance(value, (list, tuple)) else [value]:
+        several = isinstance(value, (list, tuple)) and len(value) > 0 and "list" in str(parameter.annotation)
+        for number in value if several else [value]:
             check_number(name, number, *((-_LARGEST, _LARGEST) if isinstance(default, int) else ()))
     if isinstance(default, str) and not isinstance(value, str):
         raise ValueError(f"{name} must be a text, got {shortened(value)}")
@@ -87,10 +89,13 @@ def guider_from(given: BaseGuidance | dict[str, Any], guidance_scale: float | No
         raise ValueError(f"guider {name} cannot be rectified: {_REFUSED_GUIDERS[name]}")
     known = getattr(guiders, name, None) if name in RECTIFIABLE_GUIDERS else None
     if known is None or not (isinstance(given, dict) or type(given) is known):
-        raise ValueError(f"guider must be one of diffusers' {', '.join(RECTIFIABLE_GUIDERS)}, got {shortened(name)}")
+        raise ValueError(
+            f"guider must be one of diffusers' {', '.join(RECTIFIABLE_GUIDERS)}, got {shortened(name)[1:-1]}"
+        )
     guider = from_settings(given, "guider", guiders, BaseGuidance) if isinstance(given, dict) else given
     if guidance_scale is None:
         return guider
+    check_number("guidance_scale", guidance_scale)
     if "guidance_scale" not in guider.config:
         raise ValueError(f"guidance_scale={guidance_scale} is given, but {name} has no such setting")
     return guider.new(guidance_scale=guidance_scale)
