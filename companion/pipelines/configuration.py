@@ -185,7 +185,7 @@ class RectifiedGuidanceConfig:
         if self.cost is not None and self.row.per_probe and self.probes is None:
             raise ValueError("cost needs a number of probes: the exact diagonal's price depends on the sample's size")
         if not isinstance(self.one_pass, bool):
-            raise ValueError(f"one_pass must be True or False, got {self.one_pass!r}")
+            raise ValueError(f"one_pass must be True or False, got {shortened(self.one_pass)}")
         if self.one_pass and (self.method != "reg" or self.product != "finite_difference"):
             raise ValueError('one_pass is a way to evaluate product="finite_difference", and no other product')
         if self.one_pass and self.include_controlnet:
