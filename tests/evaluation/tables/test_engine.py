@@ -10,6 +10,7 @@ from torch import Tensor
 
 from companion import files
 from companion.cli.main import main as command_line
+from companion.cli.table import TABLES
 from companion.evaluation.metrics import evaluators
 from companion.evaluation.metrics.evaluators import ClassEvaluator, Reference
 from companion.evaluation.metrics.features import Features
@@ -128,6 +129,18 @@ def test_pictures_are_stored_and_cells_compared(make, tmp_path):
     ]
     less = cells[1].figures["fid"].value - cells[0].figures["fid"].value
     assert entries[1]["figures"]["fid"]["value"] == pytest.approx(less, rel=1e-3, abs=1e-7)
+
+
+def test_the_command_prints_and_keeps_the_comparisons(tmp_path, monkeypatch, capsys):
+    pipe = load(save_scene_dit(tmp_path / "model"))
+    rows = (ROWS[0], replace(ROWS[0], product="finite_difference"))
+    plan = replace(PLAN, rows=rows, seeds=(0,), load=lambda name: pipe)
+    monkeypatch.setitem(TABLES, "imagenet", lambda options: plan)
+    collected = tmp_path / "cells.json"
+    assert command_line(["table", "imagenet", "--out", str(tmp_path / "out"), "--collect", str(collected)]) == 0
+    [entry] = files.read_json(tmp_path / "cells-paired.json")
+    assert (entry["first"], entry["second"]) == (rows[1].cell(0), rows[0].cell(0)) and len(entry["commits"]) == 2
+    assert "| tiny, vanilla, scale 3, seed 0: REG less CFG |" in capsys.readouterr().out
 
 
 def test_what_cannot_be_measured_is_not_drawn(make, tmp_path):
