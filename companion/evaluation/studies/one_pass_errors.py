@@ -49,7 +49,8 @@ class Step:
 @contextmanager
 def watched() -> Iterator[tuple[str, list[Step]]]:
     """Within the block: the name of a product that is the finite difference, and what it finds, step by step."""
-    row, found = PRODUCT_TABLE["finite_difference"], []
+    row = PRODUCT_TABLE["finite_difference"]
+    found: list[Step] = []
 
     def noted(evaluation: Evaluation, direction: Tensor) -> Tensor:
         last = row.function(evaluation, found[-1].direction) if found else None
@@ -92,7 +93,8 @@ def _norm(value: Tensor) -> Float[Tensor, " samples"]:
 
 def measured(setting: Setting, pictures: int = PICTURES) -> dict[str, Any]:
     """One model's errors, picture by picture, and `one_pass` less reuse with 95 % intervals, as plain JSON."""
-    pipe, levels = load(setting.model), []
+    pipe = load(setting.model)
+    levels: list[float] = []
     pipe.set_progress_bar_config(disable=True)
     with watched() as (name, steps):
         config = RectifiedGuidanceConfig(product=name)

@@ -193,16 +193,16 @@ class EDM2Pipeline(RectifiesItself, DiffusionPipeline):
                 guided = prediction + (scale - 1) * direction
         else:
             reference, step = self._reference(guide, x, sigma, labels), self._relative_step(sigma)
-            near, beside, prediction = run.beside(x, step), None, None
+            near, beside, known = run.beside(x, step), None, None
             if near is not None:
                 twice = None if labels is None else labels.repeat(2)
-                prediction, moved = _evaluate(self.unet, torch.cat([x, near.there]), sigma, twice).chunk(2)
+                known, moved = _evaluate(self.unet, torch.cat([x, near.there]), sigma, twice).chunk(2)
                 beside = near, moved
             prediction, direction = run.rectify(
                 conditional,
                 x,
                 reference,
-                prediction=prediction,
+                prediction=known,
                 beside=beside,
                 relative_step=step,
                 reference_denoiser=lambda z: self._reference(guide, z, sigma, labels),
