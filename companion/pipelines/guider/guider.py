@@ -102,7 +102,8 @@ class RectifiedGradientGuidance(BaseGuidance):
         skip: float | None = None,
         cost: float | None = None,
     ) -> None:
-        check_number("start", start), check_number("stop", stop)
+        check_number("start", start)
+        check_number("stop", stop)
         if not isinstance(enabled, bool):
             raise ValueError(f"enabled must be True or False, got {shortened(enabled)}")
         super().__init__(start, stop, enabled)
