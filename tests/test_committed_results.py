@@ -18,7 +18,6 @@ LEFT = {
     "bench.json": 2,  # times of the exact optimum and of scaled models: they need a machine with nothing else to do
     "runtime.json": 1,  # likewise
     "calibrated_guides.json": 4,  # three trainings of mini-adm-resnet-calibrated come first
-    "imagenet-mini-check.json": 1,  # mini-edm2: it comes with its next weights
 }
 """File -> how many of its measurements are from a changed checkout. Measured anew, a file leaves this list."""
 
