@@ -230,8 +230,6 @@ def test_accuracy_report_bounds_the_error():
     assert error < report.log_expected < 1e-2
     assert report.optimal < 1e-3
     assert len(report.optimal_per_step) == 20
-    wide = accuracy(chain, Grid.line(-6, 6, 801), reward, densities=True)
-    assert wide.density < 1e-3
 
 
 def test_optimal_direction_is_within_a_thousandth_of_its_rms():

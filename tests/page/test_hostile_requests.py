@@ -72,7 +72,8 @@ class Demo:
         found = []
         for text in self.said().split("Traceback (most recent call last)")[1:]:
             frames = re.findall(r'^  File "([^"]+)"', text.partition("\n\n")[0], re.MULTILINE)
-            found += [text] if frames and frames[-1].startswith(str(ROOT)) else []
+            ours = frames and frames[-1].startswith(str(ROOT)) and "site-packages" not in frames[-1]
+            found += [text] if ours else []
         return found
 
     def ended(self, name: str, event: str) -> str:
