@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,12 @@ def _versions() -> dict[str, str]:
     return found
 
 
+@cache
 def _commit() -> str | None:
-    """Of the checkout this package lies in, with "-dirty" where it was changed; None where there is none."""
+    """Of the checkout this package lies in, with "-dirty" where it was changed; None where there is none.
+
+    Asked once in a process: what it writes later does not change the code that it runs.
+    """
     folder = Path(__file__).parent
     try:
         described = subprocess.run(
