@@ -15,7 +15,6 @@ FILES = (
     ROOT / "companion" / "evaluation" / "metrics" / "valid_residual.json",
 )
 LEFT = {
-    "bench.json": 2,  # times of the exact optimum and of scaled models: they need a machine with nothing else to do
     "runtime.json": 1,  # likewise
     "calibrated_guides.json": 4,  # three trainings of mini-adm-resnet-calibrated come first
 }
