@@ -41,7 +41,7 @@ from companion.pipelines.denoiser_call import (
 from companion.pipelines.layout import GuidanceLayout, UnsupportedPipeline, call_code, evaluate, guidance_layout
 from companion.pipelines.levels import NoiseLevel, check_scheduler, noise_level
 from companion.pipelines.one_pass import evaluated
-from companion.pipelines.product_step import Beside, GuidanceStep, OnStep, RectifiedRun, RectifiesItself
+from companion.pipelines.product_step import GuidanceStep, OnStep, PerturbedOutput, RectifiedRun, RectifiesItself
 
 __all__ = [
     "SAMPLING_PRODUCTS",
@@ -204,10 +204,10 @@ class _Rectifier:
             return map_output(output, lambda _: torch.cat(parts))
         if self.config.guide is not None or run.rectified.differentiates:
             # Each branch on its own: only the conditional one needs a graph, and a guide is another network.
-            beside, reference_output = None, first_output(other())
+            perturbed_output, reference_output = None, first_output(other())
             known = None if run.rectified.differentiates else only()
         else:
-            both, beside = evaluated(call, conditional, run.region, run.rectified)
+            both, perturbed_output = evaluated(call, conditional, run.region, run.rectified)
             known = map_output(both, lambda whole: whole[conditional])
             reference_output = first_output(both)[reference]
         run.region = region = self._region(only.sample, reference_output, moment.latents)
@@ -215,7 +215,7 @@ class _Rectifier:
         if joint is not call:
             only, other = branches(joint, conditional, reference, self.config.guide)
         part = inside(reference_output, region)
-        branch, direction = self._rectify(only, known, other, part, region, run, beside)
+        branch, direction = self._rectify(only, known, other, part, region, run, perturbed_output)
         self._report(run, branch, direction, part)
         c = first_output(branch.output)
         outside = reference_output if self.config.guide is None else c
@@ -269,7 +269,7 @@ class _Rectifier:
         reference: Tensor,
         region: tuple[int, ...],
         run: _Run,
-        beside: Beside | None = None,
+        perturbed_output: PerturbedOutput | None = None,
     ) -> tuple[_Branch, Tensor]:
         """The conditional branch, and its rectified and weighted direction; `other` is the reference branch's call."""
         z, last, moment = call.sample, known, run.moment
@@ -290,7 +290,7 @@ class _Rectifier:
             inside(z, region),
             reference,
             prediction=None if known is None else inside(first_output(known), region),
-            beside=beside,
+            perturbed_output=perturbed_output,
             reference_denoiser=reference_branch,
             weight=None if moment.scale is None else moment.weight * moment.scale,
         )

@@ -15,13 +15,13 @@ from companion.pipelines.denoiser_call import (
     rounding_of,
     with_inside,
 )
-from companion.pipelines.product_step import Beside, RectifiedRun
+from companion.pipelines.product_step import PerturbedOutput, RectifiedRun
 
 
 def evaluated(
     call: DenoiserCall, conditional: slice, region: tuple[int, ...] | None, run: RectifiedRun
-) -> tuple[Any, Beside | None]:
-    """The output for a stacked batch, and what `run.rectify` takes as `beside` where the run asks for it.
+) -> tuple[Any, PerturbedOutput | None]:
+    """The output for a stacked batch, and what `run.rectify` takes as `perturbed_output` where the run asks for it.
 
     Args:
         call: of both branches.
@@ -30,9 +30,10 @@ def evaluated(
         run: of the pipeline.
     """
     own = call.sample[conditional]
-    near = None if region is None else run.beside(inside(own, region))
-    larger = None if near is None or region is None else joined(call, conditional, with_inside(own, near.there, region))
-    if near is None or region is None or larger is None:
+    if region is None or (near := run.perturbation(inside(own, region))) is None:
+        return call(), None
+    larger = joined(call, conditional, with_inside(own, near.there, region))
+    if larger is None:
         return call(), None
     whole, rows = larger(), len(call.sample)
     moved = inside(first_output(whole)[rows:], region)

@@ -20,8 +20,8 @@ from companion.seeding import sample_generators
 _RESOLUTION = 0.01  # of trained Rayleigh quotients, which scatter by 0.01 to 0.02 in the noise (notebook 16)
 
 
-Beside = tuple[Perturbation, Float[Tensor, "batch ..."]]
-"""A point beside the input, and the denoiser's output there."""
+PerturbedOutput = tuple[Perturbation, Float[Tensor, "batch ..."]]
+"""A point near the input, and the denoiser's output there."""
 
 
 class RectifiedRun:
@@ -95,7 +95,7 @@ class RectifiedRun:
         """Whether this step needs the graph of the conditional branch."""
         return self._evaluates and self.config.method == "reg" and self.config.row.differentiates
 
-    def beside(self, x: Float[Tensor, "batch ..."], relative_step: float | None = None) -> Perturbation | None:
+    def perturbation(self, x: Float[Tensor, "batch ..."], relative_step: float | None = None) -> Perturbation | None:
         """With `one_pass`: where to evaluate the conditional branch in the same batch as at x, its input at this step.
 
         None where there is nothing to evaluate, or where the step before had no direction: then `rectify` evaluates
@@ -115,7 +115,7 @@ class RectifiedRun:
         reference: Float[Tensor, "batch ..."],
         *,
         prediction: Float[Tensor, "batch ..."] | None = None,
-        beside: Beside | None = None,
+        perturbed_output: PerturbedOutput | None = None,
         relative_step: float | None = None,
         reference_denoiser: Denoiser | None = None,
         weight: float | None = None,
@@ -125,7 +125,7 @@ class RectifiedRun:
         Args:
             denoiser, x, reference, prediction, relative_step: see `companion.guidance.rectification.rectify`; the
                 configuration's own step comes first.
-            beside: what the method `beside` gave, and the denoiser's output there.
+            perturbed_output: what the method `perturbation` gave, and the denoiser's output there.
             reference_denoiser: the reference branch, for `covariance`.
             weight: the paper's w at this step (guidance scale minus 1, weight over time included), for `covariance`.
 
@@ -150,7 +150,12 @@ class RectifiedRun:
             )
         else:
             direction = self.apply(
-                denoiser, x, direction, prediction=prediction, beside=beside, relative_step=relative_step
+                denoiser,
+                x,
+                direction,
+                prediction=prediction,
+                perturbed_output=perturbed_output,
+                relative_step=relative_step,
             )
         return Rectified(prediction, direction.to(prediction.dtype))
 
@@ -161,18 +166,18 @@ class RectifiedRun:
         direction: Float[Tensor, "batch ..."],
         *,
         prediction: Float[Tensor, "batch ..."] | None = None,
-        beside: Beside | None = None,
+        perturbed_output: PerturbedOutput | None = None,
         relative_step: float | None = None,
     ) -> Float[Tensor, "batch ..."]:
-        """product(K, direction) at this step, evaluated or reused; arguments as of `apply_k`, `beside` of `rectify`."""
+        """product(K, direction) at this step, evaluated or reused; arguments as of `apply_k` and `rectify`."""
         if self.config.product == "none":
             return direction
         if self.config.one_pass and prediction is not None:
             self._last = self._index, direction, default_step(x, prediction)
         if not self._evaluates:
             return self._reuse.reused(direction, self._level.log_snr)
-        if beside is not None and prediction is not None:
-            result = self._split(direction, *beside, prediction)
+        if perturbed_output is not None and prediction is not None:
+            result = self._split(direction, *perturbed_output, prediction)
             self.keep(direction, result)
             return result
         result = apply_k(

@@ -5,7 +5,7 @@ photographs; Inception-v3 (Szegedy et al. 2016, the weights of the original FID)
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, UInt8
@@ -36,7 +36,32 @@ class FeatureNetwork(Protocol):
     def __call__(self, images: UInt8[Tensor, "batch 3 height width"]) -> Features: ...
 
 
-class SceneFeatures:
+class _ResNetFeatures:
+    """Pooled features of a small ResNet of scenes, and its logits of the ten shapes; 64x64 pictures.
+
+    Args:
+        network: transformers' `ResNetForImageClassification`.
+        device: where it runs.
+    """
+
+    name: str
+
+    def __init__(self, network: Any, device: torch.device | str) -> None:
+        self._network, self._device = network, torch.device(device)
+        self.dimensions = int(network.config.hidden_sizes[-1])
+
+    @torch.no_grad()
+    def __call__(self, images: UInt8[Tensor, "batch 3 64 64"]) -> Features:
+        if images.shape[1:] != (3, SIZE, SIZE):
+            raise ValueError(f"images must be 3x{SIZE}x{SIZE} for {self.name}, got {tuple(images.shape[1:])}")
+        pooled = self._network.resnet(self._input(images.to(self._device).float() / 127.5 - 1)).pooler_output
+        return Features(pooled.flatten(1), self._network.classifier(pooled)[:, : len(SHAPES)])
+
+    def _input(self, scaled: Float[Tensor, "batch 3 64 64"]) -> Tensor:
+        return scaled
+
+
+class SceneFeatures(_ResNetFeatures):
     """The scene classifier's pooled features, 128 of them, and its logits of the ten shapes; 64x64 pictures.
 
     Args:
@@ -46,20 +71,10 @@ class SceneFeatures:
     name = "scene-classifier"
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._network = load_classifier(device).network
-        self._device = torch.device(device)
-        self.dimensions = int(self._network.config.hidden_sizes[-1])
-
-    @torch.no_grad()
-    def __call__(self, images: UInt8[Tensor, "batch 3 64 64"]) -> Features:
-        if images.shape[1:] != (3, SIZE, SIZE):
-            raise ValueError(f"images must be 3x{SIZE}x{SIZE} for {self.name}, got {tuple(images.shape[1:])}")
-        scaled = images.to(self._device).float() / 127.5 - 1
-        pooled = self._network.resnet(scaled).pooler_output
-        return Features(pooled.flatten(1), self._network.classifier(pooled))
+        super().__init__(load_classifier(device).network, device)
 
 
-class RegressorFeatures:
+class RegressorFeatures(_ResNetFeatures):
     """The scene regressor's pooled features, 136 of them, and its logits of the ten shapes; 64x64 pictures.
 
     It learned to tell colour, texture, place and ground, which the classifier of shapes need not see.
@@ -71,17 +86,10 @@ class RegressorFeatures:
     name = "scene-regressor"
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._network = load_regressor(device).network
-        self._device = torch.device(device)
-        self.dimensions = int(self._network.config.hidden_sizes[-1])
+        super().__init__(load_regressor(device).network, device)
 
-    @torch.no_grad()
-    def __call__(self, images: UInt8[Tensor, "batch 3 64 64"]) -> Features:
-        if images.shape[1:] != (3, SIZE, SIZE):
-            raise ValueError(f"images must be 3x{SIZE}x{SIZE} for {self.name}, got {tuple(images.shape[1:])}")
-        scaled = images.to(self._device).float() / 127.5 - 1
-        pooled = self._network.resnet(with_coordinates(scaled)).pooler_output
-        return Features(pooled.flatten(1), self._network.classifier(pooled)[:, : len(SHAPES)])
+    def _input(self, scaled: Float[Tensor, "batch 3 64 64"]) -> Tensor:
+        return with_coordinates(scaled)
 
 
 class InceptionFeatures:

@@ -1,4 +1,4 @@
-"""What `one_pass` costs in exactness: its error against K Δ at every step of a fully rectified run, beside reuse's.
+"""What `one_pass` costs in exactness: its error against K Δ at every step of a fully rectified run, and reuse's.
 
 At each step of the run that follows K Δ itself, every way says what it would have followed. The error of a picture is
 `Σ_t ‖followed - KΔ‖ / Σ_t ‖Δ - KΔ‖`: 0 is full rectification, 1 is CFG. Reuse evaluates K Δ at its own steps only and

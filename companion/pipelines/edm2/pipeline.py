@@ -193,17 +193,17 @@ class EDM2Pipeline(RectifiesItself, DiffusionPipeline):
                 guided = prediction + (scale - 1) * direction
         else:
             reference, step = self._reference(guide, x, sigma, labels), self._relative_step(sigma)
-            near, beside, known = run.beside(x, step), None, None
+            near, perturbed_output, known = run.perturbation(x, step), None, None
             if near is not None:
                 twice = None if labels is None else labels.repeat(2)
                 known, moved = _evaluate(self.unet, torch.cat([x, near.there]), sigma, twice).chunk(2)
-                beside = near, moved
+                perturbed_output = near, moved
             prediction, direction = run.rectify(
                 conditional,
                 x,
                 reference,
                 prediction=known,
-                beside=beside,
+                perturbed_output=perturbed_output,
                 relative_step=step,
                 reference_denoiser=lambda z: self._reference(guide, z, sigma, labels),
                 weight=weight * (scale - 1),

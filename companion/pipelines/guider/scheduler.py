@@ -36,9 +36,9 @@ def scheduler_from(given: SchedulerMixin | dict[str, Any] | None) -> SchedulerMi
 
 def _check_levels(scheduler: Any) -> None:
     """Refuse settings that make no noise levels."""
-    count, kept = scheduler.config.get("num_train_timesteps", 1), getattr(scheduler, "alphas_cumprod", None)
+    count, shares = scheduler.config.get("num_train_timesteps", 1), getattr(scheduler, "alphas_cumprod", None)
     check_integer("scheduler's num_train_timesteps", count, 1, 1_000_000)
-    if kept is not None and not (kept.ndim == 1 and len(kept) and bool(((kept >= 0) & (kept <= 1)).all())):
+    if shares is not None and not (shares.ndim == 1 and len(shares) and bool(((shares >= 0) & (shares <= 1)).all())):
         raise ValueError(
             "scheduler's betas must give shares of kept signal (alphas_cumprod) from 0 to 1; look at its beta_start, "
             "beta_end and trained_betas"
