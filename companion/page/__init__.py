@@ -78,6 +78,14 @@ table.measured td span { color: var(--body-text-color-subdued); }
 footer { opacity: .7; }
 """
 
+# Gradio moves a number typed beyond a slider's range into it without a word when its box loses the focus. Here the
+# number stays in its box, as it does in every other one, beside the sentence about it.
+_KEEP_TYPED_NUMBERS = """
+() => document.addEventListener("blur", (event) => {
+  if (event.target.matches?.("input[data-testid=number-input]")) event.stopImmediatePropagation();
+}, true)
+"""
+
 
 def build_page(models: Models, queue: Queue | None = None) -> gr.Blocks:
     """The page, ready to be served.
@@ -98,6 +106,7 @@ def build_page(models: Models, queue: Queue | None = None) -> gr.Blocks:
                 sweep_tab(page, models, queue)
             with gr.Tab(CLASSIFIER_TAB):
                 classifier_tab(page, models, queue)
+        page.load(js=_KEEP_TYPED_NUMBERS)
     return page
 
 

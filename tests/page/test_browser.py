@@ -315,9 +315,14 @@ def test_exploring_follows_the_controls(page):
     changed(right, seen)
     before = changed(left, before)
 
-    # Out of range: one sentence, and the picture stays.
-    set_number(page, "number input for Guidance weight w", "1000000000")
+    # Out of range: one sentence, the picture stays, and so does what was typed.
+    weight = "number input for Guidance weight w"
+    set_number(page, weight, "1000000000")
     expect(line).to_have_text("weight w must be a number from 0 to 8, got 1000000000", timeout=SECONDS)
+    expect(page.get_by_label(weight)).to_have_value("1000000000")
+    assert left.get_attribute("src") == before
+    set_number(page, weight, "3")
+    before = changed(left, before)
     set_number(page, "number input for Steps T", "0")
     expect(line).to_contain_text("must be a whole number from 15 to 100, got 0", timeout=SECONDS)
     assert left.get_attribute("src") == before
