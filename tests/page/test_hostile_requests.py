@@ -1,12 +1,13 @@
 """Malformed requests to the page's server, as a program may send them: a refusal, never a traceback or a hang.
 
-The demo runs in a process of its own. Whatever it was sent, it serves the next proper request.
+The demo runs in a process of its own. Whatever it was sent, it serves the next proper request, until it is interrupted.
 """
 
 import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -16,11 +17,12 @@ from typing import Any
 
 import httpx
 import pytest
+from gradio_client import Client
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.evaluation.scene_pipelines import save_scene_dit
-from tests.page.test_page import free_port
+from tests.page.test_page import free_port, generate
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 5  # of the server's processor for one request
@@ -87,17 +89,22 @@ class Demo:
         parameters = self.defaults[f"/{name}"]["parameters"]
         return [changes.get(each["parameter_name"], each.get("parameter_default")) for each in parameters]
 
-    def stop(self) -> None:
+    def interrupt(self) -> None:
+        """As Ctrl-C does: the process ends, and complains of nothing."""
         self.http.close()
-        self.process.terminate()
-        self.process.wait(30)
+        before = len(self.said())
+        self.process.send_signal(signal.SIGINT)
+        try:
+            assert self.process.wait(30) == 0 and "Traceback" not in self.said()[before:], self.said()[before:]
+        finally:
+            self.process.kill()
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> Iterator[Demo]:
     running = Demo(tmp_path_factory.mktemp("demo"))
     yield running
-    running.stop()
+    running.interrupt()
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +114,12 @@ def served_afterwards(demo) -> Iterator[None]:
     assert not demo.own_tracebacks(), demo.own_tracebacks()[0]
     asked = demo.ask("POST", "gradio_api/call/explore", json={"data": demo.values("explore")})
     assert "event: complete" in demo.ended("explore", asked.json()["event_id"])
+
+
+def test_the_command_serves_at_the_address_that_it_names(demo):
+    address = str(demo.http.base_url).rstrip("/")
+    assert f"Open {address}" in demo.said().splitlines()[-1] and "Traceback" not in demo.said()
+    assert len(generate(Client(address, verbose=False))["without"]) == 2
 
 
 NASTY: tuple[Any, ...] = (

@@ -1,4 +1,7 @@
-"""The demo through its API and on the terminal; the page itself is driven in test_browser.py."""
+"""The demo through its API and on the terminal; the page itself is driven in test_browser.py.
+
+That the command serves until it is interrupted is tested where it runs anyway, in test_hostile_requests.py.
+"""
 
 import os
 import re
@@ -365,24 +368,3 @@ def test_the_terminal_refuses_what_only_the_library_can_know(arguments, sentence
             signal.signal(ending, handler)
     shown = capsys.readouterr().err
     assert stopped.value.code == 2 and sentence in shown and shown.strip().count("\n") == 0
-
-
-@pytest.mark.slow
-def test_the_command_serves_until_interrupted(folder, tmp_path):
-    port = free_port()
-    said, complaints = tmp_path / "stdout", tmp_path / "stderr"
-    with said.open("w") as out, complaints.open("w") as errors:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "demo.py"), "--model", str(folder), "--port", str(port)],
-            stdout=out,
-            stderr=errors,
-        )
-    try:
-        wait_for(lambda: "Open" in said.read_text() or process.poll() is not None)
-        assert f"http://127.0.0.1:{port}" in said.read_text().splitlines()[-1]
-        assert len(generate(Client(f"http://127.0.0.1:{port}", verbose=False))["without"]) == 2
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 0 and "Traceback" not in complaints.read_text()
-    finally:
-        process.kill()
-        process.wait(10)
