@@ -8,6 +8,9 @@ from collections.abc import Generator
 import hypothesis
 import pytest
 import torch
+from jupyter_client.provisioning import local_provisioner
+
+from tests.fork_server import launch_kernel
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -48,6 +51,7 @@ LONGEST = (  # after the notebooks: files that take more than about ten seconds 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[STANDARD_ERROR] = os.dup(2)  # while a test runs, pytest captures what is written to 2
+    local_provisioner.launch_kernel = launch_kernel  # the notebooks' kernels
 
 
 @pytest.hookimpl(trylast=True)

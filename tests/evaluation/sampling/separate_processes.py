@@ -1,20 +1,12 @@
-"""Runs in processes of their own: bodies for children, how a child is started and how long it is waited for.
+"""Runs in processes of their own: bodies for children, how a child is started and how long it is waited for."""
 
-A process in which torch has computed with several threads must not be forked: the child inherits the pool's state but
-none of its threads, and waits for them for ever at its first parallel operation. So the children are forked by a server
-that has imported torch, which takes seconds, and never computes.
-"""
-
-import multiprocessing
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -26,10 +18,10 @@ from companion.evaluation.sampling import folder as sampling_folder
 from companion.evaluation.sampling import runs
 from companion.evaluation.sampling.runs import sample
 from companion.evaluation.sampling.settings import SamplingSettings
+from tests.fork_server import fork_server
 from tests.pipelines.tiny import tiny_dit
 
 SETTINGS = SamplingSettings("tiny", num_samples=11, conditions=(3, 7, 5), batch_size=2, steps=2, seed=4)
-ROOT = Path(__file__).parents[3]
 
 
 def run(out: Path, **changes: object) -> Path:
@@ -63,7 +55,7 @@ def run_slowly(out: Path) -> None:
 
 def start(work: Callable[..., object], *arguments: object) -> ForkServerProcess:
     """Call a function of a module, with one thread, in a new process."""
-    process = _fork_server().Process(target=_with_one_thread, args=(work, *arguments), daemon=True)
+    process = fork_server().Process(target=_with_one_thread, args=(work, *arguments), daemon=True)
     process.start()
     return process
 
@@ -107,15 +99,3 @@ def execute(command: Sequence[str], environment: Mapping[str, str], seconds: flo
 def _with_one_thread(work: Callable[..., object], *arguments: object) -> None:
     torch.set_num_threads(1)
     work(*arguments)
-
-
-@cache
-def _fork_server() -> ForkServerContext:
-    """One server for the whole session; it ends with this process."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("OMP_NUM_THREADS", "1")
-        patched.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
-        forkserver.ensure_running()
-    return context

@@ -40,7 +40,6 @@ from companion.evaluation.sampling.settings import (
 from companion.files import Unwritable
 from companion.pipelines.registry import load
 from tests.evaluation.sampling.separate_processes import (
-    ROOT,
     SETTINGS,
     execute,
     kill,
@@ -51,6 +50,7 @@ from tests.evaluation.sampling.separate_processes import (
     wait,
 )
 from tests.evaluation.scene_pipelines import captioned_sd, save_scene_dit, scene_adm
+from tests.fork_server import ROOT
 from tests.pipelines.tiny import tiny_dit
 
 

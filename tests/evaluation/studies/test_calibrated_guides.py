@@ -8,7 +8,7 @@ from companion.evaluation.studies import calibrated_guides as guides
 from companion.evaluation.tables.engine import RunOptions, run_table
 from companion.evaluation.tables.results import read_cells
 from companion.pipelines.adm.classifier import EMBEDDED_RESNET, off_the_shelf_classifier
-from tests.evaluation.sampling.separate_processes import ROOT
+from tests.fork_server import ROOT
 
 
 def test_forms_are_read_from_their_runs(tmp_path):

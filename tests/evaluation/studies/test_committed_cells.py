@@ -8,7 +8,7 @@ from companion.evaluation.studies.classifier_table import imagenet128
 from companion.evaluation.studies.guidance_table import coco, imagenet
 from companion.evaluation.tables.results import read_cells, same_settings
 from companion.minis.scenes import SHAPES, scene
-from tests.evaluation.sampling.separate_processes import ROOT
+from tests.fork_server import ROOT
 
 PLANS = {"imagenet-mini": imagenet(), "coco-mini": coco(), "imagenet128-mini": imagenet128()}
 

@@ -25,7 +25,7 @@ from companion.evaluation.tables.options import TableOptions
 from companion.evaluation.tables.results import read_cells, same_settings
 from companion.guidance.noise_level import NoiseLevel
 from companion.minis.drawing import draw
-from tests.evaluation.sampling.separate_processes import ROOT
+from tests.fork_server import ROOT
 
 CAPTIONS = ["a large red star", "a small blue striped ring"]
 
