@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--num-samples", type=int, metavar="N", help="samples in each cell; default: the table's")
     add("--batch-size", type=int, metavar="B", help="samples in each batch; default: the table's")
+    add("--reference-samples", type=int, metavar="N", help="profile mini: scenes to measure against; default: 5,000")
     add("--seeds", type=int, metavar="K", help="number of seeds for each row, from 0; default: 1")
     add(
         "--list",

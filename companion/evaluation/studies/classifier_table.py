@@ -122,7 +122,7 @@ def imagenet128(options: TableOptions = TableOptions()) -> ClassifierPlan:  # no
     """
     sizes = options.sizes
     if options.profile == "mini":
-        options.check_taken("imagenet128", ())
+        options.check_taken("imagenet128", ("reference_samples",))
         rows, model, evaluators = mini_rows(), MINI, partial(_scenes, options)
     else:
         options.check_taken("imagenet128", ("data", "source", "strength", "smoothing", "entropy"))

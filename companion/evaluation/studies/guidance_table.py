@@ -114,7 +114,7 @@ def weights_as_shipped(cells: Iterable[Cell]) -> dict[str, bool]:
 def _plan(
     table: str, options: TableOptions, rows: tuple[Row, ...], evaluators: Callable[..., Any], **own: Any
 ) -> GuidancePlan:
-    options.check_taken(table, ("models",) if options.profile == "mini" else ("models", "data"))
+    options.check_taken(table, ("models", "reference_samples" if options.profile == "mini" else "data"))
     if options.models is not None:
         known = dict.fromkeys(row.model for row in rows)
         chosen = [name.strip() for name in options.models.split(",")]

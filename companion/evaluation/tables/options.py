@@ -10,6 +10,7 @@ import torch
 from companion.pipelines.saved import DTYPES
 
 Profile = Literal["mini", "paper"]
+_SIZES = ("num_samples", "batch_size", "reference_samples")
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class TableOptions:
     Args:
         profile: the embedded models on scenes, or the papers' models and data sets.
         num_samples, batch_size: of a cell, at least 1.
+        reference_samples: scenes that a cell is measured against, at least 1.
         seeds: of every row, from 0; at least 1.
         models: only these models' cells, separated by commas.
         data: folder of the paper profile's references.
@@ -36,6 +38,7 @@ class TableOptions:
     profile: Profile = "mini"
     num_samples: int | None = None
     batch_size: int | None = None
+    reference_samples: int | None = None
     seeds: int | None = None
     models: str | None = None
     data: Path | None = None
@@ -49,7 +52,7 @@ class TableOptions:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size", "seeds"):
+        for name in (*_SIZES, "seeds"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -60,8 +63,8 @@ class TableOptions:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """`num_samples`, `batch_size` and `seeds` of a plan, those that are given."""
-        given = {name: getattr(self, name) for name in ("num_samples", "batch_size") if getattr(self, name) is not None}
+        """`num_samples`, `batch_size`, `reference_samples` and `seeds` of a plan, those that are given."""
+        given = {name: getattr(self, name) for name in _SIZES if getattr(self, name) is not None}
         return given if self.seeds is None else {**given, "seeds": tuple(range(self.seeds))}
 
     def check_taken(self, table: str, taken: Collection[str]) -> None:
@@ -74,9 +77,9 @@ class TableOptions:
         Raises:
             ValueError: another option is given.
         """
-        for name in ("models", "data", "source", "strength", "smoothing", "entropy", "runs"):
+        for name in ("reference_samples", "models", "data", "source", "strength", "smoothing", "entropy", "runs"):
             if name not in taken and getattr(self, name) is not None:
-                raise ValueError(f"{table}, profile {self.profile}, takes no --{name}: leave it out")
+                raise ValueError(f"{table}, profile {self.profile}, takes no --{name.replace('_', '-')}: leave it out")
 
     def check_scenes_only(self, table: str, taken: Collection[str] = ()) -> None:
         """Refuse the paper's profile, seeds and batches, for a table of the embedded models alone; and `check_taken`.
