@@ -3,6 +3,7 @@
 import faulthandler
 import os
 import shutil
+import sys
 from collections.abc import Generator
 
 import hypothesis
@@ -51,7 +52,8 @@ LONGEST = (  # after the notebooks: files that take more than about ten seconds 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[STANDARD_ERROR] = os.dup(2)  # while a test runs, pytest captures what is written to 2
-    local_provisioner.launch_kernel = launch_kernel  # the notebooks' kernels
+    if sys.platform == "linux":  # elsewhere a fork may not survive what was imported
+        local_provisioner.launch_kernel = launch_kernel  # the notebooks' kernels
 
 
 @pytest.hookimpl(trylast=True)
