@@ -95,7 +95,7 @@ def update_card(name: str, folder: Path | None = None, *, measure: int = 0, samp
     ]
     if measure:
         rows = [_recognised(name, measure, scale) for scale in (setting.scale, 1.0)]
-        lines += ["| asked-for class recognised | measured | 95 % interval |\n|---|---|---|", *rows, ""]
+        lines += ["| requested class recognised | measured | 95 % interval |\n|---|---|---|", *rows, ""]
     card = folder / "README.md"
     text = re.sub(r"## Samples\n.*?(?=## )", "", card.read_text(encoding="utf-8"), flags=re.DOTALL)
     before, heading, after = text.partition("## How it was trained")
@@ -127,7 +127,7 @@ def sample_sheet(pictures: Float[Tensor, "samples 3 height width"]) -> Image.Ima
 
 @torch.no_grad()
 def _recognised(name: str, number: int, scale: float) -> str:
-    """A row of the card: the share of samples in which the scene classifier sees the asked-for class."""
+    """A row of the card: the share of samples in which the scene classifier sees the requested class."""
     setting = SETTINGS[name]
     if setting.captions:
         asked = labels([scene(HELD_OUT_SEED, i, 1) for i in range(number)])

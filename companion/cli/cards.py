@@ -189,7 +189,7 @@ def ship_edm2(
     return ship(pipe, "mini-edm2", text, {**records[0], "guide": records[1]}, figures, out)
 
 
-_ASKED = "asked-for class recognised, 500 samples"
+_ASKED = "requested class recognised, 500 samples"
 
 
 def _recognised(pipe: DiffusionPipeline, scale: float, steps: int, parts: Path) -> str:
@@ -225,11 +225,11 @@ def ship_text_conditional(name: str, pipe: DiffusionPipeline, record: dict, out:
     for scale in (1.0, default):
         drawn = draw(pipe, [s.caption for s in scenes], guidance_scale=scale)
         setting = f"500 captions of held-out scenes, 50 steps, guidance_scale {scale:g}"
-        figures[f"asked-for shape recognised, {setting}"] = (
+        figures[f"requested shape recognised, {setting}"] = (
             f"{100 * recognised(drawn, labels(scenes), evaluator):.1f} %"
         )
         share = float((object_colours(drawn) == colours).double().mean())
-        figures[f"asked-for colour, {setting}"] = f"{100 * share:.1f} %"
+        figures[f"requested colour, {setting}"] = f"{100 * share:.1f} %"
     text = (
         f"{_TEXTS[name]}\nUse captions of one object, such as the one below. The default guidance scale is the\n"
         f"pipeline's, {default:g}.\n\n"

@@ -1,15 +1,12 @@
 """Densities, samples, vector fields and matrices in the plane, each drawn on a given axes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.collections import EllipseCollection, PathCollection
 from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.quiver import Quiver
 from matplotlib.ticker import NullFormatter
@@ -17,9 +14,15 @@ from torch import Tensor, linalg
 
 from companion.exact.grids import Grid
 from companion.exact.sampling import Interval
+from companion.guidance.products import PRODUCT_TABLE
 from companion.plotting import COLOURS
 
 _LINEAR = 1e-3  # of an axis of distances: linear below, logarithmic above
+
+
+def label_of(name: str) -> str:
+    """A method's name in figures: products of K are REG's."""
+    return f"REG, {name.replace('_', ' ')}" if name in PRODUCT_TABLE and name != "none" else name
 
 
 def draw_plane(axis: Axes, grid: Grid) -> None:
@@ -91,21 +94,6 @@ def draw_matrices(
     return ellipses
 
 
-def draw_win_ratios(
-    rows: Sequence[str], columns: Sequence[str], ratios: Float[Tensor, "rows columns"], *, cell: tuple[float, float]
-) -> Figure:
-    """An annotated heat map, white at one half: nobody wins there."""
-    figure, axis = plt.subplots(figsize=(cell[0] * len(columns) + 2.6, cell[1] * len(rows) + 1.0))
-    sns.heatmap(
-        ratios.numpy(), vmin=0, vmax=1, cmap="PuOr", annot=True, fmt=".2f", annot_kws={"size": 7}, ax=axis,
-        xticklabels=list(columns), yticklabels=list(rows), cbar_kws={"label": "share where REG is closer than CFG"},
-    )  # fmt: skip
-    axis.tick_params(labelsize="x-small", length=0)
-    axis.set_yticklabels(axis.get_yticklabels(), rotation=0)
-    axis.set_xticklabels(axis.get_xticklabels(), rotation=35, ha="right")
-    return figure
-
-
 def draw_bars(axis: Axes, distances: Mapping[str, Interval], colours: Mapping[str, object] = COLOURS) -> None:
     """A dot and a bar for each method, one below the other where the axis is inverted."""
     for row, (name, (low, value, high)) in enumerate(distances.items()):
@@ -130,7 +118,7 @@ def draw_intervals(
     axis.set_xlim(min(*ends, -_LINEAR / 2) * 1.2, max(*ends, floor, _LINEAR) * 1.5)
     axis.axvspan(-1e3, max(floor, 0.0), color="0.9", zorder=0, linewidth=0)
     axis.axvline(0, color="0.6", linewidth=0.8, zorder=1)
-    axis.set(yticks=range(len(distances)), yticklabels=list(distances))
+    axis.set(yticks=range(len(distances)), yticklabels=[label_of(name) for name in distances])
     axis.set_ylim(len(distances) - 0.5, -0.5)
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.tick_params(labelsize="x-small")
+    axis.tick_params(labelsize="small")

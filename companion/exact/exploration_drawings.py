@@ -84,7 +84,7 @@ def draw_outcome(figure: FigureBase, study: LineStudy | PlaneStudy, rule: str, n
 
 
 def draw_level(figure: FigureBase, study: LineStudy | PlaneStudy, rule: str, noise_level: float) -> None:
-    """The right half, at one noise level: which way each rule pushes, and K."""
+    """The right half, at one noise level: the shift of each rule, and K."""
     check_rule(study, rule)
     t = study.problem.step_at(noise_level)
     if isinstance(study, PlaneStudy):
@@ -144,13 +144,13 @@ def _line_level(figure: FigureBase, study: LineStudy, t: int) -> None:
     for name, values in pushes.items():
         push.plot(x, values, linewidth=1.8, **line_of(name))
     push.axhline(0, color=_QUIET, linewidth=0.6)
-    push.set_ylabel("push to the right", fontsize=_SMALL, color=_QUIET, labelpad=-1)
+    push.set_ylabel("shift to the right", fontsize=_SMALL, color=_QUIET, labelpad=-1)
     names = [(_NAMES[name], COLOURS[name]) for name in pushes]
     _title(push, [(f"t = {t} of {problem.steps}, σ = {level[1]:.2f}:", _QUIET), *names], size=_SMALL)
     share.plot(x, study.k[t - 1], linewidth=2.0, color=COLOURS["REG"])
     share.axhline(1, linewidth=1.2, **line_of("CFG"))
     share.text(_view(study)[0] + 0.08, 0.98, "CFG: 1", color=COLOURS["CFG"], fontsize=_SMALL, va="top")
-    _title(share, [("K(x)", COLOURS["REG"]), ("the share of CFG's push that REG keeps", _QUIET)])
+    _title(share, [("K(x)", COLOURS["REG"]), ("REG's share of CFG's shift", _QUIET)])
     share.set_xlabel("x at that level; grey: density of the class", fontsize=_SMALL, color=_QUIET)
 
 

@@ -1,4 +1,4 @@
-"""What multiplies the guidance direction, in pictures: factors over both branches' K, gains over a chain, distances."""
+"""What multiplies the guidance direction, in pictures: factors over both branches' K, gains over a chain."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,9 +7,7 @@ import torch
 from matplotlib.figure import Figure
 
 from companion.exact.comparison import Comparison, gains
-from companion.exact.drawings import draw_intervals
 from companion.exact.methods import method_fields
-from companion.exact.sampling import Interval
 from companion.plotting import line_of
 
 
@@ -54,33 +52,4 @@ def draw_gains(
         axis.set(title=title, xlabel="$t$ (sampling runs from right to left)", ylim=(-0.1, 2))
     axes[0, 0].set_ylabel("gain over CFG's direction")
     axes[0, -1].legend(fontsize="small")
-    return figure
-
-
-def draw_distances(
-    distances: Mapping[tuple[str, float], Mapping[str, Interval]], floors: Mapping[tuple[str, float], float]
-) -> Figure:
-    """Energy distances with intervals, a column a data set, a row a weight.
-
-    Args:
-        distances: (data set, w) -> method -> distance.
-        floors: below which nothing can be told from the target's own draws.
-    """
-    names = list(dict.fromkeys(name for name, _ in distances))
-    weights = list(dict.fromkeys(weight for _, weight in distances))
-    figure, axes = plt.subplots(
-        len(weights),
-        len(names),
-        figsize=(3.2 * len(names), 3.1 * len(weights)),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )
-    for (name, weight), found in distances.items():
-        axis = axes[weights.index(weight), names.index(name)]
-        draw_intervals(axis, found, floors[name, weight])
-        axis.set_title(f"{name.replace('_', ' ')}, $w$ = {weight:g}", fontsize="small")
-    axes[0, 0].set_xlim(3e-4, 1.5)
-    for axis in axes[-1]:
-        axis.set_xlabel("energy distance to the target", fontsize="small")
     return figure

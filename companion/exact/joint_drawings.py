@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from companion.exact.chain import DDPMChain
-from companion.exact.drawings import draw_bars, draw_plane, draw_samples
+from companion.exact.drawings import draw_bars, draw_plane, draw_samples, label_of
 from companion.exact.grids import Grid
 from companion.exact.guided_chain import Convergence
 from companion.exact.line_drawings import draw_over_levels, panels
@@ -55,7 +55,7 @@ def tilt_figure(
     for variance, values in ratios.items():
         colour, line, label = VARIANCE_LOOKS[variance]
         ratio.loglog(levels, values, line[1:], color=colour, label=f"measured, {label}")
-    ratio.set(xlabel="t", ylabel="optimal direction's shift / exact shift", title=f"T = {len(predicted) + 1}, w = 1")
+    ratio.set(xlabel="t", ylabel="optimal / exact shift", title=f"T = {len(predicted) + 1}, w = 1")
     ratio.set_yticks([1, 2, 5, 10], ["1", "2", "5", "10"])
     ratio.minorticks_off()
     ratio.legend(fontsize="small")
@@ -97,7 +97,7 @@ def samples_figure(grid: Grid, drawn: Mapping[str, Mapping[str, Float[Tensor, "c
             draw_plane(axis, grid)
         row[0].set_ylabel(title)
     for axis, name in zip(axes[0], methods, strict=True):
-        axis.set_title(name.replace("_", " "), fontsize="small")
+        axis.set_title(label_of(name), fontsize="small")
     return figure
 
 
@@ -112,7 +112,7 @@ def interval_figure(distances: Mapping[str, Mapping[str, Interval]], floors: Map
     for axis, (title, methods) in zip(axes[0], distances.items(), strict=True):
         draw_bars(axis, methods)
         axis.axvspan(0, max(floors[title], 0), color="0.9", zorder=0, label="two samples of the target")
-        axis.set_yticks(range(len(methods)), [name.replace("_", " ") for name in methods])
+        axis.set_yticks(range(len(methods)), [label_of(name) for name in methods])
         axis.set(xlabel="energy distance to the target (95 % interval)", title=title)
     axes[0, 0].invert_yaxis()
     axes[0, 0].legend(fontsize="small")

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, SymLogNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from companion.exact.grids import Grid
@@ -26,7 +27,7 @@ CLOSER = LinearSegmentedColormap.from_list("closer", [COLOURS["CFG"], "white", C
 
 def panels(rows: int, columns: int, figsize: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
     """A figure and its axes as of `plt.subplots`, but unknown to pyplot: a cell that ends in it shows it once."""
-    figure = Figure(figsize=figsize)
+    figure = Figure(figsize=figsize, layout=ConstrainedLayoutEngine(w_pad=0.09))
     return figure, figure.subplots(rows, columns, **options)
 
 

@@ -48,7 +48,14 @@ def one_step_figure(
         start = grid.points[torch.searchsorted(below, share)][None]
         ends = (kernel.mean(start, t).item(), 0.66), (start.item(), top)
         move.annotate("", *ends, arrowprops={"arrowstyle": "->", "color": "0.3"})
-    move.set(xlim=(-1.2, 3.6), ylim=(0, 2.1), xlabel="x", yticks=[], ylabel="density (the upper one is raised)")
+    move.set(
+        xlim=(-1.2, 3.6),
+        ylim=(0, 2.1),
+        xlabel="x",
+        yticks=[],
+        ylabel="density",
+        title="One step (the start is drawn higher)",
+    )
     move.legend(loc="upper right", fontsize="x-small")
     levels = (kernel.steps, 3 * kernel.steps // 4, kernel.steps // 2, kernel.steps // 4, 0)
     for level, shade in zip(levels, ramp(NOISE_COLOUR, len(levels)), strict=True):
@@ -57,7 +64,7 @@ def one_step_figure(
         rewards.plot(x[held], log_reward[held], color=shade, label=f"claimed, t = {level}")
     held = densities[0] > 1e-3
     rewards.plot(x[held], constant[0][held], color="k", lw=2.5, label="implied by a constant $R_T$, all t")
-    rewards.set(xlim=(-2, 3), ylim=(-9, 6.5), xlabel="x", ylabel=r"$\log\,R_t$, scaled so that $p_t R_t$ has mass 1")
+    rewards.set(xlim=(-2, 3), ylim=(-9, 6.5), xlabel="x", ylabel=r"$\log\,R_t$", title="Rewards ($p_t R_t$ has mass 1)")
     rewards.legend(fontsize="x-small", ncol=2, loc="upper center")
     return figure
 
@@ -112,6 +119,6 @@ def entry_figure(
     for (t, factor), shade in zip(k.items(), ramp(NOISE_COLOUR, len(k))[::-1], strict=True):
         held = densities[t] > 0.01
         axes[-1].plot(grid.axes[0][held], factor[held], color=shade, label=f"t = {t}")
-    axes[-1].set(xlabel="$x_t$", title="K")
+    axes[-1].set(xlabel="$x_t$", ylabel="K", title="REG's factor K")
     axes[-1].legend(fontsize="small")
     return figure

@@ -85,7 +85,7 @@ def k_figure(grid: Grid, k: Mapping[str, Float[Tensor, "steps points"]], levels:
     for axis, (source, values) in zip(axes, k.items(), strict=False):
         image = draw_level_map(axis, grid, values, low=0, high=2, cmap="RdGy_r")
         axis.set(title=f"K, {source}", ylabel="t")
-    figure.colorbar(image, ax=axes[len(k) - 1], extend="both", label="grey below 1, red above")
+    figure.colorbar(image, ax=axes[len(k) - 1], extend="both", label="K (1 is white)")
     for axis, t in zip(axes[len(k) :], levels, strict=True):
         for (source, values), style in zip(k.items(), ("-", "--"), strict=True):
             axis.plot(grid.axes[0], values[t - 1], ls=style, color="k", label=source)

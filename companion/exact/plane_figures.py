@@ -9,11 +9,11 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from companion.exact.comparison import BANDS, Comparison, band_means
-from companion.exact.drawings import draw_density, draw_intervals, draw_matrices, draw_plane, draw_samples
+from companion.exact.comparison import BANDS, Comparison
+from companion.exact.drawings import draw_density, draw_intervals, draw_matrices, draw_plane, draw_samples, label_of
 from companion.exact.grids import Grid
 from companion.exact.sampling import Interval
-from companion.plotting import COLOURS
+from companion.plotting import COLOURS, line_of
 
 Key = tuple[str, float]
 """A problem's name and its weight w."""
@@ -54,22 +54,25 @@ def draw_produced(
 ) -> Figure:
     """A row for each problem: samples of every method over the target in grey, titled with their distance to it.
 
+    A panel ends where the target does, with a margin of a tenth.
+
     Args:
         samples: by problem and method.
         distances: the same keys; methods without one are titled by their name alone.
     """
     rows, columns = len(samples), len(next(iter(samples.values())))
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.8 * columns, 2.05 * rows), sharex=True, sharey=True, squeeze=False
-    )
+    figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.05 * rows), squeeze=False)
     for row, (key, found) in zip(axes, samples.items(), strict=True):
+        places = grid.points[targets[key].flatten() > 1e-3 * targets[key].max()]
+        middle, reach = places.mean(dim=0).tolist(), 0.55 * float((places.amax(dim=0) - places.amin(dim=0)).max())
         for axis, (name, x) in zip(row, found.items(), strict=True):
-            draw_density(axis, grid, targets[key]).set_alpha(0.35)
+            draw_density(axis, grid, targets[key]).set_alpha(0.25)
             draw_samples(axis, x, COLOURS[name])
-            axis.set(xlim=(-2.2, 2.2), ylim=(-2.2, 2.2))
+            axis.set(xlim=(middle[0] - reach, middle[0] + reach), ylim=(middle[1] - reach, middle[1] + reach))
+            axis.set(xticks=[], yticks=[])
             value = distances[key].get(name)
-            axis.set_title(name if value is None else f"{name}: {value + 0.0:.3f}", fontsize="small")
-        row[0].set_ylabel(f"{key[0].replace('_', ' ')}, $w$ = {key[1]:g}", fontsize="small")
+            axis.set_title(label_of(name) + ("" if value is None else f": {value + 0.0:.3f}"))
+        row[0].set_ylabel(f"{key[0].replace('_', ' ')}, $w$ = {key[1]:g}")
     return figure
 
 
@@ -82,7 +85,9 @@ def draw_directions(comparison: Comparison, t: int, *, arrows: int = 16) -> Figu
     """
     grid, density = comparison.grid, comparison.densities[t]
     fields = {"optimal": comparison.optimal, **comparison.fields}
-    figure, axes = plt.subplots(2, len(fields), figsize=(2.3 * len(fields), 4.9), sharex=True, sharey=True)
+    figure, axes = plt.subplots(
+        2, len(fields), figsize=(2.1 * len(fields) + 0.6, 4.6), sharex=True, sharey=True, layout="compressed"
+    )
     inside = density > 1e-3 * density.max()
     stride = max(1, round(grid.shape[0] / arrows))
     thin = torch.zeros_like(inside)
@@ -94,23 +99,23 @@ def draw_directions(comparison: Comparison, t: int, *, arrows: int = 16) -> Figu
         vectors = -field[t].reshape(-1, 2)[(inside & thin).flatten()]
         lengths = vectors.norm(dim=1)
         units = (vectors / lengths.clamp(min=1e-300)[:, None]).numpy()
-        draw_density(column[0], grid, density).set_alpha(0.3)
         column[0].quiver(
-            *places.T.numpy(), *units.T, lengths.numpy(), cmap="viridis", norm=norm, angles="xy", scale_units="xy",
+            *places.T.numpy(), *units.T, lengths.numpy(), cmap="Reds", norm=norm, angles="xy", scale_units="xy",
             scale=1 / (0.85 * stride * grid.spacing[0]), width=0.013, headwidth=3, headlength=3.5, headaxislength=3,
         )  # fmt: skip
-        column[0].set_title(name, fontsize="small", color=COLOURS[name])
+        column[0].set_title(label_of(name), color=COLOURS[name])
         error = (field - comparison.optimal)[t].norm(dim=-1).masked_fill(~inside, float("nan"))
         left, right, bottom, top = grid.lows[0], grid.highs[0], grid.lows[1], grid.highs[1]
         image = column[1].imshow(
-            error.T.numpy(), origin="lower", extent=(left, right, bottom, top), cmap="viridis", norm=norm
+            error.T.numpy(), origin="lower", extent=(left, right, bottom, top), cmap="Reds", norm=norm
         )
         draw_plane(column[1], grid)
         for axis in column:
             axis.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
-    axes[0, 0].set_ylabel(f"{comparison.data.name}, $w$ = {comparison.weight:g}\ngradient")
+    axes[0, 0].set_ylabel("direction")
     axes[1, 0].set_ylabel("error")
-    figure.colorbar(image, ax=axes, label="length, in units of ε", shrink=0.8)
+    figure.suptitle(f"{comparison.data.name}, $w$ = {comparison.weight:g}, $t$ = {t} of {comparison.chain.steps}")
+    figure.colorbar(image, ax=axes, label="length, in units of ε")
     return figure
 
 
@@ -142,34 +147,37 @@ def draw_k(comparison: Comparison, steps: Sequence[int], *, spacing: float = 0.4
 def draw_distances(distances: Mapping[Key, Mapping[str, Interval]], floors: Mapping[Key, float]) -> Figure:
     """A panel for each problem: every method's distance with its interval, on one axis; the noise floor is shaded."""
     columns = -(-len(distances) // 2)
-    figure, axes = plt.subplots(2, columns, figsize=(2.15 * columns, 4.6), sharey=True, squeeze=False)
-    flat = axes.T.flatten()
-    for axis, (key, found) in zip(flat, distances.items(), strict=False):
+    rows = max(map(len, distances.values()))
+    figure, axes = plt.subplots(
+        2, columns, figsize=(3.2 * columns, 0.55 * rows + 1.3), sharex=True, sharey=True, squeeze=False
+    )
+    limits = []
+    for axis, (key, found) in zip(axes.flat, distances.items(), strict=False):
         draw_intervals(axis, found, floors[key])
-        axis.set_title(f"{key[0].replace('_', ' ')}, $w$ = {key[1]:g}", fontsize="x-small")
-    left = min(axis.get_xlim()[0] for axis in flat[: len(distances)])
-    right = max(axis.get_xlim()[1] for axis in flat[: len(distances)])
-    for axis in flat[: len(distances)]:
-        axis.set_xlim(left, right)
-        axis.set_xticks([0, 1e-3, 1e-2, 1e-1], ["0", "", "0.01", "0.1"])
-        axis.minorticks_off()
+        axis.set_title(f"{key[0].replace('_', ' ')}, $w$ = {key[1]:g}")
+        limits += axis.get_xlim()
+    axes[0, 0].set_xlim(min(limits), max(limits))
+    ticks = {0: "0", 0.01: "0.01", 0.1: "0.1"} | ({1: "1"} if max(limits) > 1 else {})
+    axes[0, 0].set_xticks(list(ticks), list(ticks.values()))
+    axes[0, 0].minorticks_off()
     for axis in axes[-1]:
-        axis.set_xlabel("energy distance", fontsize="x-small")
+        axis.set_xlabel("energy distance to the target")
     return figure
 
 
-def draw_error_bands(errors: Mapping[str, Mapping[str, Float[Tensor, " steps"]]]) -> Figure:
-    """A panel for each problem: every method's mean error in each third of the steps (`BANDS`), logarithmic.
+def draw_bands(found: Mapping[str, Mapping[str, Mapping[str, float]]], ylabel: str) -> Figure:
+    """A panel for each problem: one number for every method and third of the steps.
 
     Args:
-        errors: by problem and method, for t = 1 … T.
+        found: problem -> method -> band (`BANDS`) -> value.
     """
-    figure, axes = plt.subplots(1, len(errors), figsize=(2.6 * len(errors) + 1.2, 2.8), sharey=True, squeeze=False)
-    for axis, (problem, found) in zip(axes[0], errors.items(), strict=True):
-        for name, values in found.items():
-            means = band_means(values)
-            axis.plot(BANDS, [means[band] for band in BANDS], "o-", color=COLOURS[name], label=name, markersize=4)
-        axis.set(yscale="log", title=problem)
-    axes[0, 0].set_ylabel("mean error, units of ε")
-    axes[0, -1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure, axes = plt.subplots(1, len(found), figsize=(2.9 * len(found) + 1.4, 3.0), sharey=True, squeeze=False)
+    for axis, (problem, methods) in zip(axes[0], found.items(), strict=True):
+        for index, (name, values) in enumerate(methods.items()):
+            line = [values[band] for band in BANDS]
+            axis.plot(BANDS, line, marker="osDv"[index % 4], label=label_of(name), markersize=5, **line_of(name))
+        axis.set_title(problem)
+        axis.margins(x=0.15)
+    axes[0, 0].set_ylabel(ylabel)
+    axes[0, -1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

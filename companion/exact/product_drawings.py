@@ -68,7 +68,7 @@ def chord_figure(grid: Grid, chords: Mapping[tuple[int, float], Chord], k: Float
     axes[0].legend(fontsize="x-small")
     image = draw_level_map(axes[-1], grid, k, low=0, high=2, cmap="RdGy_r")
     axes[-1].set(title="K", ylabel="t")
-    figure.colorbar(image, ax=axes[-1], label="grey below 1, red above")
+    figure.colorbar(image, ax=axes[-1], label="K (1 is white)")
     return figure
 
 
@@ -84,13 +84,14 @@ def split_maps_figure(
     sizes = {title: getattr(splits[product], part)[t].norm(dim=-1) for title, product, part in shown}
     highest = float(sizes["total, CFG"].quantile(0.99))
     figure, axes = panels(1, len(shown), figsize=(13, 2.9), sharey=True)
+    figure.suptitle(f"Size of each part at t = {t}", fontsize="medium")
     for axis, (title, size) in zip(axes, sizes.items(), strict=True):
         image = draw_map(axis, grid, size, highest=highest, cmap="Reds")
         axis.contour(*grid.axes, density.T, levels=3, colors="k", linewidths=0.6)
         axis.set_title(title, fontsize="small")
         axis.set_xlabel("$x_1$")
     axes[0].set_ylabel("$x_2$")
-    figure.colorbar(image, ax=axes, label=f"units of ε, t = {t}", extend="max", shrink=0.85)
+    figure.colorbar(image, ax=axes, label="units of ε", extend="max")
     return figure
 
 

@@ -62,12 +62,12 @@ def draw_best(best: Mapping[Place, tuple[float, Interval]], strengths: Sequence[
             mark = {min(strengths): " ←", max(strengths): " →"}.get(strength, "")
             axis.annotate(
                 f"{strength:g}{mark}", (1000 * high, place), xytext=(4, 0), textcoords="offset points", va="center",
-                fontsize=7,
+                fontsize=8,
             )  # fmt: skip
         axis.axvline(0, color="0.6", lw=1)
         axis.set(title=problem.replace("_", " "), xlabel="energy distance to the target, thousandths")
     axes[0, 0].set(yticks=range(len(variants)), yticklabels=variants, ylim=(len(variants) - 0.5, -0.5))
     for label, name, marker in (("alone", "CFG", "o"), ("rectified", "REG", "s")):
         axes[0, 0].plot([], [], f"{marker}-", color=COLOURS[name], label=label)
-    axes[0, 0].legend(fontsize="small", loc="lower right")
+    figure.legend(loc="outside upper center", ncols=2)
     return figure

@@ -6,7 +6,7 @@ conditional and of the reference branch, `K = α ∂x̂_0/∂x`; rectified guida
     factor = ρ_c / (ρ_c + (1+w) max(ρ_u - ρ_c, 0)),    ρ = ⟨Δ, KΔ⟩ / ⟨Δ, Δ⟩,
 
 one number from 0 to 1. It is 1, CFG, where both branches are equally certain, however certain that is,
-and small where the condition has settled what the reference leaves open. Where the reference is the *more* certain one,
+and small where the condition determines what the reference leaves open. Where the reference is the *more* certain one,
 which for Gaussian data would ask for more than CFG and for other data is a warning, it stays 1.
 """
 

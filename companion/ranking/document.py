@@ -5,9 +5,9 @@ from pathlib import Path
 from companion.ranking.ranking import Ranking
 from companion.ranking.report import counted, markdown_table, rules_table
 from companion.ranking.standings import Duel, Kind, duel
-from companion.ranking.suites import LINE, MANY, PLANE, SETTLED, UNCONDITIONAL, WEAKER, suite_problems
+from companion.ranking.suites import LINE, MANY, PLANE, SEPARATED, UNCONDITIONAL, WEAKER, suite_problems
 
-LEAGUES = (SETTLED, LINE, PLANE, MANY, UNCONDITIONAL, WEAKER)
+LEAGUES = (SEPARATED, LINE, PLANE, MANY, UNCONDITIONAL, WEAKER)
 SIDE_BY_SIDE = ("CFG", "REG", "covariance", "interval", "none")
 RIVALS: tuple[tuple[str, Kind], ...] = (
     ("CFG", "nominal"),
@@ -58,7 +58,7 @@ def _leagues(ranking: Ranking) -> str:
     lines = [f"| situation | {' | '.join(SIDE_BY_SIDE)} |", "|---|" + "---|" * len(SIDE_BY_SIDE)]
     for situation in LEAGUES:
         if situation in ranking.situations:
-            intervals = [ranking.standing(name, situation).left for name in SIDE_BY_SIDE]
+            intervals = [ranking.standing(name, situation).distance for name in SIDE_BY_SIDE]
             cells = [f"{value:.2f} [{low:.2f}, {high:.2f}]" for low, value, high in intervals]
             lines.append(f"| {situation} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The ranking in one figure: which rule, for which situation, at what price."""
+"""The ranking in one figure: which rule, for which situation."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,33 +14,30 @@ from companion.ranking.rules import rectified, schedules
 from companion.ranking.sampler import Chain, noise_levels, push_forward
 from companion.ranking.standings import Standing, standings
 
-_SHOWN = {"none": "unguided", "CFG": "CFG", "REG": "jvp", "covariance": "covariance"}
-_LEFT_OUT = ("REG, diagonal", "REG, every 3rd")
+_STYLES = {"none": "unguided", "CFG": "CFG", "REG": "jvp", "covariance": "covariance"}
+RULES = ("none", "CFG", "interval", "APG", "CFG-Zero*", "CFG++", "REG", "covariance", "rejection")
+"""The best-known rules."""
 _LOWEST, _HIGHEST = 0.015, 60.0
 
 
-def draw_ranking(ranking: Ranking) -> Figure:
-    """A row for every rule, a panel for every situation, and the price in front.
+def draw_ranking(ranking: Ranking, rules: Sequence[str] = RULES) -> Figure:
+    """A panel for every situation, a row for every rule.
 
-    A dot is the median share of no guidance's distance that is left, with its 95 % interval; a cross is the median at
-    the strength that an oracle chooses. Filled dots are tied with the best of their situation.
+    A dot is the median distance to the truth, no guidance's being 1, with its 95 % interval; a cross is the median at
+    the strength that an oracle chooses. Filled dots are tied with the best of all rules in their situation.
     """
     found = {s: {x.rule: x for x in standings(ranking.problems, s)} for s in ranking.situations}
     oracle = {s: {x.rule: x for x in standings(ranking.problems, s, "oracle")} for s in ranking.situations}
-    names = [name for name in _by_mean_rank(found) if name not in _LEFT_OUT]
-    figure, axes = plt.subplots(
-        1,
-        1 + len(found),
-        figsize=(2.4 + 2.1 * len(found), 0.27 * len(names) + 1.3),
-        sharey=True,
-        width_ratios=[0.7, *[1.0] * len(found)],
-    )
-    _draw_prices(axes[0], names, found)
-    for axis, situation in zip(axes[1:], found, strict=True):
+    names = [name for name in rules if any(name in some for some in found.values())]
+    columns = min(3, len(found))
+    rows = -(-len(found) // columns)
+    size = 3.2 * columns + 1, (0.3 * len(names) + 0.8) * rows + 0.3
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
+    for axis, situation in zip(axes.flat, found, strict=False):
         _draw_situation(axis, names, found[situation], oracle[situation])
-        axis.set_title(situation.replace(", ", ",\n"), fontsize="small")
-    axes[0].set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
-    figure.supxlabel("share of no guidance's distance to the truth that is left", fontsize="medium")
+        axis.set_title(situation)
+    axes[0, 0].set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+    figure.supxlabel("distance to the truth, no guidance = 1")
     return figure
 
 
@@ -66,7 +63,7 @@ def draw_produced(problems: Mapping[str, Problem], steps: int = 40) -> tuple[Fig
             axis.plot(line.axes[0], chain.density, **line_of(chain.name), label=chain.name)
         found[title] = {c.name: wasserstein1(line, c.density, target) for c in chains if c.density is not None}
         axis.set(xlim=(-2.6, 2.6), xlabel="$x_0$", yticks=[])
-        axis.set_title(f"{title}, w = {problem.weight:g}", fontsize="small")
+        axis.set_title(f"{title}, w = {problem.weight:g}", fontsize="medium")
     axes[0, 0].legend(fontsize="small")
     return figure, found
 
@@ -79,30 +76,6 @@ def tied_with_best(found: dict[str, Standing]) -> set[str]:
     return {s.rule for s in ranked if s.rank is not None and s.rank.low <= best.rank.high}
 
 
-def _by_mean_rank(found: dict[str, dict[str, Standing]]) -> list[str]:
-    """All rules, those without a rank anywhere last."""
-    names = {name for some in found.values() for name in some}
-
-    def mean(name: str) -> float:
-        places = [some[name].rank for some in found.values() if name in some]
-        values = [place.value for place in places if place is not None]
-        return sum(values) / len(values) if len(values) > 1 else 100.0 - len(values)
-
-    return sorted(names, key=lambda name: (mean(name), name))
-
-
-def _draw_prices(axis: Axes, names: Sequence[str], found: dict[str, dict[str, Standing]]) -> None:
-    for place, name in enumerate(names):
-        prices = [some[name].evaluations for some in found.values() if name in some and some[name].evaluations > 0]
-        if prices:
-            axis.plot([min(prices), max(prices)], [place, place], color="0.6", lw=3)
-            axis.plot(prices, [place] * len(prices), "|", color="0.3", ms=7)
-    axis.set(xscale="log", xlim=(0.8, 40), xticks=[1, 2, 4, 10, 30], xticklabels=["1", "2", "4", "10", "30"])
-    axis.set_title("price\n(none = 1)", fontsize="small")
-    axis.tick_params(axis="x", labelsize="x-small")
-    axis.grid(axis="y", color="0.93")
-
-
 def _draw_situation(axis: Axes, names: Sequence[str], found: dict[str, Standing], oracle: dict[str, Standing]) -> None:
     best = tied_with_best(found)
 
@@ -112,15 +85,14 @@ def _draw_situation(axis: Axes, names: Sequence[str], found: dict[str, Standing]
     for place, name in enumerate(names):
         if name not in found:
             continue
-        low, value, high = found[name].left
-        colour = COLOURS[_SHOWN[name]] if name in _SHOWN else "0.35"
+        low, value, high = found[name].distance
+        colour = COLOURS[_STYLES[name]] if name in _STYLES else "0.35"
         axis.plot([inside(low), inside(high)], [place, place], color=colour, lw=1.2, alpha=0.7)
         full = name in best
         axis.plot(inside(value), place, "o", ms=5.5, color=colour, mfc=colour if full else "white", zorder=3)
         if name in oracle and name != "none":
-            axis.plot(inside(oracle[name].left.value), place, "x", ms=4, color=colour, alpha=0.8)
+            axis.plot(inside(oracle[name].distance.value), place, "x", ms=4, color=colour, alpha=0.8)
     axis.axvline(1, color="0.5", lw=1)
     axis.set(xscale="log", xlim=(_LOWEST / 1.2, _HIGHEST * 1.2), xticks=[0.1, 1, 10], xticklabels=["0.1", "1", "10"])
     axis.minorticks_off()
-    axis.tick_params(axis="x", labelsize="x-small")
     axis.grid(axis="y", color="0.93")

@@ -13,16 +13,16 @@ def text_table(measured: Sequence[dict[str, Any]], situation: str) -> str:
     oracles = {standing.rule: standing for standing in standings(measured, situation, "oracle")}
     found = standings(measured, situation)
     lines = [
-        f"{situation} ({counted(found[0].of)}): share of no guidance's distance to the truth that is left",
-        f"{'rule':20}{'price':>6}{'median':>8}{'95 %':>15}{'worst':>8}{'rank':>17}"
+        f"{situation} ({counted(found[0].of)}): distance to the truth, no guidance = 1",
+        f"{'rule':20}{'cost':>6}{'median':>8}{'95 %':>15}{'worst':>8}{'rank':>17}"
         f"{'| best strength':>17}{'median':>8}{'rank':>17}",
     ]
     for standing in found:
         best = oracles[standing.rule]
         lines.append(
-            f"{standing.rule:20}{_number(standing.evaluations):>6}{_number(standing.left.value):>8}"
-            f"{_ends(standing.left):>15}{_number(standing.worst):>8}{_rank(standing):>17}"
-            f"{_number(best.strength):>17}{_number(best.left.value):>8}{_rank(best):>17}"
+            f"{standing.rule:20}{_number(standing.evaluations):>6}{_number(standing.distance.value):>8}"
+            f"{_ends(standing.distance):>15}{_number(standing.worst):>8}{_rank(standing):>17}"
+            f"{_number(best.strength):>17}{_number(best.distance.value):>8}{_rank(best):>17}"
         )
     return "\n".join(lines)
 
@@ -31,16 +31,17 @@ def markdown_table(measured: Sequence[dict[str, Any]], situation: str) -> str:
     """One situation for a document, the best first."""
     oracles = {standing.rule: standing for standing in standings(measured, situation, "oracle")}
     lines = [
-        "| rule | price | left, median | worst | rank | best strength | left there | rank there |",
+        "| rule | cost | distance, median | worst | rank | best strength | distance there | rank there |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for standing in standings(measured, situation):
         best = oracles[standing.rule]
         name = standing.rule if standing.problems == standing.of else f"{standing.rule} (on {standing.problems})"
         lines.append(
-            f"| {name} | {_number(standing.evaluations)} | {_number(standing.left.value)} {_ends(standing.left)} "
+            f"| {name} | {_number(standing.evaluations)} "
+            f"| {_number(standing.distance.value)} {_ends(standing.distance)} "
             f"| {_number(standing.worst)} | {_rank(standing)} | {_number(best.strength)} "
-            f"| {_number(best.left.value)} {_ends(best.left)} | {_rank(best)} |"
+            f"| {_number(best.distance.value)} {_ends(best.distance)} | {_rank(best)} |"
         )
     return "\n".join(lines)
 

@@ -36,7 +36,7 @@ class Estimate:
     """A distance from samples.
 
     Attributes:
-        energy: unbiased, so slightly negative where nothing is left.
+        energy: unbiased, so slightly negative where the distance is 0.
         sliced: Wasserstein-1 along random directions, averaged.
         replicates: bootstrap replicates of the energy distance, paired with any other estimate of the same ruler.
     """

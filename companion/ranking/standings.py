@@ -1,7 +1,7 @@
 """Who stands where: scores over problems, ranks with intervals, and duels between two rules.
 
-A rule's score on a problem is the share of the unguided chain's distance to the truth that it leaves: 1 is no guidance,
-less is better. On a line that is the Wasserstein-1 distance, elsewhere the square root of the energy distance, which is
+A rule's score on a problem is its distance to the truth in units of the unguided chain's: 1 is no guidance, less is
+better. On a line that is the Wasserstein-1 distance, elsewhere the square root of the energy distance, which is
 a metric. Distances below the noise floor count as the floor.
 """
 
@@ -30,8 +30,8 @@ class Standing:
     Attributes:
         rule, situation: names.
         problems: on how many it was run, of `of`.
-        left: median over problems of the share of no guidance's distance that is left, 95 % bootstrap interval.
-        worst: the largest share, and on which problem.
+        distance: to the truth, in units of no guidance's; median over problems, 95 % bootstrap interval.
+        worst: the largest of these, and on which problem.
         rank: 1 is the best; interval over the bootstrap. None for rules that ran on too few problems.
         evaluations: of networks, for a sample, in multiples of the unguided sampler's; median over problems.
         strength: median of the oracle's choice; 1 for nominal strength.
@@ -41,7 +41,7 @@ class Standing:
     situation: str
     problems: int
     of: int
-    left: Interval
+    distance: Interval
     worst: float
     worst_on: str
     rank: Interval | None
@@ -113,7 +113,7 @@ def standings(measured: Sequence[dict[str, Any]], situation: str, kind: Kind = "
                 _median(chosen),
             )
         )
-    return sorted(found, key=lambda standing: (standing.left.value, standing.rule))
+    return sorted(found, key=lambda standing: (standing.distance.value, standing.rule))
 
 
 @dataclass(frozen=True)

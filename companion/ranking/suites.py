@@ -13,10 +13,10 @@ Suite = Literal["quick", "full"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
 
 LINE, PLANE, MANY = "perfect, 1D", "perfect, 2D", "perfect, 8 to 128D"
-SETTLED = "perfect, settled classes"
+SEPARATED = "perfect, separated classes"
 UNCONDITIONAL, WEAKER = "imperfect, unconditional reference", "imperfect, weaker reference"
-SITUATIONS = (LINE, PLANE, MANY, SETTLED, UNCONDITIONAL, WEAKER)
-"""The groups in which rules are compared. In settled classes the clean picture determines its class, so that R_0 is
+SITUATIONS = (LINE, PLANE, MANY, SEPARATED, UNCONDITIONAL, WEAKER)
+"""The groups in which rules are compared. In separated classes the clean picture determines its class, so that R_0 is
 constant on it and no guidance is the optimum."""
 
 
@@ -36,7 +36,7 @@ def _quick() -> list[list[Problem]]:
         [perfect(toy("shared_mode"), 1.0, LINE), perfect(_random_line(0, 0), 3.0, LINE)],
         [perfect(toy("shared_blobs"), 1.0, PLANE), perfect(toy("isotropic"), 3.0, PLANE)],
         [perfect(low_rank(8, 1), 3.0, MANY)],
-        [perfect(toy("moons"), 1.0, SETTLED)],
+        [perfect(toy("moons"), 1.0, SEPARATED)],
         [imperfect(_narrow(0), 1.0, "blurred", autoguided=False)],
         [imperfect(_narrow(0), 1.0, "blurred", autoguided=True)],
     ]
@@ -53,7 +53,7 @@ def _full() -> list[list[Problem]]:
     sizes = ((8, 1, 0, 1.0), (8, 3, 1, 3.0), (32, 4, 1, 3.0), (32, 2, 1, 1.0), (8, 5, 0, 3.0), (128, 9, 2, 1.0))
     many = [perfect(low_rank(size, seed, shared=shared), w, MANY) for size, seed, shared, w in sizes]
     alone = ("moons", "pinwheel", "circles", "spiral", "swiss_roll", "checkerboard")
-    settled = [perfect(toy(name), weights[i % 2], SETTLED) for i, name in enumerate(alone)]
+    separated = [perfect(toy(name), weights[i % 2], SEPARATED) for i, name in enumerate(alone)]
     repairs = []
     for autoguided in (False, True):
         kinds = [kind for kind in IMPERFECTIONS if kind != "broadened"]  # the same as blurred on a line
@@ -62,7 +62,7 @@ def _full() -> list[list[Problem]]:
         kinds = [*IMPERFECTIONS, "blurred"]
         group[2:2] = [imperfect(d, weights[i % 2], kinds[i], autoguided=autoguided) for i, d in enumerate(wide)]
         repairs.append(group)
-    return [line, plane, many, settled, *repairs]
+    return [line, plane, many, separated, *repairs]
 
 
 def _random_line(seed: int, shared: int) -> Toy:

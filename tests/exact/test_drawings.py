@@ -1,10 +1,9 @@
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 
 from companion.exact import Grid, Interval
-from companion.exact.drawings import draw_density, draw_field, draw_intervals, draw_map, draw_matrices, draw_win_ratios
+from companion.exact.drawings import draw_density, draw_field, draw_intervals, draw_map, draw_matrices
 
 GRID = Grid((-2.0, -1.0), (2.0, 3.0), (40, 40))
 
@@ -40,14 +39,6 @@ def test_ellipses_are_the_matrices(axis):
     assert ellipses.get_heights()[0] == pytest.approx(1)
     angle = np.radians(ellipses.get_angles()[0])
     assert abs(np.cos(angle) * 0.6 + np.sin(angle) * 0.8) == pytest.approx(1)
-
-
-def test_heat_map_shows_every_ratio():
-    ratios = torch.tensor([[0.25, 0.5], [0.75, 1.0]])
-    figure = draw_win_ratios(["a", "b"], ["c", "d"], ratios, cell=(0.6, 0.3))
-    texts = [text.get_text() for text in figure.axes[0].texts]
-    plt.close(figure)
-    assert texts == ["0.25", "0.50", "0.75", "1.00"]
 
 
 def test_intervals_are_drawn_where_they_are(axis):

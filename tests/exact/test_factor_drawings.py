@@ -7,9 +7,8 @@ from matplotlib.colors import to_rgb
 
 from companion.exact.chain import linear_schedule
 from companion.exact.comparison import compare, gains
-from companion.exact.factor_drawings import draw_distances, draw_factors, draw_gains
+from companion.exact.factor_drawings import draw_factors, draw_gains
 from companion.exact.methods import method_fields
-from companion.exact.sampling import Interval
 from companion.exact.toys import toy
 from companion.plotting import COLOURS
 
@@ -38,10 +37,3 @@ def test_gains_are_drawn_in_each_method_s_style():
     fields = method_fields(comparison, ("CFG", "jvp"))
     expected = gains(fields["jvp"], fields["CFG"], comparison.densities)
     np.testing.assert_allclose(lines["REG"].get_ydata(), expected)
-
-
-def test_distances_have_a_panel_for_every_set_and_weight():
-    found = {"CFG": Interval(0.01, 0.02, 0.03), "optimal": Interval(0.0, 0.001, 0.002)}
-    keys = [(name, weight) for name in ("a", "b_c") for weight in (1.0, 3.0)]
-    figure = draw_distances(dict.fromkeys(keys, found), dict.fromkeys(keys, 0.001))
-    assert [axis.get_title() for axis in figure.axes] == ["a, $w$ = 1", "b c, $w$ = 1", "a, $w$ = 3", "b c, $w$ = 3"]

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from companion.exact import Interval, linear_schedule, toy
-from companion.exact.comparison import METHODS, compare, target_density
+from companion.exact.comparison import BANDS, compare, target_density
 from companion.exact.plane_figures import (
+    draw_bands,
     draw_directions,
     draw_distances,
-    draw_error_bands,
     draw_k,
     draw_problems,
     draw_produced,
@@ -70,6 +70,7 @@ def test_distances_share_an_axis_and_bands_their_means(comparison):
     figure = draw_distances(found, {("a", 1.0): 0.001, ("a", 3.0): 0.002})
     assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()
     assert figure.axes[0].get_xlim()[0] < -0.01 < 0.5 < figure.axes[0].get_xlim()[1]
-    values = torch.arange(1.0, 7.0)
-    bands = draw_error_bands({"a": dict.fromkeys(METHODS, values)})
-    np.testing.assert_allclose(bands.axes[0].lines[0].get_ydata(), [5.5, 3.5, 1.5])
+    values = dict(zip((*BANDS, "all"), (0.9, 0.8, 0.7, 0.8), strict=True))
+    [axis] = draw_bands({"a": {"CFG": values, "ones": values}}, "share").axes
+    assert [line.get_label() for line in axis.lines] == ["CFG", "REG, ones"]
+    np.testing.assert_allclose(axis.lines[1].get_ydata(), [0.9, 0.8, 0.7])

@@ -50,7 +50,7 @@ def test_along_an_eigenvector_it_is_the_dense_formula():
 
 
 @given(POSITIVE, POSITIVE, POSITIVE, st.floats(0, 20))
-def test_factor_shrinks_with_what_the_condition_has_settled(first, second, scale, weight):
+def test_factor_shrinks_with_what_the_condition_determines(first, second, scale, weight):
     c, u = torch.tensor([min(first, second)]), torch.tensor([max(first, second)])
     factor = covariance_factor(c, u, weight)
     assert 0 < factor <= 1

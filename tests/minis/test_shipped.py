@@ -18,7 +18,7 @@ from companion.minis.scenes import COLOURS, SHAPES, labels, render, scene
 from companion.minis.shipping import WEIGHTS, ship
 from companion.pipelines.adm.classifier import EMBEDDED_CLASSIFIERS, is_noise_aware, off_the_shelf_classifier
 
-# At least this share of asked-for shapes: a little less than the cards say of many.
+# At least this share of requested shapes: a little less than the cards say of many.
 TEXT_CONDITIONAL = {"mini-sd": 0.8, "mini-sd-v": 0.8, "mini-flow": 0.6}
 SEED = 12345  # neither a training seed nor the one that the cards were measured with
 

@@ -145,8 +145,8 @@ def test_suites(suite):
         if problem.situation.startswith("perfect") and problem.prior is not None:
             x = problem.data.sample(400, generator())
             probability = problem.log_class_probability(x).exp()
-            settled = float(((probability > 0.02) & (probability < 0.98)).double().mean()) < 0.06
-            assert settled == (problem.situation == "perfect, settled classes"), problem.name
+            separated = float(((probability > 0.02) & (probability < 0.98)).double().mean()) < 0.06
+            assert separated == (problem.situation == "perfect, separated classes"), problem.name
 
 
 def test_unknown_suites_are_refused():

@@ -35,7 +35,9 @@ def test_scores_are_shares_of_no_guidance_and_ranks_follow():
     measured = made_up(none=lambda i: 0.4 + 0.01 * i, CFG=lambda i: 0.1 + 0.0025 * i, REG=lambda i: 0.8 + 0.02 * i)
     found = {standing.rule: standing for standing in standings(measured, "test")}
     assert [standing.rule for standing in standings(measured, "test")] == ["CFG", "none", "REG"]
-    assert found["CFG"].left == pytest.approx((0.25, 0.25, 0.25)) and found["REG"].left.value == pytest.approx(2)
+    assert found["CFG"].distance == pytest.approx((0.25, 0.25, 0.25)) and found["REG"].distance.value == pytest.approx(
+        2
+    )
     assert [found[name].rank for name in ("CFG", "none", "REG")] == [(1, 1, 1), (2, 2, 2), (3, 3, 3)]
     assert found["CFG"].evaluations == 1 and found["CFG"].problems == found["CFG"].of == 12
 
@@ -51,8 +53,8 @@ def test_rules_that_take_turns_are_tied():
 
 def test_distances_off_a_line_are_square_roots_and_bounded_by_the_floor():
     measured = made_up(dimension=2, none=lambda i: 0.04, CFG=lambda i: 0.01, REG=lambda i: -0.001)
-    left = {standing.rule: standing.left.value for standing in standings(measured, "test")}
-    assert left["CFG"] == pytest.approx(0.5) and left["REG"] == pytest.approx((0.003 / 0.04) ** 0.5)
+    found = {standing.rule: standing.distance.value for standing in standings(measured, "test")}
+    assert found["CFG"] == pytest.approx(0.5) and found["REG"] == pytest.approx((0.003 / 0.04) ** 0.5)
 
 
 def test_failures_are_the_worst_and_missing_rules_have_no_rank():
@@ -60,7 +62,7 @@ def test_failures_are_the_worst_and_missing_rules_have_no_rank():
     measured[0]["cells"]["CFG"] = {"failure": "rule 'CFG' …"}
     found = {standing.rule: standing for standing in standings(measured, "test")}
     assert found["CFG"].worst == float("inf") and found["CFG"].worst_on == "problem 0"
-    assert found["CFG"].left.value == pytest.approx(0.1)
+    assert found["CFG"].distance.value == pytest.approx(0.1)
     assert found["REG"].rank is None and found["REG"].problems == 6
 
 
@@ -103,7 +105,7 @@ def test_ones_own_rule_gets_a_place(quick):
     said = []
     ranking = rank(my_rule, against=["REG"], report=said.append)
     own, cfg = (ranking.standing(name, "perfect, 1D") for name in ("my_rule", "CFG"))
-    assert own.left == pytest.approx(cfg.left) and own.rank == cfg.rank
+    assert own.distance == pytest.approx(cfg.distance) and own.rank == cfg.rank
     assert "my_rule" in ranking.text() and len(said) == 2
     with pytest.raises(ValueError, match="rule 'APG' was not run in situation"):
         ranking.standing("APG", "perfect, 1D")
@@ -169,4 +171,4 @@ def test_the_document_shows_the_example_that_works(quick):
     exec(code.replace("print(rank(my_rule).text())", ""), names)
     assert len(code.splitlines()) <= 14
     ranking = rank(names["my_rule"], against=[], report=lambda line: None)
-    assert ranking.standing("my_rule", "perfect, 1D").left.value < 1
+    assert ranking.standing("my_rule", "perfect, 1D").distance.value < 1

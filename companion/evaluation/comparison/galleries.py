@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -72,7 +73,7 @@ def show_gallery(gallery: Gallery, columns: int = 10) -> Drawing:
 
 
 def compared(gallery: Gallery, asked: Scene, captions: bool) -> dict[str, Comparison]:
-    """REG less CFG, pair by pair: recognised, shape (and with captions every attribute) met, residual.
+    """REG minus CFG, pair by pair: recognised, shape (and with captions every attribute) met, residual.
 
     Args:
         asked: a scene that the caption describes, or of the class.
@@ -95,13 +96,13 @@ def _inverted(pictures: Sequence[Image.Image], asked: Scene) -> Inversion:
 def draw_changes(galleries: Mapping[str, Gallery], shown: int = 3) -> Drawing:
     """Of each model the mean difference of its pairs, and the pairs that differ most and least."""
     figure, axes = plt.subplots(
-        len(galleries), 2, figsize=(10.5, 2.5 * len(galleries)), width_ratios=(1, 3.6), squeeze=False
+        len(galleries), 2, figsize=(11, 2.7 * len(galleries)), width_ratios=(1.15, 3.6), squeeze=False
     )
     for (name, gallery), (left, right) in zip(galleries.items(), axes, strict=True):
         gaps = gallery.gaps()
         image = left.imshow(gaps.mean(axis=0), cmap="cividis", vmin=0)
-        figure.colorbar(image, ax=left, shrink=0.8)
-        left.set(title=f"{name}: mean difference", xticks=[], yticks=[])
+        figure.colorbar(image, ax=left, shrink=0.8, ticks=MaxNLocator(4))
+        left.set(title=f"{name}, mean of all pairs", xticks=[], yticks=[])
         size = gaps.mean(axis=(1, 2))
         order = size.argsort()
         chosen = [*order[::-1][:shown], *order[:shown]]
@@ -109,7 +110,7 @@ def draw_changes(galleries: Mapping[str, Gallery], shown: int = 3) -> Drawing:
         right.imshow(np.concatenate(columns, axis=1))
         right.set(xticks=32 + 64 * np.arange(2 * shown), yticks=(32, 96), yticklabels=SIDES)
         right.set_xticklabels([f"{i}: {size[i]:.3f}" for i in chosen], fontsize="small")
-        right.set_title(f"differ most ({shown}), differ least ({shown}): sample and its difference", fontsize="small")
+        right.set_title(f"{shown} pairs that differ most, {shown} that differ least (sample: mean difference)")
         right.tick_params(length=0)
         for side in (*left.spines.values(), *right.spines.values()):
             side.set_visible(False)

@@ -2,9 +2,9 @@
 
 A valid scene is one that `companion.minis.scenes.scene` can draw with one object. A regressor proposes a few templates
 (shape, texture and colour) with places and angles. From the best of some starts each is moved to the least squared
-error by Levenberg and Marquardt's method, within the limits of the law that scenes are drawn from: first with soft
-edges on every second row and column, then sharply on all. The templates that fit worst are dropped on the way, the
-best of the asked-for shape never. Residuals are root mean squares over pixels and channels, of colours in [0, 1].
+error by Levenberg and Marquardt's method, within the limits of the distribution that scenes are drawn from: first with
+soft edges on every second row and column, then sharply on all. The templates that fit worst are dropped on the way, the
+best of the requested shape never. Residuals are root mean squares over pixels and channels, of colours in [0, 1].
 """
 
 import itertools
@@ -43,7 +43,7 @@ _PALETTE = torch.tensor(list(COLOURS.values()))
 _BATCH = 16  # templates at a time: their fields stay in the processor's cache
 _LIKELY = 0.01  # templates less likely than the first by this factor are not tried
 
-# A scene's coordinates are the numbers that its law draws: the place as a share of the room that the radius leaves,
+# A scene's coordinates are the numbers that are drawn for it: the place as a share of the room that the radius leaves,
 # radius, rotation, light, the ground's tone, three tints, shift and angle. Light and angle have no limits, and the
 # shift has its sign.
 _LOW = torch.tensor([0.0, 0.0, SINGLE_RADIUS[0], -ROTATION, -math.inf, TONE[0], *[-TINT] * 3, SHIFT[0], -math.inf])
@@ -73,11 +73,11 @@ class Inversion:
 
     Attributes:
         shape, texture, colour: indices in `SHAPES`, `TEXTURES` and `COLOURS`.
-        place: of the centre, x and y, as shares (0 to 1) of the room that the radius leaves; uniform in the law.
+        place: of the centre, x and y, as shares (0 to 1) of the room that the radius leaves; uniform for scenes.
         radius: pixels.
         rotation: radians; of plain circles and rings it means nothing.
         residual: distance to the nearest valid scene.
-        class_residual: distance to the nearest valid scene of the asked-for shape; None where none was asked for.
+        class_residual: distance to the nearest valid scene of the requested shape; None where none was requested.
         scenes: the nearest scenes themselves, for `companion.minis.scenes.render`.
     """
 
@@ -103,12 +103,12 @@ def invert(
 
     Args:
         images: pictures in [-1, 1].
-        asked: the asked-for shapes, indices in `SHAPES`; a scene of that shape is then among the candidates.
+        asked: the requested shapes, indices in `SHAPES`; a scene of that shape is then among the candidates.
         regressor: proposes; None is the shipped one.
         candidates: templates tried for each picture at most, at least 1; unlikely ones are left out.
 
     Raises:
-        ValueError: pictures of another shape, not finite, not one asked-for class each, or no candidates.
+        ValueError: pictures of another shape, not finite, not one requested class each, or no candidates.
     """
     if images.ndim != 4 or images.shape[1:] != (3, SIZE, SIZE) or not len(images):
         raise ValueError(f"images must be of shape (batch, 3, {SIZE}, {SIZE}), got {tuple(images.shape)}")
@@ -152,7 +152,7 @@ def _split(kind: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _proposed(guess: SceneGuess, candidates: int, asked: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Pictures and templates to be tried, the likeliest ones; the likeliest of the asked-for shape always."""
+    """Pictures and templates to be tried, the likeliest ones; the likeliest of the requested shape always."""
     shape, texture, colour = (logits.log_softmax(dim=1) for logits in (guess.shape, guess.texture, guess.colour))
     joint = (shape[:, :, None, None] + texture[:, None, :, None] + colour[:, None, None, :]).flatten(1)
     best = joint.topk(min(candidates, _KINDS), dim=1)
@@ -167,7 +167,7 @@ def _proposed(guess: SceneGuess, candidates: int, asked: Tensor | None) -> tuple
 
 
 def _coordinates(guess: SceneGuess) -> tuple[Float[Tensor, "batch 11"], Float[Tensor, "batch 1"]]:
-    """Coordinates within their limits, and the sign of the shift: from the end of the ground that the law draws first.
+    """Coordinates within their limits, and the sign of the shift: from the end of the ground that is drawn first.
 
     Where both ends could be the first, both tell the same ground.
     """
@@ -366,7 +366,7 @@ def joined(parts: Sequence[Inversion]) -> Inversion:
 
 
 def attributes_met(found: Inversion, asked: Sequence[Scene]) -> dict[str, Bool[Tensor, " batch"]]:
-    """Whether shape, colour, texture and size (small or large) of each picture's nearest scene are the asked-for ones.
+    """Whether shape, colour, texture and size (small or large) of each picture's nearest scene are the requested ones.
 
     Raises:
         ValueError: not one scene of one object for each picture.

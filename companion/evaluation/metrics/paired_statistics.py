@@ -2,7 +2,7 @@
 
 Sample i of both sets starts from the same noise and the same condition, so most of what scatters in one figure
 scatters alike in the other. The interval of the difference is then far narrower than the two figures' intervals.
-Every comparison is the first set less the second, with a 95 % interval and a two-sided p-value.
+Every comparison is the first set minus the second, with a 95 % interval and a two-sided p-value.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Which residuals are valid, how far a run's scenes are from the law that scenes are drawn from, and what the best
+"""Which residuals are valid, how far a run's scenes are from the distribution of scenes, and what the best
 pictures would score.
 
 A picture is valid if it is no farther from a scene than the autoencoder's blur puts a real scene: the 99th percentile
@@ -70,11 +70,11 @@ def valid_residual(file: Path = THRESHOLD_FILE) -> float:
 
 
 class LawDistance(NamedTuple):
-    """How far a run's values are from their law, and how far as many draws from the law itself would be.
+    """How far a run's values are from their distribution, and how far as many draws from it would be.
 
     Attributes:
         value: total variation of choices, Kolmogorov's distance of numbers; 0 to 1.
-        expected, upper: mean and 95th percentile of that distance for independent draws from the law.
+        expected, upper: mean and 95th percentile of that distance for independent draws from the distribution.
         samples: number of values.
     """
 
@@ -85,20 +85,22 @@ class LawDistance(NamedTuple):
 
 
 def law_distances(found: Inversion) -> dict[str, LawDistance]:
-    """Distances of a run's nearest scenes from the law that scenes are drawn from.
+    """Distances of a run's nearest scenes from the distribution of scenes.
 
     Total variation of colours and textures; Kolmogorov's distance of radii, of places (x and y, as shares of the room
-    that the radius leaves), and of rotations, plain circles and rings left out. All laws are uniform.
+    that the radius leaves), and of rotations, plain circles and rings left out. All are uniform.
 
     Args:
-        found: of pictures of conditions that follow the law, such as the captions of held-out scenes.
+        found: of pictures of conditions that follow the distribution, such as the captions of held-out scenes.
 
     Raises:
         ValueError: every picture shows a plain circle or ring, so there is no rotation to compare.
     """
     turned = found.rotation[_has_rotation(found)]
     if not len(turned):
-        raise ValueError("every picture shows a plain circle or ring: they have no rotation to compare with the law")
+        raise ValueError(
+            "every picture shows a plain circle or ring: they have no rotation to compare with the distribution"
+        )
     low, high = SINGLE_RADIUS
     return {
         "colour": _total_variation(found.colour, len(COLOURS)),
@@ -113,7 +115,7 @@ def law_distances(found: Inversion) -> dict[str, LawDistance]:
 def mean_law_distance(found: Inversion) -> float:
     """The mean of the six `law_distances`: how far a run's variety is from that of the scenes, 0 to 1.
 
-    Fast, for resampling; a set of n pictures drawn from the law itself is at about 1/√n.
+    Fast, for resampling; a set of n pictures drawn from the distribution itself is at about 1/√n.
     """
     low, high = SINGLE_RADIUS
     turned = found.rotation[_has_rotation(found)]
@@ -134,7 +136,7 @@ def _variation(chosen: Int[Tensor, " samples"], kinds: int) -> float:
 
 
 def _largest_gap(uniform: Float[Tensor, " samples"]) -> float:
-    """Kolmogorov's distance from the uniform law on [0, 1]."""
+    """Kolmogorov's distance from the uniform distribution on [0, 1]."""
     ordered, number = uniform.double().clamp(0, 1).sort().values, len(uniform)
     steps = torch.arange(number + 1, dtype=torch.float64) / number
     return float(torch.maximum(steps[1:] - ordered, ordered - steps[:-1]).max())

@@ -100,14 +100,14 @@ class ClassifierPlan(SampledPlan[Row]):
         return as_markdown(cells)
 
     def pairs(self, cells: Sequence[Cell]) -> list[Pair]:
-        """Every rectified cell less the same one without K; every other cell less the first one with a classifier."""
+        """Every rectified cell minus the same one without K; every other cell minus the first one with a classifier."""
         found, first = [], next((cell for cell in cells if cell.settings["row"]["guide"] is not None), None)
         for cell in cells:
             row = cell.settings["row"]
             rectified = row["product"] != "none"
             others = [each for each in cells if label_of(each) == row["method"]] if rectified else [first]
             found += [
-                (f"{label_of(cell)} less {label_of(other)}", cell, other)
+                (f"{label_of(cell)} minus {label_of(other)}", cell, other)
                 for other in others
                 if other is not None and other is not cell and shares_noise(cell, other)
             ]
@@ -260,14 +260,14 @@ def label_of(cell: Cell) -> str:
 
 
 def against_markdown(cells: Sequence[Cell], base: str) -> str:
-    """Every cell without K less one of them, in every metric."""
+    """Every cell without K minus one of them, in every metric."""
     found = {label_of(cell): cell.figures for cell in cells}
     others = [label_of(cell) for cell in cells if cell.settings["row"]["product"] == "none" and label_of(cell) != base]
     return pairs_markdown([(name, found[name], found[base]) for name in others], tuple(METRICS))
 
 
 def rectified_markdown(cells: Sequence[Cell]) -> str:
-    """Every rectified cell less the same one without K, in every metric."""
+    """Every rectified cell minus the same one without K, in every metric."""
     found = {label_of(cell): cell.figures for cell in cells}
     names = [name for name in found if f"{name}, rectified" in found]
     return pairs_markdown([(name, found[f"{name}, rectified"], found[name]) for name in names], tuple(METRICS))

@@ -11,7 +11,7 @@ from companion.evaluation.studies.reuse_errors import ReuseResult
 from companion.evaluation.studies.savings_on_mixtures import LATE, Shares
 from companion.plotting import COLOURS, OTHER_COLOURS
 
-WAYS = {
+PRODUCTS = {
     "published": ("ones, public code", "ones", "x"),
     "ones": ("ones", "ones", "o"),
     "vjp": ("vjp", "vjp", "s"),
@@ -25,20 +25,20 @@ WAYS = {
 def draw_costs(
     measured: Mapping[str, Mapping[str, Mapping[str, float]]], published: Mapping[str, Mapping[str, float]]
 ) -> Figure:
-    """Time and memory of every product in multiples of CFG's, a row a model; the ways of a row stand under one another.
+    """Time and memory of every product in multiples of CFG's, a row a model; its products stand under one another.
 
     Args:
-        measured: model -> `time_ratio` and `memory_ratio` -> way (`WAYS`).
+        measured: model -> `time_ratio` and `memory_ratio` -> product (`PRODUCTS`).
         published: model -> the same two, the paper's own figures; models that it lacks are left out.
     """
     names = list(measured)
     figure, axes = plt.subplots(1, 2, figsize=(12.0, 0.62 * len(names) + 1.2), sharey=True)
-    offsets = np.linspace(-0.3, 0.3, len(WAYS) + 1)
+    offsets = np.linspace(-0.3, 0.3, len(PRODUCTS) + 1)
     for axis, column, label in zip(
         axes, ("time_ratio", "memory_ratio"), ("time", "weights + peak memory"), strict=True
     ):
-        for (way, (shown, colour, marker)), offset in zip(WAYS.items(), offsets, strict=False):
-            values = [measured[name][column][way] for name in names]
+        for (method, (shown, colour, marker)), offset in zip(PRODUCTS.items(), offsets, strict=False):
+            values = [measured[name][column][method] for name in names]
             places = np.arange(len(names)) + offset
             axis.plot(values, places, marker, color=COLOURS[colour], label=shown, ms=8 if marker == "*" else 5)
         theirs = [published.get(name, {}).get(column, np.nan) for name in names]
@@ -58,12 +58,12 @@ def draw_costs(
 
 
 def draw_shares(found: Mapping[str, Shares]) -> Figure:
-    """The share of the guidance direction that K passes against log SNR, a panel a problem; dashed: the law's
-    prediction from the first step; shaded: where the share is below the threshold."""
+    """The share of the guidance direction that K passes against log SNR, a panel a problem; dashed: predicted
+    from the first step; shaded: where the share is below the threshold."""
     figure, axes = plt.subplots(1, len(found), figsize=(2.5 * len(found) + 0.6, 2.9), sharey=True, squeeze=False)
     for axis, (name, shares) in zip(axes[0], found.items(), strict=True):
         axis.plot(shares.log_snr, shares.passed, "o-", color=COLOURS["REG"], ms=3, label=r"$\|K\Delta\|/\|\Delta\|$")
-        axis.plot(shares.log_snr, shares.predicted, "--", color=OTHER_COLOURS[3], lw=1.2, label="the law, from step 1")
+        axis.plot(shares.log_snr, shares.predicted, "--", color=OTHER_COLOURS[3], lw=1.2, label="predicted from step 1")
         step = shares.first_above(LATE)
         if 0 < step < len(shares.log_snr):
             axis.axvspan(shares.log_snr[0], shares.log_snr[step], color="0.92", zorder=0, lw=0)
@@ -75,14 +75,14 @@ def draw_shares(found: Mapping[str, Shares]) -> Figure:
 
 
 def draw_ratios(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """Every picture's distance ratio as a dot, a panel a model, with each way's median and its 95 % interval.
+    """Every picture's distance ratio as a dot, a panel a model, with each method's median and its 95 % interval.
 
     Args:
-        rows: model -> way -> ratios; 1 is as far from REG's picture as CFG's is.
+        rows: model -> method -> ratios; 1 is as far from REG's picture as CFG's is.
     """
     figure, axes = plt.subplots(1, len(rows), figsize=(3.6 * len(rows) + 1.4, 2.9), sharey=True, squeeze=False)
-    for axis, (model, ways) in zip(axes[0], rows.items(), strict=True):
-        for row, ratios in enumerate(ways.values()):
+    for axis, (model, methods) in zip(axes[0], rows.items(), strict=True):
+        for row, ratios in enumerate(methods.values()):
             spread = 0.24 * np.sin(2.4 * np.arange(len(ratios)))  # apart, and the same in every run
             axis.plot(ratios, row + spread, "o", color=COLOURS["auto"], ms=3, alpha=0.6, mew=0)
             median = summary(ratios)[0]
@@ -91,7 +91,7 @@ def draw_ratios(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
         axis.axvline(1, color=COLOURS["CFG"], lw=1.2)
         axis.set(title=model, xlabel="distance to REG's picture, CFG's = 1")
         axis.set_xlim(left=0)
-    axes[0, 0].set(yticks=range(len(ways)), yticklabels=list(ways))
+    axes[0, 0].set(yticks=range(len(methods)), yticklabels=list(methods))
     axes[0, 0].invert_yaxis()
     return figure
 
@@ -101,7 +101,7 @@ def draw_rules(found: Mapping[str, Mapping[str, ReuseResult]], rules: Sequence[s
     Right: the shipped rule evaluated at every 2nd, 3rd and 5th step.
 
     Args:
-        found: data set -> way -> result, the ways named as notebook 07b does.
+        found: data set -> method -> result, the methods named as notebook 07b does.
         rules: names of the rules, from the top.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.2))
@@ -109,13 +109,13 @@ def draw_rules(found: Mapping[str, Mapping[str, ReuseResult]], rules: Sequence[s
         colour, marker = OTHER_COLOURS[index], "oPsv^"[index % 5]
         places = np.arange(len(rules)) + 0.12 * (index - 2)
         errors = [results[f"every 3rd: {rule}"].direction for rule in rules]
-        left.plot(errors, places, marker, color=colour, label=name, ms=6)
+        left.plot(errors, places, marker, color=colour, label=name.replace("_", " "), ms=6)
         chosen = [results[f"every {k}: auto"] for k in ("5th", "3rd", "2nd")]
         cost, error = zip(*((1 + r.share / 2, r.direction) for r in chosen), strict=True)
-        right.plot(cost, error, marker + "-", color=colour, label=name, ms=6)
+        right.plot(cost, error, marker + "-", color=colour, label=name.replace("_", " "), ms=6)
     left.set(xscale="log", yticks=range(len(rules)), yticklabels=rules, xlabel="error of the direction, CFG's = 1")
     left.invert_yaxis()
-    right.set(yscale="log", xlabel="evaluations, multiples of CFG's", ylabel="error of the direction, CFG's = 1")
+    right.set(yscale="log", xlabel="evaluations, multiples of CFG's", ylabel="error, CFG's = 1")
     right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 

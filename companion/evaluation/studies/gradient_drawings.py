@@ -59,7 +59,7 @@ def draw_confidence(found: Mapping[str, Gradients], names: Sequence[str]) -> Fig
     for axis, name in zip(axes[0], names, strict=True):
         one = found[name]
         draw_band(axis, one.timesteps, one.confidence, _RAW, label="of the likeliest class", line="--")
-        draw_band(axis, one.timesteps, one.label, _SHOWN, label="of the class asked for")
+        draw_band(axis, one.timesteps, one.label, _SHOWN, label="of the requested class")
         axis.set_title(name, fontsize="small")
         axis.set_xlabel("timestep t", fontsize="small")
     axes[0, 0].set(ylim=(-0.02, 1.02), ylabel="probability")
@@ -97,15 +97,16 @@ def draw_temperatures(
     """Every loss of `softmax(logits / T)` over T, each in a panel of its own, with the T at which it is smallest."""
     first, last = torch.tensor([0.1, 10.0]).log10().tolist()
     grid = torch.logspace(first, last, 61, dtype=torch.float64)
-    figure, axes = plt.subplots(1, len(losses), figsize=(2.3 * len(losses), 2.6), sharex=True, sharey=True)
-    for axis, (name, loss) in zip(axes, losses.items(), strict=True):
+    columns = -(-len(losses) // 2)
+    figure, axes = plt.subplots(2, columns, figsize=(3.2 * columns, 4.8), sharex=True, sharey=True, squeeze=False)
+    for axis, (name, loss) in zip(axes.flat, losses.items(), strict=False):
         values = losses_over_temperature(logits, labels, loss, grid)
         axis.plot(grid, (values - values.min()) / (values.max() - values.min()), color=_SHOWN)
         axis.axvline(1, color="0.7", lw=1, ls=":")
         axis.plot(wanted[name], 0, "v", color=_RAW, clip_on=False)
-        axis.set_title(f"{name}\nsmallest at T = {wanted[name]:.2f}", fontsize="x-small")
+        axis.set_title(f"{name}\nsmallest at T = {wanted[name]:.2f}", fontsize="medium")
         axis.set(xscale="log", ylim=(0, 0.3), xticks=[0.1, 1, 10], xticklabels=["0.1", "1", "10"])
         axis.minorticks_off()
-    axes[0].set_ylabel("loss, from least to most", fontsize="small")
-    figure.supxlabel("temperature T (below 1: more certain)", fontsize="small")
+    figure.supylabel("loss, from least to most")
+    figure.supxlabel("temperature T (below 1: more certain)")
     return figure

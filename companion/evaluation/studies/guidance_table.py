@@ -57,8 +57,8 @@ class GuidancePlan(SampledPlan[Row]):
         return text.as_markdown(cells)
 
     def pairs(self, cells: Sequence[Cell]) -> list[Pair]:
-        """Every rectified cell less CFG at the same guidance and scale, of the same steps and of as many evaluations;
-        every CFG cell less no guidance."""
+        """Every rectified cell minus CFG at the same guidance and scale, of the same steps and of as many evaluations;
+        every CFG cell minus no guidance."""
         found = []
         for cell in cells:
             for other in cells:
@@ -71,7 +71,7 @@ class GuidancePlan(SampledPlan[Row]):
                 guided = method == "CFG" and against == "no guidance" and one["model"] == two["model"]
                 if (rule or guided) and shares_noise(cell, other):
                     name = f"{one['model']}, {one['guidance']}, scale {one['guidance_scale']:g}, seed {_seed(cell)}"
-                    found.append((f"{name}: {method} less {against}", cell, other))
+                    found.append((f"{name}: {method} minus {against}", cell, other))
         return found
 
 

@@ -92,7 +92,7 @@ def _norm(value: Tensor) -> Float[Tensor, " samples"]:
 
 
 def measured(setting: Setting, pictures: int = PICTURES) -> dict[str, Any]:
-    """One model's errors, picture by picture, and `one_pass` less reuse with 95 % intervals, as plain JSON."""
+    """One model's errors, picture by picture, and `one_pass` minus reuse with 95 % intervals, as plain JSON."""
     pipe = load(setting.model)
     levels: list[float] = []
     pipe.set_progress_bar_config(disable=True)

@@ -51,7 +51,7 @@ def claims_markdown(study: Study, imagenet: Sequence[Cell], coco: Sequence[Cell]
         counts = counted(study, metric, "REG")
         here = f"{metric}: {_text(counts)} (models and scales)"
         rows.append([claim, "Figures 8 to 10", "better", here, outcome(counts)])
-    return table(["claim", "place", "published", "here, REG less CFG", "outcome"], rows)
+    return table(["claim", "place", "published", "here, REG minus CFG", "outcome"], rows)
 
 
 def _published_line(coco: Sequence[Cell], guidance: str) -> list[str]:

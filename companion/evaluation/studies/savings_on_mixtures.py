@@ -53,7 +53,7 @@ class Saving:
         spent: evaluations in multiples of CFG's two a step.
         distance: median distance of the samples to those of full rectification, in units of CFG's.
         energy: energy distance to the target.
-        difference: that, less full rectification's, with a paired 95 % bootstrap interval.
+        difference: that, minus full rectification's, with a paired 95 % bootstrap interval.
     """
 
     spent: float
@@ -87,7 +87,7 @@ def predicted_shares(log_snr: list[float], first: float) -> list[float]:
 
 
 def savings_on_mixture(data: Toy, *, count: int = 500) -> dict[str, Saving]:
-    """CFG, CFG cut off where K passes less than `LATE`, REG, and the ways to save, on a toy's first class.
+    """CFG, CFG cut off where K passes less than `LATE`, REG, and savings in evaluations, on a toy's first class.
 
     Args:
         count: samples, and draws of the target.

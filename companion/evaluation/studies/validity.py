@@ -65,7 +65,7 @@ RESULTS = Path("notebooks/results/validity.json")
 ATTRIBUTES = ("shape", "colour", "texture", "size")
 CEILINGS = ("real scenes", "autoencoder")
 _REFERENCE = 2000  # scenes that the kernel distance compares with
-_RESAMPLES = 200  # of the law distance's paired bootstrap
+_RESAMPLES = 200  # of the distribution distance's paired bootstrap
 _CHUNK = 100
 
 
@@ -83,13 +83,13 @@ class Measured:
 
     @property
     def numbers(self) -> dict[str, Float[Tensor, " samples"]]:
-        """Residual to the nearest scene and to the nearest of the asked-for shape; the kernel distance's values; of
+        """Residual to the nearest scene and to the nearest of the requested shape; the kernel distance's values; of
         captions, the CLIP score."""
         names = ("residual", "class_residual", "kid", *(("clip_score",) if self.captions else ()))
         return {name: self.scores[name] for name in names}
 
     def shares(self, largest: float) -> dict[str, Bool[Tensor, " samples"]]:
-        """Whether each picture is valid, is recognised, and has every asked-for attribute of its nearest scene."""
+        """Whether each picture is valid, is recognised, and has every requested attribute of its nearest scene."""
         asked = ATTRIBUTES if self.captions else ATTRIBUTES[:1]
         met = torch.stack([self.scores[name] > 0.5 for name in asked]).all(dim=0)
         return {
@@ -121,7 +121,7 @@ def nearest(found: Float[Tensor, "samples 7"]) -> Inversion:
 
 
 def law_distance(found: Float[Tensor, "samples 7"]) -> float:
-    """Mean distance of the nearest scenes from the law that scenes are drawn from, 0 to 1."""
+    """Mean distance of the nearest scenes from the distribution of scenes, 0 to 1."""
     return mean_law_distance(nearest(found))
 
 
@@ -132,7 +132,7 @@ def row_figures(row: Measured, largest: float) -> dict[str, Figure]:
 
 
 def comparisons(first: Measured, second: Measured, largest: float) -> dict[str, Comparison]:
-    """First less second, pair by pair."""
+    """First minus second, pair by pair."""
     found = {name: paired_means(values, second.numbers[name]) for name, values in first.numbers.items()}
     shares = second.shares(largest)
     found |= {name: mcnemar(values, shares[name]) for name, values in first.shares(largest).items()}
@@ -202,7 +202,7 @@ class KernelDistance:
 
 
 def ceilings(samples: int, kernel: KernelDistance) -> dict[str, Measured]:
-    """The asked-for scenes themselves, and what the autoencoder makes of them: the best that a model could draw."""
+    """The requested scenes themselves, and what the autoencoder makes of them: the best that a model could draw."""
     asked, scorer = asked_scenes(samples), Scorer()
     real = render(asked)
     pictures = {"real scenes": real, "autoencoder": reconstructed(load_autoencoder(), real)}

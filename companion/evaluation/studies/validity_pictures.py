@@ -56,7 +56,7 @@ class Scorer:
         return SceneClip()
 
     def __call__(self, images: Float[Tensor, "samples 3 64 64"], asked: Sequence[Scene]) -> dict[str, Tensor]:
-        """Per picture: residual to the nearest scene and to the nearest of the asked-for shape (RMSE of colours in
+        """Per picture: residual to the nearest scene and to the nearest of the requested shape (RMSE of colours in
         [0, 1]); whether an independent classifier recognises the shape; whether shape, colour, texture and size are
         those asked for (0 or 1); the CLIP score (0 to 100); the nearest scene, as `FOUND`.
 

@@ -13,7 +13,7 @@ from companion.plotting import COLOURS
 
 
 def draw_differences(cells: Sequence[Cell], scores: Mapping[str, Mapping[str, Float[Tensor, " samples"]]]) -> Figure:
-    """Each row's CLIP score less that of no guidance, picture by picture, with Student's interval."""
+    """Each row's CLIP score minus that of no guidance, picture by picture, with Student's interval."""
     row = Row("CFG", guidance_scale=1.0)
     others = [cell for cell in cells if cell.name != row.name]
     figure, axis = plt.subplots(figsize=(7.5, 0.28 * len(others) + 1.0))
@@ -25,8 +25,7 @@ def draw_differences(cells: Sequence[Cell], scores: Mapping[str, Mapping[str, Fl
         axis.plot(gap.value, place, "o" if plain else "s", color=colour, ms=5)
     axis.axvline(0, color="0.6", lw=1)
     axis.set(yticks=range(len(others)), yticklabels=[_label(cell) for cell in others], ylim=(len(others) - 0.5, -0.5))
-    axis.tick_params(axis="y", labelsize="small")
-    axis.set_xlabel("CLIP score less that of no guidance, same captions and noise; 95 % interval", fontsize="small")
+    axis.set_xlabel("CLIP score minus that of no guidance (95 % interval)")
     return figure
 
 

@@ -37,11 +37,11 @@ METRICS: Mapping[str, Metric] = {
     "valid": Metric("valid", 0, 100, "%", "high"),
     "recognised": Metric("recognised", 0, 100, "%", "high"),
     "attributes": Metric("attributes met", 0, 100, "%", "high"),
-    "law_distance": Metric("distance from the law", 1, 100, "%", "low"),
+    "law_distance": Metric("distribution distance", 1, 100, "%", "low"),
     "kid": Metric("KID", 2, 1, "", "low"),
     "clip_score": Metric("CLIP score", 1, 1, "", "high"),
 }
-"""Residual: RMSE to the nearest scene, in thousandths of the range of colours. Distance from the law: lack of variety.
+"""Residual: RMSE to the nearest scene, in thousandths of the range of colours. Distribution distance: lack of variety.
 KID: `kernel_distance` to held-out scenes, in the regressor's features.
 """
 
@@ -104,7 +104,7 @@ def read_study(file: Path) -> Study:
 
 @dataclass(frozen=True)
 class Difference:
-    """A method less another, pair by pair.
+    """A method minus another, pair by pair.
 
     Args:
         row: of the method.
@@ -187,7 +187,7 @@ class EqualStrength(NamedTuple):
     Attributes:
         model: its name.
         shares: the recognised shares at which they are compared, from above no guidance's to the largest both reach.
-        difference: of the metric, method less CFG, mean over those shares; None where either does not raise the share.
+        difference: of the metric, method minus CFG, mean over those shares; None where either does not raise the share.
         verdict: `better`, `worse` or `undecided`.
     """
 

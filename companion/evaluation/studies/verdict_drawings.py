@@ -1,4 +1,4 @@
-"""Figures of the verdict: paired differences from CFG over all models, and every figure over the guidance scale."""
+"""Figures of the verdict: paired differences from CFG over all models, and figures over the guidance scale."""
 
 from collections.abc import Sequence
 
@@ -20,57 +20,41 @@ _STYLES = {
     "covariance": "covariance",
 }
 _MARKERS = {"CFG": "o", "REG": "o", "REG, auto": "P", "REG, ones": "v", "interval": "D", "covariance": "*"}
-PANELS = ("residual", "valid", "recognised", "attributes", "law_distance")
 
 
-def draw_verdict(study: Study, metrics: Sequence[str] = PANELS, methods: Sequence[str] | None = None) -> Figure:
-    """Method less CFG at the same scale, from the same noise, by model and scale: a panel a metric, and the cost.
+def draw_verdict(study: Study, metrics: Sequence[str], methods: Sequence[str]) -> Figure:
+    """Method minus CFG at the same scale, from the same noise, by model and scale: a panel a metric.
 
     Bars are 95 % intervals. A marker is filled where Holm's method, over a method's models and scales, decides.
 
     Args:
         study: the committed figures.
         metrics: of `verdict.METRICS`.
-        methods: which; None is all that are measured.
+        methods: of `study.methods`.
     """
-    shown = study.methods if methods is None else list(methods)
     places = {(row.model, row.guidance_scale): 0.0 for row in study.rows if row.method == "CFG"}
     for number, (model, scale) in enumerate(sorted(places, key=lambda at: (study.models.index(at[0]), at[1]))):
         places[model, scale] = number + 0.4 * study.models.index(model)
-    figure, axes = plt.subplots(
-        1, len(metrics) + 1, figsize=(2.3 * (len(metrics) + 1), 0.52 * len(places) + 1.6), sharey=True
-    )
-    for axis, metric in zip(axes, metrics, strict=False):
+    height = (0.2 + 0.12 * len(methods)) * len(places) + 1.4
+    figure, axes = plt.subplots(1, len(metrics), figsize=(3.6 * len(metrics) + 1.6, height), sharey=True, squeeze=False)
+    for axis, metric in zip(axes[0], metrics, strict=True):
         about = METRICS[metric]
-        for method in shown:
-            shift = 0.14 * (shown.index(method) - (len(shown) - 1) / 2)
-            colour = plotting.COLOURS[_STYLES[method]]
+        for index, method in enumerate(methods):
+            shift, colour = 0.18 * (index - (len(methods) - 1) / 2), plotting.COLOURS[_STYLES[method]]
             for each in differences(study, metric, method):
                 found = each.figure.scaled(about.factor)
                 at = places[each.row.model, each.row.guidance_scale] + shift
-                axis.plot([found.low, found.high], [at, at], color=colour, linewidth=1.4)
+                axis.plot([found.low, found.high], [at, at], color=colour, linewidth=1.6)
                 face = "white" if each.verdict == "undecided" else colour
-                axis.plot(found.value, at, _MARKERS[method], color=colour, markerfacecolor=face, markersize=5)
+                axis.plot(found.value, at, _MARKERS[method], color=colour, markerfacecolor=face, markersize=6)
         axis.axvline(0, color="black", linewidth=0.8)
         arrow = "← better" if about.better == "low" else "better →"
-        axis.set_title(f"Δ {about.heading}{', ' * bool(about.unit)}{about.unit}\n{arrow}", fontsize="small")
-    _draw_cost(axes[-1], study, shown, places)
-    axes[0].set_yticks(list(places.values()), [f"{model}, scale {scale:g}" for model, scale in places])
-    axes[0].invert_yaxis()
-    handles = [_handle(method) for method in shown]
-    figure.legend(handles, shown, loc="outside lower center", ncols=len(shown), fontsize="small")
+        axis.set_title(f"Δ {about.heading}{', ' * bool(about.unit)}{about.unit}   {arrow}", fontsize="medium")
+    axes[0, 0].set_yticks(list(places.values()), [f"{model}, scale {scale:g}" for model, scale in places])
+    axes[0, 0].invert_yaxis()
+    if len(methods) > 1:
+        figure.legend([_handle(name) for name in methods], methods, loc="outside lower center", ncols=len(methods))
     return figure
-
-
-def _draw_cost(axis: Axes, study: Study, methods: Sequence[str], places: dict[tuple[str, float], float]) -> None:
-    for method in methods:
-        colour, shift = plotting.COLOURS[_STYLES[method]], 0.14 * (methods.index(method) - (len(methods) - 1) / 2)
-        own = [row for row in study.rows if row.method == method and row.cfg in study.rows]
-        at = [places[row.model, row.guidance_scale] + shift for row in own]
-        axis.plot([study.cost(row) for row in own], at, _MARKERS[method], color=colour, markersize=5)
-    axis.axvline(1, color="black", linewidth=0.8)
-    axis.set_title("evaluations, CFG = 1\n← cheaper", fontsize="small")
-    axis.set_xlim(left=0)
 
 
 def _handle(method: str) -> Line2D:
@@ -88,7 +72,7 @@ def draw_scales(
     """
     models = study.models
     figure, axes = plt.subplots(
-        len(metrics), len(models), figsize=(3.1 * len(models) + 0.4, 2.1 * len(metrics) + 0.5), squeeze=False,
+        len(metrics), len(models), figsize=(2.2 * len(models) + 0.4, 2.0 * len(metrics) + 0.5), squeeze=False,
         sharex=True, sharey="row",
     )  # fmt: skip
     for line, metric in zip(axes, metrics, strict=True):
@@ -98,12 +82,12 @@ def draw_scales(
             for place, (method, own) in enumerate(rows.items()):
                 _draw_curve(axis, study, [Row(model, "no guidance", 1.0), *own], metric, method, place)
             if study.figure(Row(model, "no guidance", 1.0), metric) is None:
-                axis.text(0.5, 0.5, "classes: no captions", transform=axis.transAxes, ha="center", fontsize="small")
+                axis.text(0.5, 0.5, "no captions", transform=axis.transAxes, ha="center")
         line[0].set_ylabel(f"{about.heading}{', ' * bool(about.unit)}{about.unit}")
     for axis, model in zip(axes[0], models, strict=True):
         axis.set_title(model)
     for axis in axes[-1]:
-        axis.set_xlabel("guidance scale")
+        axis.set(xlabel="guidance scale", xticks=(1, 4, 7.5, 12), xticklabels=("1", "4", "7.5", "12"))
     figure.legend([_handle(name) for name in methods], methods, loc="outside lower center", ncols=len(methods))
     return figure
 

@@ -24,7 +24,7 @@ from companion.markdown import table
 _NUMBERS = ("bool", "float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64")  # torch has them, too
 
 Pair = tuple[str, Cell, Cell]
-"""Label, and the two cells; the difference is the first less the second."""
+"""Label, and the two cells; the difference is the first minus the second."""
 
 
 def pictures_file(out: Path, name: str) -> Path:

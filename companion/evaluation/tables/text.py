@@ -197,7 +197,7 @@ def differences(cells: Iterable[Cell], second: str, method: str = "REG") -> list
 
     Returns:
         A dict for each: model, guidance, scale, against, for `fid` and the second figure a `Figure` of the
-        difference, the method less CFG, and `verdicts` on both. The interval takes the two runs for independent; they
+        difference, the method minus CFG, and `verdicts` on both. The interval takes the two runs for independent; they
         begin with the same noise, which makes it wider than it need be. A verdict counts the rows of the table (Holm),
         so it may be `undecided` where an interval by itself leaves out 0.
     """
@@ -278,7 +278,7 @@ def method_pairs(
 def pairs_markdown(
     pairs: Sequence[tuple[str, Mapping[str, Figure], Mapping[str, Figure]]], names: Sequence[str]
 ) -> str:
-    """First less second, one line a pair: bold where Holm's method over the lines of one figure decides.
+    """First minus second, one line a pair: bold where Holm's method over the lines of one figure decides.
 
     Args:
         pairs: label, and the figures of both.

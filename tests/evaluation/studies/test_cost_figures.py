@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from companion.evaluation.studies.cost_figures import (
-    WAYS,
+    PRODUCTS,
     draw_costs,
     draw_ratios,
     draw_rules,
@@ -23,11 +23,11 @@ def closed():
 
 
 def test_equal_costs_stand_apart():
-    ratios = dict.fromkeys(WAYS, 1.5)
+    ratios = dict.fromkeys(PRODUCTS, 1.5)
     figure = draw_costs({"a": {"time_ratio": ratios, "memory_ratio": ratios}}, {"a": {"time_ratio": 1.2}})
-    lines = [line for line in figure.axes[0].lines if line.get_label() in {label for label, _, _ in WAYS.values()}]
-    assert [line.get_xdata() for line in lines] == [[1.5]] * len(WAYS)
-    assert len({float(line.get_ydata()[0]) for line in lines}) == len(WAYS)
+    lines = [line for line in figure.axes[0].lines if line.get_label() in {label for label, _, _ in PRODUCTS.values()}]
+    assert [line.get_xdata() for line in lines] == [[1.5]] * len(PRODUCTS)
+    assert len({float(line.get_ydata()[0]) for line in lines}) == len(PRODUCTS)
 
 
 def test_shares_and_where_they_are_small():

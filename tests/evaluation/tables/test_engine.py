@@ -125,7 +125,7 @@ def test_pictures_are_stored_and_cells_compared(make, tmp_path):
     entries = compared(plan.pairs(cells), tmp_path / "whole")
     assert [entry["label"] for entry in entries] == [
         "tiny, vanilla, scale 3, seed 0: CFG less no guidance",
-        "tiny, vanilla, scale 3, seed 0: REG less CFG",
+        "tiny, vanilla, scale 3, seed 0: REG minus CFG",
     ]
     less = cells[1].figures["fid"].value - cells[0].figures["fid"].value
     assert entries[1]["figures"]["fid"]["value"] == pytest.approx(less, rel=1e-3, abs=1e-7)
@@ -140,7 +140,7 @@ def test_the_command_prints_and_keeps_the_comparisons(tmp_path, monkeypatch, cap
     assert command_line(["table", "imagenet", "--out", str(tmp_path / "out"), "--collect", str(collected)]) == 0
     [entry] = files.read_json(tmp_path / "cells-paired.json")
     assert (entry["first"], entry["second"]) == (rows[1].cell(0), rows[0].cell(0)) and len(entry["commits"]) == 2
-    assert "| tiny, vanilla, scale 3, seed 0: REG less CFG |" in capsys.readouterr().out
+    assert "| tiny, vanilla, scale 3, seed 0: REG minus CFG |" in capsys.readouterr().out
 
 
 def test_what_cannot_be_measured_is_not_drawn(make, tmp_path):
