@@ -124,7 +124,7 @@ def test_pictures_are_stored_and_cells_compared(make, tmp_path):
         assert means == pytest.approx({name: figure.value for name, figure in cell.figures.items()}, rel=1e-5)
     entries = compared(plan.pairs(cells), tmp_path / "whole")
     assert [entry["label"] for entry in entries] == [
-        "tiny, vanilla, scale 3, seed 0: CFG less no guidance",
+        "tiny, vanilla, scale 3, seed 0: CFG minus no guidance",
         "tiny, vanilla, scale 3, seed 0: REG minus CFG",
     ]
     less = cells[1].figures["fid"].value - cells[0].figures["fid"].value
