@@ -130,23 +130,23 @@ def _claimed_outcome(figure: FigureBase, study: LineStudy, noise_level: float) -
 
 
 def _line_level(figure: FigureBase, study: LineStudy, t: int) -> None:
-    push, share = _two_axes(figure)
+    shift, share = _two_axes(figure)
     x, problem = study.grid.axes[0], study.problem
     level = problem.schedule.level(t)
     density = problem.conditional.log_prob(study.grid.points, *level).exp()
-    pushes = {name: -study.fields[name][t - 1] for name in CHAINS[1:]}
+    shifts = {name: -study.fields[name][t - 1] for name in CHAINS[1:]}
     near = density > 0.02 * density.max()
-    reach = 1.25 * max(float(values[near].abs().max()) for values in pushes.values()) + 1e-9
-    for axis in (push, share):
-        low, high = (-reach, reach) if axis is push else (0.0, 1.15 * max(1.0, float(study.k[t - 1][near].max())))
+    reach = 1.25 * max(float(values[near].abs().max()) for values in shifts.values()) + 1e-9
+    for axis in (shift, share):
+        low, high = (-reach, reach) if axis is shift else (0.0, 1.15 * max(1.0, float(study.k[t - 1][near].max())))
         axis.fill_between(x, low, low + 0.45 * (high - low) * density / density.max(), color="0.9", linewidth=0)
         axis.set(xlim=_view(study), ylim=(low, high))
-    for name, values in pushes.items():
-        push.plot(x, values, linewidth=1.8, **line_of(name))
-    push.axhline(0, color=_QUIET, linewidth=0.6)
-    push.set_ylabel("shift to the right", fontsize=_SMALL, color=_QUIET, labelpad=-1)
-    names = [(_NAMES[name], COLOURS[name]) for name in pushes]
-    _title(push, [(f"t = {t} of {problem.steps}, σ = {level[1]:.2f}:", _QUIET), *names], size=_SMALL)
+    for name, values in shifts.items():
+        shift.plot(x, values, linewidth=1.8, **line_of(name))
+    shift.axhline(0, color=_QUIET, linewidth=0.6)
+    shift.set_ylabel("shift to the right", fontsize=_SMALL, color=_QUIET, labelpad=-1)
+    names = [(_NAMES[name], COLOURS[name]) for name in shifts]
+    _title(shift, [(f"t = {t} of {problem.steps}, σ = {level[1]:.2f}:", _QUIET), *names], size=_SMALL)
     share.plot(x, study.k[t - 1], linewidth=2.0, color=COLOURS["REG"])
     share.axhline(1, linewidth=1.2, **line_of("CFG"))
     share.text(_view(study)[0] + 0.08, 0.98, "CFG: 1", color=COLOURS["CFG"], fontsize=_SMALL, va="top")
@@ -234,16 +234,16 @@ def _plane_level(figure: FigureBase, study: PlaneStudy, t: int) -> None:
     k = study.problem.conditional.rectification_matrix(places, *level)
     largest = float(torch.linalg.eigvalsh(k).max())
     draw_matrices(axis, places, k, COLOURS["REG"], size=_ELLIPSE / largest)
-    pushes = {name: -field for name, field in study.fields(places, t).items()}
-    longest = max(float(vectors.norm(dim=1).quantile(0.9)) for vectors in pushes.values()) + 1e-9
-    for name, vectors in pushes.items():
+    shifts = {name: -field for name, field in study.fields(places, t).items()}
+    longest = max(float(vectors.norm(dim=1).quantile(0.9)) for vectors in shifts.values()) + 1e-9
+    for name, vectors in shifts.items():
         vectors = vectors * (longest / vectors.norm(dim=1, keepdim=True).clamp(min=1e-9)).clamp(max=1)
         axis.quiver(
             *places.T, *vectors.T, color=COLOURS[name], angles="xy", scale_units="xy", scale=longest / 0.55,
             width=0.006, headwidth=4, zorder=3,
         )  # fmt: skip
     _bare(axis, study.grid)
-    names = [(_NAMES[name], COLOURS[name]) for name in pushes]
+    names = [(_NAMES[name], COLOURS[name]) for name in shifts]
     sigma = f"t = {t} of {study.problem.steps}, σ = {level[1]:.2f}:"
     _title(axis, [(sigma, _QUIET), *names, (f"K ≤ {largest:.2f} (ellipses)", COLOURS["REG"])], size=_SMALL)
 

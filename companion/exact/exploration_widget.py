@@ -77,4 +77,4 @@ def _image(figure: Any) -> Any:
 
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=110)
-    return Image(data=data.getvalue(), format="png", alt="what each rule's chain samples, and its push at one step")
+    return Image(data=data.getvalue(), format="png", alt="what each rule's chain samples, and its shift at one step")

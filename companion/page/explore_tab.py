@@ -84,7 +84,7 @@ def _see_nearer(question: Question) -> str:
     ends = question.line().divergences
     return (
         f"CFG samples too much of the right mode: KL to the target is {round_kl(ends['CFG'])}. REG multiplies the same "
-        f"push by K (eq. 21), which is small at high noise: KL is {round_kl(ends['REG'])}. Move w: REG stays nearer."
+        f"shift by K (eq. 21), which is small at high noise: KL is {round_kl(ends['REG'])}. Move w: REG stays nearer."
     )
 
 
@@ -94,8 +94,8 @@ def _see_loses(question: Question) -> str:
     stays = {name: 100 * float(levels[0][left].sum() / levels[0].sum()) for name, levels in study.densities.items()}
     ends = study.divergences
     return (
-        "Guidance must move mass from the left mode to the right one. K is small on the left, so REG does not push "
-        f"there: {stays['REG']:.0f} % of its samples stay left, against {stays['CFG']:.0f} % of CFG's. KL is "
+        "Guidance must move mass from the left mode to the right one. K is small on the left, so REG hardly shifts "
+        f"samples there: {stays['REG']:.0f} % of its samples stay left, against {stays['CFG']:.0f} % of CFG's. KL is "
         f"{round_kl(ends['REG'])} for REG and {round_kl(ends['CFG'])} for CFG."
     )
 
@@ -105,7 +105,7 @@ def _see_covariance(question: Question) -> str:
     assert isinstance(study, PlaneStudy)
     gap = covariance_gap(study, study.problem.step_at(question.noise_level))
     return (
-        "The ellipses are K. REG keeps the part of CFG's push along which the clean point is still undecided. We "
+        "The ellipses are K. K removes the part of CFG's shift along which the clean point is already determined. We "
         "compute K from the Jacobian of the prediction, and (α²/σ²) Cov[x<sub>0</sub>|x<sub>t</sub>] on a grid: they "
         f"differ by at most {max(100 * gap, 0.001):.1g} % at five draws of x<sub>t</sub>."
     )
@@ -182,7 +182,7 @@ def _picture(draw: Callable[..., None], study: LineStudy | PlaneStudy, question:
     with rc_context({"svg.fonttype": "path", "savefig.dpi": 144}):
         draw(figure, study, question.rule, question.noise_level)
         figure.savefig(data, format="svg", metadata={"Date": None})
-    what = "what the chains end in" if draw is draw_outcome else "the pushes and K at one noise level"
+    what = "what the chains end in" if draw is draw_outcome else "the shifts and K at one noise level"
     said = html.escape(f"{question.problem}, {question.rule}, w = {question.weight:g}, T = {question.steps}: {what}")
     encoded = base64.b64encode(data.getvalue()).decode()
     return f'<img class="explored" alt="{said}" src="data:image/svg+xml;base64,{encoded}">'
