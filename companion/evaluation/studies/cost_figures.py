@@ -32,7 +32,7 @@ def draw_costs(
         published: model -> the same two, the paper's own figures; models that it lacks are left out.
     """
     names = list(measured)
-    figure, axes = plt.subplots(1, 2, figsize=(12.0, 0.62 * len(names) + 1.2), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10.0, 0.6 * len(names) + 1.8), sharey=True)
     offsets = np.linspace(-0.3, 0.3, len(PRODUCTS) + 1)
     for axis, column, label in zip(
         axes, ("time_ratio", "memory_ratio"), ("time", "weights + peak memory"), strict=True
@@ -50,10 +50,10 @@ def draw_costs(
         axis.set_xscale("log")
         axis.set_xticks([1, 1.2, 1.5, 2, 3, 4, 6], ["1", "1.2", "1.5", "2", "3", "4", "6"])
         axis.minorticks_off()
-        axis.set_xlabel(f"{label}, multiples of CFG's")
+        axis.set_xlabel(f"{label}, CFG = 1")
     axes[0].set(yticks=range(len(names)), yticklabels=[n.replace("; ", ";\n") for n in names])
     axes[0].set_ylim(len(names) - 0.5, -0.5)
-    axes[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     return figure
 
 
@@ -68,9 +68,9 @@ def draw_shares(found: Mapping[str, Shares]) -> Figure:
         if 0 < step < len(shares.log_snr):
             axis.axvspan(shares.log_snr[0], shares.log_snr[step], color="0.92", zorder=0, lw=0)
         axis.axhline(LATE, color="0.7", lw=0.8)
-        axis.set(title=name, xlabel="log SNR", ylim=(0, 1.25))
+        axis.set(title=name.replace("_", " "), xlabel="log SNR", ylim=(0, 1.5), yticks=(0, 0.5, 1))
     axes[0, 0].set_ylabel("share that K passes")
-    axes[0, 0].legend(fontsize="x-small", loc="upper left")
+    axes[0, 0].legend(fontsize="small", loc="upper left")
     return figure
 
 
@@ -89,7 +89,7 @@ def draw_ratios(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
             axis.plot([median.low, median.high], [row, row], color="black", lw=2)
             axis.plot(median.value, row, "|", color="black", ms=12, mew=2)
         axis.axvline(1, color=COLOURS["CFG"], lw=1.2)
-        axis.set(title=model, xlabel="distance to REG's picture, CFG's = 1")
+        axis.set(title=model, xlabel="distance to REG's picture, CFG = 1")
         axis.set_xlim(left=0)
     axes[0, 0].set(yticks=range(len(methods)), yticklabels=list(methods))
     axes[0, 0].invert_yaxis()
@@ -104,7 +104,7 @@ def draw_rules(found: Mapping[str, Mapping[str, ReuseResult]], rules: Sequence[s
         found: data set -> method -> result, the methods named as notebook 07b does.
         rules: names of the rules, from the top.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
     for index, (name, results) in enumerate(found.items()):
         colour, marker = OTHER_COLOURS[index], "oPsv^"[index % 5]
         places = np.arange(len(rules)) + 0.12 * (index - 2)
@@ -113,10 +113,10 @@ def draw_rules(found: Mapping[str, Mapping[str, ReuseResult]], rules: Sequence[s
         chosen = [results[f"every {k}: auto"] for k in ("5th", "3rd", "2nd")]
         cost, error = zip(*((1 + r.share / 2, r.direction) for r in chosen), strict=True)
         right.plot(cost, error, marker + "-", color=colour, label=name.replace("_", " "), ms=6)
-    left.set(xscale="log", yticks=range(len(rules)), yticklabels=rules, xlabel="error of the direction, CFG's = 1")
+    left.set(xscale="log", yticks=range(len(rules)), yticklabels=rules, xlabel="error of the direction, CFG = 1")
     left.invert_yaxis()
-    right.set(yscale="log", xlabel="evaluations, multiples of CFG's", ylabel="error, CFG's = 1")
-    right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    right.set(yscale="log", xlabel="evaluations, CFG = 1", ylabel="error, CFG = 1")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(found))
     return figure
 
 
