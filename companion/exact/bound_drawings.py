@@ -32,9 +32,10 @@ def error_maps_figure(
     figure.colorbar(image, ax=axes[len(errors) - 1], label="error (units of ε)")
     for (weight, pair), shade in zip(errors.items(), ramp(COLOURS["CFG"], len(errors)), strict=True):
         mean = direction_error(*pair, density)
-        axes[-1].plot(range(1, len(mean) + 1), mean, color=shade, label=f"w = {weight:g}")
-    axes[-1].set(xlabel="t", ylabel="mean error over $p(x_t|y)$", ylim=0)
-    axes[-1].legend(fontsize="small")
+        axes[-1].plot(range(1, len(mean) + 1), mean, color=shade)
+        peak = int(mean.argmax())
+        axes[-1].text(peak + 1, mean[peak], f"w = {weight:g}", ha="center", va="bottom", fontsize="small")
+    axes[-1].set(xlabel="t", ylabel="mean error over $p(x_t|y)$", ylim=(0, 1.15 * float(mean.max())))
     return figure
 
 

@@ -49,7 +49,7 @@ def draw_gains(
         for name, shift in (shifts | {"optimal": comparison.optimal}).items():
             label = "REG" if name == "jvp" else name
             axis.plot(steps, gains(shift, cfg, comparison.densities), **line_of(label), label=label)
-        axis.set(title=title, xlabel="$t$ (sampling runs from right to left)", ylim=(-0.1, 2))
+        axis.set(title=title.replace("_", " "), xlabel="$t$ (sampling runs from right to left)", ylim=(-0.1, 2))
     axes[0, 0].set_ylabel("gain over CFG's direction")
     axes[0, -1].legend(fontsize="small")
     return figure
