@@ -1,65 +1,24 @@
 """Pickles of numbers: they are read as Python reads them, and no damage or malice ends in more than a refusal."""
 
 import io
-import os
+import json
 import pickle
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from companion.evaluation.metrics.reference_statistics import read_statistics
 from companion.pickles import Array, RefusedError, numpy_globals, read_pickle
-
-MUTATE = """
-import io, pickle, random, sys
-from pathlib import Path
-import numpy as np
-from companion.evaluation.metrics.reference_statistics import read_statistics
-from companion.pipelines.edm2.checkpoint import read_edm2_checkpoint
-
-chance, path = random.Random(0), Path(sys.argv[1])
-arrays = {"mu": np.arange(4.0), "sigma": np.eye(4, dtype=np.float32)}
-whole = [pickle.dumps({"fid": arrays, "n": 3, "names": ["a", (1, 2.5, None, True)]}, p) for p in range(6)]
-outcomes = {"read": 0, "refused": 0}
-for number in range(int(sys.argv[2])):
-    content = bytearray(chance.choice(whole))
-    for _ in range(chance.choice((1, 1, 2, 5))):
-        at = chance.randrange(len(content))
-        match chance.randrange(4):
-            case 0: content[at] = chance.randrange(256)
-            case 1: del content[at : at + chance.choice((1, 2, 8))]
-            case 2: content[at:at] = bytes(chance.randrange(256) for _ in range(chance.choice((1, 4))))
-            case _: content[at:at] = chance.choice((b"R", b"b", b"\\x81", b"h\\x00", b"\\x94", b"(", b"N", b"\\x86"))
-        if not content:
-            break
-    path.write_bytes(content)
-    for read in (read_statistics, read_edm2_checkpoint) if number % 4 == 0 else (read_statistics,):
-        try:
-            read(path)
-            outcomes["read"] += 1
-        except ValueError as error:
-            assert "\\n" not in str(error) and len(str(error)) < 600, error
-            outcomes["refused"] += 1
-print(outcomes)
-"""
+from tests.damaged_pickles import read_damaged
+from tests.evaluation.sampling.separate_processes import start, wait
 
 
 def test_ten_thousand_damaged_pickles_are_refused_or_read(tmp_path):
     """In a process of its own, because a signal would end this one."""
-    done = subprocess.run(
-        [sys.executable, "-c", MUTATE, str(tmp_path / "a.pkl"), "10000"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    outcomes = eval(done.stdout)
+    said = tmp_path / "said.json"
+    assert wait(start(read_damaged, tmp_path / "a.pkl", 10_000, said), seconds=240) == 0
+    outcomes = json.loads(said.read_text())
     assert outcomes["refused"] > 5000 and outcomes["read"] > 50
 
 

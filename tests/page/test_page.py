@@ -3,7 +3,6 @@
 That the command serves until it is interrupted is tested where it runs anyway, in test_hostile_requests.py.
 """
 
-import os
 import re
 import signal
 import socket
@@ -33,6 +32,7 @@ from companion.page.guidance_tab import read
 from companion.page.models import _check_arguments, scene_distances
 from companion.pipelines.registry import load
 from companion.pixels import to_uint8
+from tests.evaluation.sampling.separate_processes import run_script, start, wait
 from tests.evaluation.scene_pipelines import captioned_sd, save_scene_dit
 
 ROOT = Path(__file__).parents[2]
@@ -148,8 +148,7 @@ def test_a_pipeline_that_needs_more_than_prompts_is_refused():
 def test_the_script_makes_the_same_pictures_in_a_process_of_its_own(client, tmp_path):
     made = generate(client, schedule="power-cosine", power=2, peak=1.5, scheduler="UniPCMultistepScheduler", seed=3)
     (tmp_path / "run.py").write_text(made["script"])
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    subprocess.run([sys.executable, "run.py"], cwd=tmp_path, env=environment, check=True, timeout=120)
+    assert wait(start(run_script, tmp_path / "run.py", torch.get_num_threads())) == 0
     for name, side in (("without", "without"), ("with_reg", "with")):
         again = np.stack([np.asarray(Image.open(tmp_path / f"{side}-{index}.png")) for index in range(2)])
         np.testing.assert_array_equal(again, pixels(made[name]))

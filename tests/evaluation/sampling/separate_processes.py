@@ -1,6 +1,7 @@
 """Runs in processes of their own: bodies for children, how a child is started and how long it is waited for."""
 
 import os
+import runpy
 import signal
 import subprocess
 import time
@@ -51,6 +52,13 @@ def run_slowly(out: Path) -> None:
     """As `run`, but the first batch takes a minute."""
     runs.draw = lambda *arguments: (time.sleep(60), None)
     run(out)
+
+
+def run_script(file: Path, threads: int) -> None:
+    """As `python FILE` in its folder, with so many threads."""
+    torch.set_num_threads(threads)
+    os.chdir(file.parent)
+    runpy.run_path(str(file), run_name="__main__")
 
 
 def start(work: Callable[..., object], *arguments: object) -> ForkServerProcess:
