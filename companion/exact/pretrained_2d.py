@@ -5,9 +5,7 @@ network or its data, so these take the recipe that they give for one dimension (
 at a schedule that ends in noise.
 """
 
-import time
 from functools import partial
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -18,13 +16,10 @@ from companion.exact.comparison import METHODS, Comparison, multiply
 from companion.exact.covariance import jacobian_matrix
 from companion.exact.directions import direction_field
 from companion.exact.grids import Grid, evaluate
-from companion.exact.mixtures import GaussianMixture
-from companion.exact.networks import ToyDenoiser, ToyTraining
-from companion.exact.pretrained import load_branches, save_branches, train_branches
+from companion.exact.pretrained import WEIGHTS, ToyNetworks
 from companion.exact.rewards import classifier_free_reward
 from companion.exact.toys import tree
 
-WEIGHTS = Path(__file__).parent / "weights" / "tree-2d"
 STEPS = 25
 
 
@@ -33,37 +28,20 @@ def tree_schedule() -> NoiseSchedule:
     return linear_schedule(STEPS, 1e-3, 9 / STEPS)
 
 
-def tree_data() -> dict[str, GaussianMixture]:
-    """What the two networks learn: class 0, and both classes."""
-    data = tree()
-    return {"conditional": data.classes[0], "unconditional": data.unconditional}
-
-
-def load_tree(folder: Path = WEIGHTS) -> dict[str, ToyDenoiser]:
-    """The networks `conditional` and `unconditional`, in float64 and evaluation mode.
-
-    Raises:
-        FileNotFoundError: the folder lacks one of them.
-    """
-    return load_branches(folder, 2, "companion.exact.pretrained_2d.retrain_tree")
-
-
-def retrain_tree(folder: Path, training: ToyTraining | None = None) -> None:
-    """Train both networks again, 8,000 points each, by default by the 1D recipe, and write them with their card."""
-    began, recipe = time.process_time(), training or ToyTraining()
-    networks = train_branches(tree_data(), tree_schedule(), recipe)
-    save_tree(networks, folder, time.process_time() - began, recipe)
-
-
-def save_tree(networks: dict[str, ToyDenoiser], folder: Path, seconds: float, training: ToyTraining) -> None:
-    """Write the weights in float32, as they were trained, and the card."""
-    about = (
-        "# tree-2d\n\n"
-        "Noise predictions for `companion.exact.toy('tree')`: `conditional` learns class 0, `unconditional` both."
-        "\n`companion.exact.pretrained_2d.load_tree()`; notebook 05 compares their directions."
-    )
-    how = {"betas": "1e-3 to 0.36, linear", "retrain": "companion.exact.pretrained_2d.retrain_tree"}
-    save_branches(networks, tree_data(), tree_schedule(), folder, seconds, training, about=about, **how)
+TREE = ToyNetworks(
+    WEIGHTS / "tree-2d",
+    tree(),
+    tree_schedule(),
+    "1e-3 to 0.36, linear",
+    "# tree-2d\n\n"
+    "Noise predictions for `companion.exact.toy('tree')`: `conditional` learns class 0, `unconditional` both."
+    "\n`companion.exact.pretrained_2d.load_tree()`; notebook 05 compares their directions.",
+    "companion.exact.pretrained_2d.retrain_tree",
+)
+load_tree = TREE.load
+"""`ToyNetworks.load` of the tree's networks."""
+retrain_tree = TREE.retrain
+"""`ToyNetworks.retrain` of the tree's networks."""
 
 
 def network_shift(

@@ -3,7 +3,7 @@ import torch
 
 from companion.exact import denoiser_prediction, excess_loss, linear_schedule, load_paper_1d
 from companion.exact.networks import ToyDenoiser, ToyTraining
-from companion.exact.pretrained import WEIGHTS, paper_1d_data, save_paper_1d
+from companion.exact.pretrained import PAPER_1D
 
 
 def test_the_shipped_networks_predict_the_noise_nearly_as_well_as_can_be():
@@ -11,14 +11,14 @@ def test_the_shipped_networks_predict_the_noise_nearly_as_well_as_can_be():
     schedule = linear_schedule(20)
     for branch, network in load_paper_1d().items():
         assert next(network.parameters()).dtype == torch.float64
-        assert excess_loss(denoiser_prediction(network, schedule), paper_1d_data()[branch], schedule) < 0.02
-    assert '"epochs": 200' in (WEIGHTS / "README.md").read_text()
+        assert excess_loss(denoiser_prediction(network, schedule), PAPER_1D.data[branch], schedule) < 0.02
+    assert '"epochs": 200' in (PAPER_1D.folder / "README.md").read_text()
 
 
 def test_saved_networks_come_back(tmp_path):
     generator = torch.Generator().manual_seed(0)
     networks = {name: ToyDenoiser(1, generator=generator).double() for name in ("conditional", "unconditional")}
-    save_paper_1d(networks, tmp_path / "new", 1.0, ToyTraining(epochs=3))
+    PAPER_1D.save(networks, tmp_path / "new", 1.0, ToyTraining(epochs=3))
     again = load_paper_1d(tmp_path / "new")
     x, t = torch.linspace(-1, 2, 7).double()[:, None], torch.full((7,), 4)
     for name, network in networks.items():
