@@ -15,8 +15,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from companion.evaluation.metrics.figures import Figure
-from companion.evaluation.metrics.metrics import frechet_values
-from companion.evaluation.metrics.reference_statistics import GaussianStatistics
 from companion.seeding import sample_generators
 
 RESAMPLES = 1000
@@ -118,27 +116,6 @@ def paired(first: Tensor, second: Tensor) -> Comparison:
         ValueError: as `mcnemar` and `paired_means`.
     """
     return mcnemar(first, second) if first.dtype == torch.bool else paired_means(first, second)
-
-
-def frechet_difference(
-    first: Float[Tensor, "samples dimensions"],
-    second: Float[Tensor, "samples dimensions"],
-    reference: GaussianStatistics,
-) -> Comparison:
-    """Difference of two Fréchet distances to one reference, by the paired influence functions.
-
-    Each sample's influence on its set's distance is linear in its weight, so the difference of a pair's influences is
-    the pair's influence on the difference (the infinitesimal jackknife of the pair).
-
-    Raises:
-        ValueError: not one sample for each other, or the features are not the reference's.
-    """
-    if first.shape != second.shape or first.ndim != 2 or first.shape[1] != len(reference.mean):
-        raise ValueError(
-            f"both sets must hold one row of {len(reference.mean)} features for each sample, got "
-            f"{tuple(first.shape)} and {tuple(second.shape)}"
-        )
-    return paired_means(frechet_values(first, reference), frechet_values(second, reference))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

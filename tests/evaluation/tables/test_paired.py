@@ -1,6 +1,7 @@
 """Cells compared picture by picture: what is stored gives the differences that the features give."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.metrics.metrics import frechet_values
-from companion.evaluation.metrics.paired_statistics import frechet_difference, holm, mcnemar
+from companion.evaluation.metrics.paired_statistics import holm, mcnemar, paired
 from companion.evaluation.metrics.reference_statistics import statistics_of
 from companion.evaluation.tables.paired import (
     compared,
@@ -49,8 +50,8 @@ def test_differences_are_those_of_the_features(out) -> None:
     entries = compared([("a less b", a, b), ("b less c", b, c), ("a less d", a, cell("d"))], out)
     assert [(entry["first"], entry["second"]) for entry in entries] == [("a", "b"), ("b", "c")]
     reference = statistics_of(drawn(9, 0.0))
-    expected = [frechet_difference(drawn(0, 0.5), drawn(1, 0.3), reference)]
-    expected += [frechet_difference(drawn(1, 0.3), drawn(2, 0.31), reference)]
+    values = [frechet_values(drawn(seed, shift), reference) for seed, shift in enumerate((0.5, 0.3, 0.31))]
+    expected = [paired(first, second) for first, second in pairwise(values)]
     for entry, one in zip(entries, expected, strict=True):
         found = entry["figures"]["fid"]
         assert found["value"] == pytest.approx(one.figure.value, rel=1e-4)
