@@ -28,7 +28,7 @@ demo: .venv/ready-demo
 # Files of tests, each whole, on JOBS processes of one thread each; a notebook's cells stay together and in order.
 test: .venv/ready-dev
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0 \
-		--nbval-lax --nbval-current-env --nbval-cell-timeout=600 --durations=15 tests $(NOTEBOOKS) $(ARGS)
+		--nbval-lax --nbval-current-env --nbval-cell-timeout=600 --durations=60 tests $(NOTEBOOKS) $(ARGS)
 
 notebooks: .venv/ready-notebooks
 	.venv/bin/python -m jupyter lab notebooks

@@ -17,7 +17,7 @@ from companion.evaluation.sampling.settings import (
     with_scheduler,
 )
 from companion.guidance.weights import WEIGHT_SYNTAX
-from companion.pipelines.configuration import SAMPLING_PRODUCTS
+from companion.pipelines.configuration import PRESETS
 from companion.pipelines.edm2.settings import Reference
 from companion.pipelines.registry import load
 from companion.pipelines.saved import DTYPES
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weight", default="constant", metavar="SCHEDULE", help=f"weight over time: {WEIGHT_SYNTAX}")
     add(
         "--product",
-        choices=SAMPLING_PRODUCTS,
+        choices=PRESETS,
         default="finite_difference",
         help="none is CFG; default: finite_difference",
     )

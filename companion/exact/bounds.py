@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from companion.deprecation import warn_renamed
+from companion.deprecation import RenamedAttribute
 from companion.exact.chain import DDPMChain
 from companion.exact.grids import Grid, evaluate, gradient
 from companion.exact.mixtures import GaussianMixture
@@ -127,17 +127,8 @@ class ExtrapolationError(NamedTuple):
     bound: Float[Tensor, " batch"]
     spread_bound: Float[Tensor, " batch"]
 
-    @property
-    def everyday(self) -> Float[Tensor, "batch dim"]:
-        """Deprecated: `cfg`."""
-        warn_renamed("ExtrapolationError.everyday", "cfg")
-        return self.cfg
-
-    @property
-    def golden(self) -> Float[Tensor, "batch dim"]:
-        """Deprecated: `optimal`."""
-        warn_renamed("ExtrapolationError.golden", "optimal")
-        return self.optimal
+    everyday = RenamedAttribute("everyday", "cfg")
+    golden = RenamedAttribute("golden", "optimal")
 
     @property
     def error(self) -> Float[Tensor, " batch"]:

@@ -189,19 +189,16 @@ class GaussianMixture:
         return (shares[..., None] * projected).reshape(len(shares), -1) @ self._flat_axes.T
 
 
-def mixture_of(mixtures: Sequence[GaussianMixture], weights: Sequence[float] | None = None) -> GaussianMixture:
-    """The mixture of mixtures, equally weighted by default: the unconditional data of a set of classes.
+def mixture_of(mixtures: Sequence[GaussianMixture]) -> GaussianMixture:
+    """The mixture of mixtures, equally weighted: the unconditional data of a set of classes.
 
     Raises:
-        ValueError: no mixtures, or a weight count that differs from theirs.
+        ValueError: no mixtures.
     """
     if not mixtures:
         raise ValueError("mixtures must hold at least one GaussianMixture, got none")
-    shares = [1.0] * len(mixtures) if weights is None else list(weights)
-    if len(shares) != len(mixtures):
-        raise ValueError(f"weights must be {len(mixtures)} numbers, one per mixture, got {len(shares)}")
     return GaussianMixture(
-        torch.cat([share * mixture.weights for share, mixture in zip(shares, mixtures, strict=True)]),
+        torch.cat([mixture.weights for mixture in mixtures]),
         torch.cat([mixture.means for mixture in mixtures]),
         torch.cat([mixture.covariances for mixture in mixtures]),
     )

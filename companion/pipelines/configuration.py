@@ -30,8 +30,7 @@ Preset = str
 """What a command line, a table or the page calls a way to guide: a product, "auto" or "covariance"."""
 PRESETS: tuple[Preset, ...] = (*PRODUCTS, "auto", "covariance")
 
-SamplingProduct = Preset  # these three by their names in the first version
-SAMPLING_PRODUCTS = PRESETS
+SAMPLING_PRODUCTS = PRESETS  # its name in the first version
 
 
 def check_preset(name: str) -> Preset:
@@ -44,9 +43,6 @@ def check_preset(name: str) -> Preset:
         known = dict.fromkeys((*PRODUCT_TABLE, *PRESETS))
         raise ValueError(f"product must be one of {', '.join(known)}, got {shortened(name)}")
     return name
-
-
-check_sampling_product = check_preset
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from companion.guidance.weights import level_progress
-from companion.pipelines.configuration import (
-    SAMPLING_PRODUCTS,
-    RectifiedGuidanceConfig,
-    SamplingProduct,
-    check_sampling_product,
-)
+from companion.pipelines.configuration import RectifiedGuidanceConfig
 from companion.pipelines.control import ControlCall, ControlNetHook, control_networks, with_control
 from companion.pipelines.denoiser_call import (
     DenoiserCall,
@@ -44,15 +39,12 @@ from companion.pipelines.one_pass import evaluated
 from companion.pipelines.product_step import GuidanceStep, OnStep, PerturbedOutput, RectifiedRun, RectifiesItself
 
 __all__ = [
-    "SAMPLING_PRODUCTS",
     "GuidanceStep",
     "OnStep",
     "RectifiedGuidanceConfig",
     "RectifiesItself",
-    "SamplingProduct",
     "apply_rectified_guidance",
     "check_pipeline",
-    "check_sampling_product",
     "rectified_guidance",
     "remove_rectified_guidance",
 ]

@@ -19,7 +19,7 @@ from companion.pipelines.adm.guidance import GradientAt
 from companion.pipelines.adm.pipeline import ADMPipeline
 from companion.pipelines.adm.sampler import Sampler, sampling_timesteps
 from companion.pipelines.capabilities import check_steps, class_names, class_number
-from companion.pipelines.hook import RectifiedGuidanceConfig, SamplingProduct, check_sampling_product
+from companion.pipelines.configuration import Preset, RectifiedGuidanceConfig, check_preset
 from companion.seeding import sample_generators
 
 Compared = Literal["rectification", "score"]
@@ -53,7 +53,7 @@ class ClassifierSettings:
     classifier_scale: float = 1.0
     gradient_at: GradientAt | None = None
     tilt: float = 0.0
-    product: SamplingProduct = "finite_difference"
+    product: Preset = "finite_difference"
     sampler: Sampler = "ddim"
     steps: int = 25
     unconditional: bool = False
@@ -69,7 +69,7 @@ class ClassifierSettings:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest <= value < math.inf:
                 raise ValueError(f"{name} must be a number of at least {lowest:g}, got {value!r}")
         check_steps(self.steps)
-        check_sampling_product(self.product)
+        check_preset(self.product)
         if self.product == "covariance":
             raise ValueError("covariance compares two predictions, and a classifier gives none: take another product")
         if self.compared == "rectification" and self.product == "none":
@@ -100,13 +100,13 @@ class ClassifierSettings:
 
     def methods(self) -> Mapping[SideName, Method]:
         """Of both sides."""
-        sides: dict[SideName, tuple[SamplingProduct, ClassifierScore, float]] = {
+        sides: dict[SideName, tuple[Preset, ClassifierScore, float]] = {
             "without": (self.product, PLAIN, 0.0) if self.compared == "score" else ("none", self.score, self.tilt),
             "with_reg": (self.product, self.score, self.tilt),
         }
         return {name: self._method(*side) for name, side in sides.items()}
 
-    def _method(self, product: SamplingProduct, score: ClassifierScore, tilt: float) -> Method:
+    def _method(self, product: Preset, score: ClassifierScore, tilt: float) -> Method:
         call: dict[str, Any] = {
             "sampler": self.sampler,
             "classifier_scale": self.classifier_scale,

@@ -37,13 +37,8 @@ from companion.pipelines.capabilities import (
     scheduler_for,
     takes_prompts,
 )
-from companion.pipelines.hook import (
-    GuidanceStep,
-    RectifiedGuidanceConfig,
-    SamplingProduct,
-    check_sampling_product,
-    rectified_guidance,
-)
+from companion.pipelines.configuration import Preset, RectifiedGuidanceConfig, check_preset
+from companion.pipelines.hook import GuidanceStep, rectified_guidance
 from companion.seeding import sample_generators
 
 SideName = Literal["without", "with_reg"]
@@ -83,7 +78,7 @@ class Comparison(Protocol):
         ...
 
     @property
-    def product(self) -> SamplingProduct: ...
+    def product(self) -> Preset: ...
 
     @property
     def steps(self) -> int: ...
@@ -122,7 +117,7 @@ class Settings:
     conditions: Sequence[int] | Sequence[str]
     guidance_scale: float = 4.0
     weight: GuidanceWeight | None = None
-    product: SamplingProduct = "finite_difference"
+    product: Preset = "finite_difference"
     scheduler: str | None = None
     steps: int = 50
     seed: int = 0
@@ -133,7 +128,7 @@ class Settings:
             raise ValueError("conditions must hold at least one class or prompt, one for each picture")
         check_guidance_scale(self.guidance_scale)
         check_steps(self.steps)
-        check_sampling_product(self.product)
+        check_preset(self.product)
         sample_generators(self.seed, [0])
 
     def check(self, pipe: DiffusionPipeline) -> None:
@@ -142,7 +137,7 @@ class Settings:
 
     def methods(self) -> Mapping[SideName, Method]:
         """CFG, and the product."""
-        products: dict[SideName, SamplingProduct] = {"without": "none", "with_reg": self.product}
+        products: dict[SideName, Preset] = {"without": "none", "with_reg": self.product}
         scale = self.guidance_scale
         return {
             name: Method(

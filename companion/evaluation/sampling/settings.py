@@ -30,7 +30,8 @@ from companion.pipelines.capabilities import (
     scheduler_for,
     takes_prompts,
 )
-from companion.pipelines.hook import RectifiedGuidanceConfig, RectifiesItself, SamplingProduct, check_sampling_product
+from companion.pipelines.configuration import Preset, RectifiedGuidanceConfig, check_preset
+from companion.pipelines.hook import RectifiesItself
 from companion.pipelines.paper_models import PAPER_MODELS
 from companion.seeding import sample_seed
 
@@ -72,7 +73,7 @@ class SamplingSettings:
     seed: int = 0
     guidance_scale: float = 4.0
     weight: str = "constant"
-    product: SamplingProduct = "finite_difference"
+    product: Preset = "finite_difference"
     scheduler: str | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
     image_format: Format = "png"
@@ -86,7 +87,7 @@ class SamplingSettings:
         check_number("guidance_scale", self.guidance_scale)
         check_choice("image_format", self.image_format, get_args(Format))
         from_text(self.weight)
-        check_sampling_product(self.product)
+        check_preset(self.product)
         sample_seed(self.seed, 0)
 
     @property

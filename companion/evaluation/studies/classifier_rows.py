@@ -14,7 +14,7 @@ from typing import Any, Literal
 from companion.guidance.classifier.scores import DIVERGENCES, PLAIN, ClassifierScore
 from companion.pipelines.adm.classifier import EMBEDDED_ENTROPY, EMBEDDED_NOISY, EMBEDDED_RESNET
 from companion.pipelines.adm.presets import PUBLISHED_GUIDANCE, published_guidance
-from companion.pipelines.hook import SamplingProduct
+from companion.pipelines.configuration import Preset
 
 MINI, PAPER = "mini-adm", "adm-imagenet-128"
 NO_GUIDE = "no-classifier"
@@ -24,7 +24,7 @@ MINI_STEPS = 20
 MINI_SCALE, MINI_NOISY_SCALE, MINI_FREE_SCALE = 1.0, 1.0, 2.0
 MINI_STRENGTH, MINI_SMOOTHING, MINI_ENTROPY = 1.0, 0.9, 0.1
 """a, ε and the coefficient of the entropy, which the sources do not give: values of the package's own."""
-RECTIFIED: SamplingProduct = "finite_difference"
+RECTIFIED: Preset = "finite_difference"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Row:
 
     method: str
     guide: str | None
-    product: SamplingProduct
+    product: Preset
     steps: int
     call: Mapping[str, Any] = field(default_factory=dict)
     score: ClassifierScore = PLAIN

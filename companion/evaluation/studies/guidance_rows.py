@@ -18,11 +18,11 @@ from companion.evaluation.sampling.evaluations import heun_levels, scheduler_lev
 from companion.evaluation.tables.text import UNGUIDED
 from companion.guidance.noise_level import NoiseLevel
 from companion.guidance.weights import from_text
+from companion.pipelines.configuration import PRESETS, Preset, RectifiedGuidanceConfig
 from companion.pipelines.edm2.settings import Reference
-from companion.pipelines.hook import SAMPLING_PRODUCTS, RectifiedGuidanceConfig, SamplingProduct
 from companion.pipelines.paper_models import PAPER_MODELS, PaperModel
 
-REG: SamplingProduct = "finite_difference"
+REG: Preset = "finite_difference"
 """The product of the rows that every guidance has; CFG at an equal number of evaluations is counted against it."""
 
 
@@ -44,7 +44,7 @@ class Row:
     model: str
     guidance: str
     weight: str
-    product: SamplingProduct
+    product: Preset
     guidance_scale: float
     steps: int
     reference: Reference | None = None
@@ -69,7 +69,7 @@ class _Swept:
     guidances: Mapping[str, tuple[str, Reference | None]]
     scales: Sequence[float]
 
-    def rows(self, guidance: str, scale: float, products: Sequence[SamplingProduct]) -> list[Row]:
+    def rows(self, guidance: str, scale: float, products: Sequence[Preset]) -> list[Row]:
         """The guidance at one scale: CFG, CFG at REG's number of evaluations, and REG, as far as they are asked for."""
         weight, reference = self.guidances[guidance]
         rows = []
@@ -95,7 +95,7 @@ def _ordered(models: Sequence[_Swept], others: Sequence[str]) -> tuple[Row, ...]
             if i < len(swept.scales):
                 for guidance in swept.guidances:
                     rows += swept.rows(guidance, swept.scales[i], ("none", REG))
-    beyond = tuple(product for product in SAMPLING_PRODUCTS if product not in ("none", REG))
+    beyond = tuple(product for product in PRESETS if product not in ("none", REG))
     for swept in models:
         for guidance in others:
             if guidance in swept.guidances:

@@ -34,8 +34,9 @@ from companion.guidance.weights import GuidanceWeight, IntervalWeight
 from companion.markdown import table
 from companion.minis.drawing import draw, object_colours
 from companion.minis.scenes import COLOURS, Scene, labels, scene
+from companion.pipelines.configuration import Preset, RectifiedGuidanceConfig
 from companion.pipelines.guider.guider import RectifiedGradientGuidance
-from companion.pipelines.hook import RectifiedGuidanceConfig, SamplingProduct, rectified_guidance
+from companion.pipelines.hook import rectified_guidance
 from companion.pipelines.registry import load
 from companion.pixels import to_uint8
 
@@ -54,7 +55,7 @@ _GUIDERS: dict[str, Callable[[float], BaseGuidance]] = {
 _WEIGHTED = ("CFG", "interval", "CFG++")
 VARIANTS = (*_WEIGHTED, *_GUIDERS)
 _SCORES = ("clip_score", "shape", "colour")
-PRODUCTS: tuple[SamplingProduct, ...] = ("none", "finite_difference")
+PRODUCTS: tuple[Preset, ...] = ("none", "finite_difference")
 """Of every variant: alone, and rectified by the package's default."""
 
 
@@ -70,7 +71,7 @@ class Row:
     """
 
     variant: str
-    product: SamplingProduct = "none"
+    product: Preset = "none"
     guidance_scale: float = SCALE
     steps: int = STEPS
 
