@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from companion.arguments import check_choice, shortened
+from companion.arguments import check_choice, check_number, shortened
 from companion.guidance.noise_level import LevelUnit, NoiseLevel, check_unit
 
 GuidanceWeight = Callable[[float, NoiseLevel], float]
@@ -31,20 +31,11 @@ WEIGHT_SYNTAX = (
 )
 
 
-def _finite(name: str, value: float) -> None:
-    try:
-        finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:
-        raise ValueError(f"{name} must be a finite number, got an integer beyond what a float holds") from None
-    if not finite:
-        raise ValueError(f"{name} must be a finite number, got {shortened(value)}")
-
-
 def _check_along(along: str, start: float | None, end: float) -> None:
     check_choice("along", along, get_args(Along))
-    _finite("end", end)
+    check_number("end", end)
     if start is not None:
-        _finite("start", start)
+        check_number("start", start)
     if along == "step" and (start is not None or end != 0):
         raise ValueError(f'start and end are levels: give along="sigma" or "timestep" with them, got start={start}')
     if along != "step" and (_FROM[along] if start is None else start) <= end:
@@ -70,7 +61,7 @@ class ConstantWeight:
     value: float = 1.0
 
     def __post_init__(self) -> None:
-        _finite("value", self.value)
+        check_number("value", self.value)
 
     def __call__(self, progress: float, level: NoiseLevel) -> float:
         return self.value
@@ -98,8 +89,8 @@ class LinearWeight:
     end: float = 0.0
 
     def __post_init__(self) -> None:
-        _finite("first", self.first)
-        _finite("last", self.last)
+        check_number("first", self.first)
+        check_number("last", self.last)
         _check_along(self.along, self.start, self.end)
 
     def __call__(self, progress: float, level: NoiseLevel) -> float:
@@ -129,8 +120,8 @@ class PowerCosineWeight:
     end: float = 0.0
 
     def __post_init__(self) -> None:
-        _finite("peak", self.peak)
-        _finite("power", self.power)
+        check_number("peak", self.peak)
+        check_number("power", self.power)
         if self.power <= 0:
             raise ValueError(f"power must be positive, got {self.power}")
         _check_along(self.along, self.start, self.end)
@@ -163,8 +154,8 @@ class IntervalWeight:
 
     def __post_init__(self) -> None:
         check_unit("unit", self.unit)
-        _finite("low", self.low)
-        _finite("high", self.high)
+        check_number("low", self.low)
+        check_number("high", self.high)
         if self.low > self.high:
             raise ValueError(f"low must not exceed high, got {self.low} and {self.high}")
         if not callable(self.weight):
@@ -203,7 +194,7 @@ def weight_at(weight: GuidanceWeight | float | None, progress: float, level: Noi
             f"weight {weight!r} fails at a noise level ({error}): it is called as weight(progress, level) with a "
             "NoiseLevel, whose level.karras_sigma, level.timestep and level.log_snr are numbers"
         ) from error
-    _finite("what the weight returns", value)
+    check_number("what the weight returns", value)
     return value
 
 
