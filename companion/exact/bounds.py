@@ -10,6 +10,7 @@ s = -1 is the reference's posterior, 0 the conditional's and w the one reweighte
 `m' = Cov(x_0, ℓ)` and `m'' = κ_s = E[(x_0 - m)(ℓ - E ℓ)²]`.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -112,7 +113,8 @@ def _support(*mixtures: GaussianMixture) -> tuple[Float[Tensor, " dim"], Float[T
     return (means - reach).amin(dim=0), (means + reach).amax(dim=0)
 
 
-class ExtrapolationError(NamedTuple):
+@dataclass(frozen=True)
+class ExtrapolationError:
     """Classifier-free guidance against the optimal direction of the exact posterior, and bounds of its error.
 
     Attributes:
