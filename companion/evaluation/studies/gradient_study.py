@@ -25,7 +25,7 @@ from companion.evaluation.studies.gradient_norms import (
     visited_states,
 )
 from companion.files import read_json, write_text
-from companion.guidance.classifier.scores import PLAIN, ClassifierScore
+from companion.guidance.classifier.scores import PLAIN, ClassifierScore, DivergenceName
 from companion.pipelines.adm.classifier import off_the_shelf_classifier
 from companion.pipelines.adm.pipeline import ADMPipeline
 from companion.pipelines.registry import load
@@ -34,7 +34,7 @@ from companion.provenance import provenance
 COMMAND = ("python", "-m", "companion.evaluation.studies.gradient_study")
 RESULTS = Path("notebooks/results/gradient_norms.json")
 TEMPERED = "τ1 = 1, τ2 = ½"
-DIVERGENCES = {
+DIVERGENCES: Mapping[str, DivergenceName] = {
     "reverse KL": "reverse_kl",
     "forward KL": "forward_kl",
     "Jensen-Shannon": "jensen_shannon",
