@@ -34,7 +34,7 @@ from companion.provenance import provenance
 COMMAND = ("python", "-m", "companion.evaluation.studies.gradient_study")
 RESULTS = Path("notebooks/results/gradient_norms.json")
 TEMPERED = "τ1 = 1, τ2 = ½"
-DIVERGENCES: Mapping[str, DivergenceName] = {
+DIVERGENCES: dict[str, DivergenceName] = {
     "reverse KL": "reverse_kl",
     "forward KL": "forward_kl",
     "Jensen-Shannon": "jensen_shannon",
