@@ -168,38 +168,34 @@ def _calibrated(name: str, job: Job) -> Path:
     return cards.ship_guide(job.name, network, record, figures, job.out)
 
 
-def _dit(job: Job) -> Path:
+def _trained(job: Job, train: Callable[..., tuple[Any, dict]], config: Any, **options: Any) -> tuple[Any, dict]:
+    """A model of latents and its record, continued from the job's start if it has one."""
     autoencoder = job.autoencoder()
-    settings = {"start": job.start, "window": job.window(autoencoder)}
-    trained = recipes.train_dit(job.folder, autoencoder, job.config(recipes.DIT_TRAINING), **settings)
-    return cards.ship_dit(*trained, job.out, job.parts)
+    start = options.pop("start", None) or job.start
+    window = job.window(autoencoder)
+    return train(job.folder, autoencoder, job.config(config), start=start, window=window, **options)
+
+
+def _dit(job: Job) -> Path:
+    return cards.ship_dit(*_trained(job, recipes.train_dit, recipes.DIT_TRAINING), job.out, job.parts)
 
 
 def _sd(job: Job) -> Path:
-    autoencoder = job.autoencoder()
-    config = job.config(text_conditional.SD_TRAINING["epsilon"])
-    settings = {"start": job.start, "window": job.window(autoencoder)}
-    trained = text_conditional.train_sd(job.folder, autoencoder, config, **settings)
+    trained = _trained(job, text_conditional.train_sd, text_conditional.SD_TRAINING["epsilon"])
     return cards.ship_text_conditional(job.name, *trained, job.out, job.parts)
 
 
 def _sd_v(job: Job) -> Path:
     """From mini-sd, unless it is continued itself."""
-    autoencoder = job.autoencoder()
     start = job.start or StableDiffusionPipeline.from_pretrained(job.parts / "mini-sd", dtype=torch.float32)
-    config = job.config(text_conditional.SD_TRAINING["v_prediction"])
-    settings = {"prediction": "v_prediction", "start": start, "window": job.window(autoencoder)}
-    pipe, record = text_conditional.train_sd(job.folder, autoencoder, config, **settings)
+    config, options = text_conditional.SD_TRAINING["v_prediction"], {"prediction": "v_prediction", "start": start}
+    pipe, record = _trained(job, text_conditional.train_sd, config, **options)
     record["started from"] = job.name if job.from_shipped else "mini-sd"
     return cards.ship_text_conditional(job.name, pipe, record, job.out, job.parts)
 
 
 def _flow(job: Job) -> Path:
-    autoencoder = job.autoencoder()
-    settings = {"start": job.start, "window": job.window(autoencoder)}
-    trained = text_conditional.train_flow(
-        job.folder, autoencoder, job.config(text_conditional.FLOW_TRAINING), **settings
-    )
+    trained = _trained(job, text_conditional.train_flow, text_conditional.FLOW_TRAINING)
     return cards.ship_text_conditional(job.name, *trained, job.out, job.parts)
 
 
