@@ -1,15 +1,15 @@
 """Guidance only where K lets it through: when a run evaluates its reference branch and its product.
 
 In the noise K is almost zero: of the direction Δ it passes the share `ρ = ‖KΔ‖ / ‖Δ‖`, so rectified guidance follows
-next to nothing there, yet pays for the reference branch and for the product. By the law of `companion.guidance.reuse`
-the logit of ρ moves with log SNR, so one evaluation at the first step tells when ρ will pass a threshold. Until then
+next to nothing there, but evaluates the reference branch and the product. By the law of `companion.guidance.reuse`
+the logit of ρ moves with log SNR, so one evaluation at the first step predicts when ρ will pass a threshold. Until then
 the conditional branch alone is evaluated; a second evaluation there checks the prediction.
 
-A budget buys evaluations of both, as many as it can pay for: one at the first step, the others from where ρ is to pass
+A budget is spent on evaluations of both: one at the first step, the others from where ρ is to pass
 the threshold on (`SHARE` where none is given), in a row first and at every second step as they get fewer. Between them
 the last rectified direction is followed, moved by the law, and the conditional branch alone is evaluated. Where a
 sampler evaluates a noise level twice in a row (Heun's method), the second evaluation follows what the first one gave,
-unless all that is left can be paid for.
+unless the rest of the budget covers every evaluation.
 
 What counts is the mean share of a run's samples: all of them start to be guided at one step, so that no sample waits
 for another. (The step at which a picture's guidance starts may thus depend on the others of its batch.)

@@ -179,7 +179,7 @@ class RectifiedGuidanceConfig:
         if self.cost is not None and self.every != 1:
             raise ValueError("cost chooses the steps that evaluate the product itself; give cost or every")
         if self.cost is not None and self.row.per_probe and self.probes is None:
-            raise ValueError("cost needs a number of probes: the exact diagonal's price depends on the sample's size")
+            raise ValueError("cost needs a number of probes: the exact diagonal's cost depends on the sample's size")
         if not isinstance(self.one_pass, bool):
             raise ValueError(f"one_pass must be True or False, got {shortened(self.one_pass)}")
         if self.one_pass and (self.method != "reg" or self.product != "finite_difference"):

@@ -7,7 +7,7 @@ from companion.ranking.report import counted, markdown_table, rules_table
 from companion.ranking.standings import Duel, Kind, duel
 from companion.ranking.suites import LINE, MANY, PLANE, SEPARATED, UNCONDITIONAL, WEAKER, suite_problems
 
-LEAGUES = (SEPARATED, LINE, PLANE, MANY, UNCONDITIONAL, WEAKER)
+ORDER = (SEPARATED, LINE, PLANE, MANY, UNCONDITIONAL, WEAKER)
 SIDE_BY_SIDE = ("CFG", "REG", "covariance", "interval", "none")
 RIVALS: tuple[tuple[str, Kind], ...] = (
     ("CFG", "nominal"),
@@ -23,7 +23,7 @@ def document(ranking: Ranking) -> str:
     parts = {
         "provenance": _provenance(ranking),
         "tables": _tables(ranking),
-        "wish": _leagues(ranking),
+        "wish": _side_by_side(ranking),
         "claims": _claims(ranking),
         "rules": rules_table(),
     }
@@ -53,10 +53,10 @@ def _tables(ranking: Ranking) -> str:
     return "\n\n".join(parts)
 
 
-def _leagues(ranking: Ranking) -> str:
-    """Both leagues, a row for each situation."""
+def _side_by_side(ranking: Ranking) -> str:
+    """Perfect and imperfect networks, a row for each situation."""
     lines = [f"| situation | {' | '.join(SIDE_BY_SIDE)} |", "|---|" + "---|" * len(SIDE_BY_SIDE)]
-    for situation in LEAGUES:
+    for situation in ORDER:
         if situation in ranking.situations:
             intervals = [ranking.standing(name, situation).distance for name in SIDE_BY_SIDE]
             cells = [f"{value:.2f} [{low:.2f}, {high:.2f}]" for low, value, high in intervals]

@@ -1,4 +1,4 @@
-"""Problems whose answer is known, in two leagues.
+"""Problems whose answer is known, for perfect and for imperfect networks.
 
 *Perfect networks*: both branches are exact scores. The target is the paper's, `p(x_0|y) R_0 / Z` with
 `R_0 = [p(y|x_0)/p(y)]^w`. As `p(y|x_0)^w <= 1`, accepting draws of `p(x_0|y)` with that probability draws from the
@@ -23,7 +23,7 @@ from companion.exact.mixtures import GaussianMixture, mixture_of
 from companion.exact.toys import Toy
 from companion.ranking.imperfect import IMPERFECTIONS
 
-League = Literal["perfect", "imperfect"]
+Networks = Literal["perfect", "imperfect"]
 
 LINE_POINTS = 301
 """Of the grid of a 1D problem, which reaches 4 beyond the data's region on both sides."""
@@ -38,7 +38,7 @@ class Problem:
     Attributes:
         name: unique within a suite.
         situation: the group in which rules are compared, e.g. "perfect, 1D".
-        league: "perfect" or "imperfect".
+        networks: "perfect" or "imperfect".
         weight: the paper's w at which rules are first run.
         data: the class's data.
         conditional, reference: the data whose exact scores the two branches are.
@@ -49,7 +49,7 @@ class Problem:
 
     name: str
     situation: str
-    league: League
+    networks: Networks
     weight: float
     data: GaussianMixture
     conditional: GaussianMixture
@@ -76,7 +76,7 @@ class Problem:
 
     def log_target(self, x: Float[Tensor, "batch dim"]) -> Float[Tensor, " batch"]:
         """The target's log density, up to a constant."""
-        if self.league == "imperfect":
+        if self.networks == "imperfect":
             return self.data.log_prob(x)
         return (1 + self.weight) * self.conditional.log_prob(x) - self.weight * self.reference.log_prob(x)
 
@@ -101,7 +101,7 @@ class Problem:
             ValueError: the reference does not contain the class and the problem is not 1D, or hardly a draw is
                 accepted.
         """
-        if self.league == "imperfect":
+        if self.networks == "imperfect":
             return self.data.sample(count, generator)
         if self.prior is None:
             grid = self.grid(4096)
@@ -146,7 +146,7 @@ def perfect(data: Toy, weight: float, situation: str, *, contains: bool = True) 
     return Problem(
         name=f"{data.name}, w = {weight:g}",
         situation=situation,
-        league="perfect",
+        networks="perfect",
         weight=weight,
         data=data.classes[0],
         conditional=data.classes[0],
@@ -175,7 +175,7 @@ def imperfect(data: Toy, weight: float, kind: str, *, autoguided: bool) -> Probl
     return Problem(
         name=f"{data.name}, {kind}, {'autoguided, ' if autoguided else ''}w = {weight:g}",
         situation="imperfect, weaker reference" if autoguided else "imperfect, unconditional reference",
-        league="imperfect",
+        networks="imperfect",
         weight=weight,
         data=data.classes[0],
         conditional=classes[0],

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from companion.exact.sampling import Interval
-from companion.ranking.rulers import LINE_FLOOR
+from companion.ranking.distances import LINE_FLOOR
 from companion.ranking.rules.catalogue import RULES
 
 Kind = Literal["nominal", "oracle"]

@@ -20,8 +20,8 @@ from companion.errors import explained
 from companion.exact.densities import kl, wasserstein1
 from companion.files import read_json, write_text
 from companion.provenance import provenance
+from companion.ranking.distances import LINE_FLOOR, SampleDistance, line_wasserstein
 from companion.ranking.problems import Problem
-from companion.ranking.rulers import LINE_FLOOR, SampleRuler, line_wasserstein
 from companion.ranking.rules.catalogue import Rule
 from companion.ranking.rules.whole_runs import WholeRun
 from companion.ranking.sampler import (
@@ -75,7 +75,7 @@ def measure_problem(problem: Problem, rules: Sequence[Rule], settings: Settings)
     """
     measure = _measure_line if problem.dimension == 1 else _measure_samples
     floor, cells = measure(problem, [rule for rule in rules if rule.applies(problem)], settings)
-    described = {key: getattr(problem, key) for key in ("name", "situation", "league", "weight", "dimension")}
+    described = {key: getattr(problem, key) for key in ("name", "situation", "networks", "weight", "dimension")}
     if problem.prior is not None:
         x = problem.conditional.sample(2000, torch.Generator().manual_seed(settings.seed))
         described["acceptance"] = float((problem.weight * problem.log_class_probability(x)).exp().mean())
@@ -127,8 +127,8 @@ def _measure_samples(problem: Problem, rules: Sequence[Rule], settings: Settings
     levels, count = noise_levels(settings.steps), settings.samples
     noise = SharedNoise(settings.seed, count, problem.dimension, settings.steps)
     truth = problem.truth(4 * count, torch.Generator().manual_seed(sample_seed(settings.seed, 1)))
-    whole = SampleRuler(truth, count, seed=2, resamples=settings.resamples)
-    second = SampleRuler(truth, count - count // 2, seed=3, resamples=settings.resamples)
+    whole = SampleDistance(truth, count, seed=2, resamples=settings.resamples)
+    second = SampleDistance(truth, count - count // 2, seed=3, resamples=settings.resamples)
     cells, replicates = {}, {}
     for rule in rules:
         runs = _strengths(rule, settings.strengths)
@@ -145,11 +145,11 @@ def _measure_samples(problem: Problem, rules: Sequence[Rule], settings: Settings
                     result if "failure" in result else {"failure": f"only {len(samples)} samples of {count}"}
                 )
         cell = _chosen(results, [strength for _, strength in runs])
-        for prefix, ruler, part in (("", whole, slice(None)), ("oracle_", second, slice(count // 2, None))):
+        for prefix, distance, part in (("", whole, slice(None)), ("oracle_", second, slice(count // 2, None))):
             index = cell.pop(f"{prefix}index", None)
             if index is None:
                 continue
-            found = ruler.measure(results[index]["samples"][part])
+            found = distance.measure(results[index]["samples"][part])
             cell[f"{prefix}distance"], cell[f"{prefix}error"] = found.energy, float(found.replicates.std())
             cell[f"{prefix}sliced"] = found.sliced
             replicates[rule.name, prefix] = found.replicates
@@ -163,9 +163,9 @@ def noise_floor(problem: Problem, settings: Settings, pairs: int = 10) -> float:
     if problem.dimension == 1:
         return LINE_FLOOR
     truth = problem.truth(4 * settings.samples, torch.Generator().manual_seed(sample_seed(settings.seed, 1)))
-    ruler = SampleRuler(truth, settings.samples, seed=2, resamples=2)
+    distance = SampleDistance(truth, settings.samples, seed=2, resamples=2)
     generator = torch.Generator().manual_seed(sample_seed(settings.seed, 2))
-    return sum(abs(ruler.energy(problem.truth(settings.samples, generator))) for _ in range(pairs)) / pairs
+    return sum(abs(distance.energy(problem.truth(settings.samples, generator))) for _ in range(pairs)) / pairs
 
 
 def _samples(

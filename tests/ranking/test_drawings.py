@@ -25,7 +25,7 @@ def problem(number, situation, dimension, **distances):
         }
         for name, d in distances.items()
     }
-    described = {"name": f"{situation} {number}", "situation": situation, "league": "perfect", "weight": 1.0}
+    described = {"name": f"{situation} {number}", "situation": situation, "networks": "perfect", "weight": 1.0}
     return {**described, "dimension": dimension, "floor": 0.001, "cells": cells}
 
 

@@ -1,4 +1,4 @@
-"""The sampler, its exact push on a line, the rulers, and what happens to rules that break."""
+"""The sampler, its exact push on a line, the distances, and what happens to rules that break."""
 
 import json
 import math
@@ -8,8 +8,8 @@ import torch
 from scipy.stats import wasserstein_distance
 
 from companion.exact import DDPMChain, energy_distance, kl, mixture_prediction, toy, wasserstein1
+from companion.ranking.distances import LINE_FLOOR, SampleDistance, line_wasserstein
 from companion.ranking.problems import perfect
-from companion.ranking.rulers import LINE_FLOOR, SampleRuler, line_wasserstein
 from companion.ranking.rules import adaptive, rectified, schedules
 from companion.ranking.rules.catalogue import RULES, Rule
 from companion.ranking.sampler import (
@@ -99,9 +99,9 @@ def test_line_wasserstein_is_scipys():
 
 def test_the_energy_distance_and_its_replicates():
     x, y = normal(200, 3), normal(500, 3, 1) + 0.3
-    ruler = SampleRuler(y, 200, seed=0, resamples=300)
-    found = ruler.measure(x)
-    assert found.energy == pytest.approx(energy_distance(x, y)) == pytest.approx(ruler.energy(x))
+    distance = SampleDistance(y, 200, seed=0, resamples=300)
+    found = distance.measure(x)
+    assert found.energy == pytest.approx(energy_distance(x, y)) == pytest.approx(distance.energy(x))
     independent = torch.tensor(
         [energy_distance(normal(200, 3, 10 + i), normal(500, 3, 100 + i) + 0.3) for i in range(60)]
     )
@@ -110,19 +110,19 @@ def test_the_energy_distance_and_its_replicates():
 
 def test_replicates_of_two_rules_are_paired():
     y, x = normal(400, 2, 1), normal(150, 2) + 0.5
-    ruler = SampleRuler(y, 150, seed=0, resamples=200)
-    near = ruler.measure(x + 0.01)
-    here = ruler.measure(x)
+    distance = SampleDistance(y, 150, seed=0, resamples=200)
+    near = distance.measure(x + 0.01)
+    here = distance.measure(x)
     apart = float((near.replicates - here.replicates).std())
     assert apart < 0.2 * float(here.replicates.std())
 
 
 def test_sliced_wasserstein_in_one_direction_is_scipys():
     x, y = normal(100, 1), normal(400, 1, 1) * 1.5
-    ruler = SampleRuler(y, 100, seed=0, resamples=2, directions=4)
-    assert ruler.sliced(x) == pytest.approx(wasserstein_distance(x[:, 0], y[:, 0]), abs=0.01)
+    distance = SampleDistance(y, 100, seed=0, resamples=2, directions=4)
+    assert distance.sliced(x) == pytest.approx(wasserstein_distance(x[:, 0], y[:, 0]), abs=0.01)
     with pytest.raises(ValueError, match="samples must be 100, as announced, got 7"):
-        ruler.measure(x[:7])
+        distance.measure(x[:7])
 
 
 BROKEN = {

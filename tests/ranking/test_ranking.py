@@ -26,7 +26,7 @@ def made_up(count=12, *, dimension=1, **distances):
     problems = []
     for i in range(count):
         cells = {name: cell(value(i)) for name, value in distances.items() if value(i) is not None}
-        described = {"name": f"problem {i}", "situation": "test", "league": "perfect", "weight": 1.0}
+        described = {"name": f"problem {i}", "situation": "test", "networks": "perfect", "weight": 1.0}
         problems.append({**described, "dimension": dimension, "floor": 0.003, "cells": cells})
     return problems
 

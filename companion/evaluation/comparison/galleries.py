@@ -102,7 +102,7 @@ def draw_changes(galleries: Mapping[str, Gallery], shown: int = 3) -> Drawing:
         gaps = gallery.gaps()
         image = left.imshow(gaps.mean(axis=0), cmap="cividis", vmin=0)
         figure.colorbar(image, ax=left, shrink=0.8, ticks=MaxNLocator(4))
-        left.set(title=f"{name}, mean of all pairs", xticks=[], yticks=[])
+        left.set(title=f"{name}, mean difference", xticks=[], yticks=[])
         size = gaps.mean(axis=(1, 2))
         order = size.argsort()
         chosen = [*order[::-1][:shown], *order[:shown]]

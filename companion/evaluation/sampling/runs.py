@@ -56,7 +56,7 @@ def sample(
     progress: bool = True,
     command: Sequence[str] | None = None,
 ) -> Path:
-    """Draw a run, or what is left of it, together with all other processes of `accelerate launch`.
+    """Draw a run, or the rest of it, together with all other processes of `accelerate launch`.
 
     Args:
         pipe: on this process's device, with the settings' scheduler.

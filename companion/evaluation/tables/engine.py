@@ -75,7 +75,7 @@ class CellMaker(ABC):
         """
 
     def draw(self, name: str, folder: Path, progress: bool) -> None:  # noqa: B027
-        """Draw a cell's samples, or what is left of them, in every process; nothing where `measure` draws."""
+        """Draw a cell's samples, or the remaining ones, in every process; nothing where `measure` draws."""
 
     @abstractmethod
     def measure(self, name: str, folder: Path) -> Measured:

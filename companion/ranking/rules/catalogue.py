@@ -23,7 +23,7 @@ class Rule:
         scaled: strength changes it; False for no guidance.
         needs_weaker, needs_class: problems it can be run on: those with a weaker model, those whose reference
             contains the class.
-        league: the only league that it is for; None for both.
+        networks: the only networks that it is for; None for both.
         on_a_line: the rule that it is in one dimension, if it is one there.
         note: what a reader should know.
     """
@@ -38,7 +38,7 @@ class Rule:
     scaled: bool = True
     needs_weaker: bool = False
     needs_class: bool = False
-    league: str | None = None
+    networks: str | None = None
     on_a_line: str | None = None
     note: str = ""
 
@@ -46,7 +46,7 @@ class Rule:
         """Whether it can be run on a problem."""
         if problem.dimension < self.smallest or (self.largest is not None and problem.dimension > self.largest):
             return False
-        if self.league is not None and problem.league != self.league:
+        if self.networks is not None and problem.networks != self.networks:
             return False
         return not (self.needs_weaker and problem.weaker is None) and not (self.needs_class and problem.prior is None)
 
@@ -109,9 +109,9 @@ _RULES = (
         schedules.optimal,
         largest=1,
         scaled=False,
-        note="no method: the target's own noise prediction, by quadrature; what is left is the steps' error",
+        note="no method: the target's own noise prediction, by quadrature; its remaining error is the steps'",
     ),
-    Rule("rejection", "exact for p(y|x_0)^w", whole_runs.rejected, whole=True, needs_class=True, league="perfect"),
+    Rule("rejection", "exact for p(y|x_0)^w", whole_runs.rejected, whole=True, needs_class=True, networks="perfect"),
 )
 RULES: dict[str, Rule] = {rule.name: rule for rule in _RULES}
 """In the order of the tables."""

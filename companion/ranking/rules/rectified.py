@@ -1,6 +1,6 @@
 """REG's products of K with Δ, reuse of K, and the covariance factor; K is a closed form here.
 
-For exact scores K is symmetric, so that `vjp`, `jvp` and `finite_difference` are one rule, at different prices.
+For exact scores K is symmetric, so that `vjp`, `jvp` and `finite_difference` are one rule, at different costs.
 """
 
 import torch

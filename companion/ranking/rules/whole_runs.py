@@ -107,7 +107,7 @@ def systematic(shares: Float[Tensor, " count"], shift: float) -> Tensor:
 def rejected(run: WholeRun, most: int = 40) -> tuple[Float[Tensor, "count dim"], float]:
     """Unguided samples, each kept with probability `p(y|x_0)^w`: exact but for the unguided chain's own error.
 
-    The price of a sample is a run and a classifier's evaluation over the share that is kept. All that are kept are
+    The cost of a sample is a run and a classifier's evaluation over the share that is kept. All that are kept are
     returned; fewer than asked for after `most` times as many runs.
     """
     kept: list[Tensor] = []

@@ -38,7 +38,7 @@ class Estimate:
     Attributes:
         energy: unbiased, so slightly negative where the distance is 0.
         sliced: Wasserstein-1 along random directions, averaged.
-        replicates: bootstrap replicates of the energy distance, paired with any other estimate of the same ruler.
+        replicates: bootstrap replicates of the energy distance, paired with any other estimate of the same object.
     """
 
     energy: float
@@ -46,7 +46,7 @@ class Estimate:
     replicates: Float[Tensor, " resamples"]
 
 
-class SampleRuler:
+class SampleDistance:
     """Distances to one set of draws of the truth.
 
     Args:
