@@ -1,6 +1,6 @@
 """Who stands where: scores over problems, ranks with intervals, and duels between two rules.
 
-A rule's score on a problem is its distance to the truth in units of the unguided chain's: 1 is no guidance, less is
+A rule's score on a problem is its distance to the truth in units of the unguided chain's: 1 is no guidance, lower is
 better. On a line that is the Wasserstein-1 distance, elsewhere the square root of the energy distance, which is
 a metric. Distances below the noise floor count as the floor.
 """
