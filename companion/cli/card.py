@@ -17,6 +17,7 @@ from torch import Tensor
 
 from companion.evaluation.metrics.metrics import share
 from companion.files import write_text
+from companion.markdown import table
 from companion.minis import adm, classifier
 from companion.minis.drawing import draw
 from companion.minis.scenes import HELD_OUT_SEED, SHAPES, labels, scene
@@ -95,7 +96,7 @@ def update_card(name: str, folder: Path | None = None, *, measure: int = 0, samp
     ]
     if measure:
         rows = [_recognised(name, measure, scale) for scale in (setting.scale, 1.0)]
-        lines += ["| requested class recognised | measured | 95 % interval |\n|---|---|---|", *rows, ""]
+        lines += [table(["requested class recognised", "measured", "95 % interval"], rows), ""]
     card = folder / "README.md"
     text = re.sub(r"## Samples\n.*?(?=## )", "", card.read_text(encoding="utf-8"), flags=re.DOTALL)
     before, heading, after = text.partition("## How it was trained")
@@ -126,7 +127,7 @@ def sample_sheet(pictures: Float[Tensor, "samples 3 height width"]) -> Image.Ima
 
 
 @torch.no_grad()
-def _recognised(name: str, number: int, scale: float) -> str:
+def _recognised(name: str, number: int, scale: float) -> list[str]:
     """A row of the card: the share of samples in which the scene classifier sees the requested class."""
     setting = SETTINGS[name]
     if setting.captions:
@@ -137,4 +138,5 @@ def _recognised(name: str, number: int, scale: float) -> str:
     seen = torch.cat([evaluator(part).argmax(dim=1) for part in draw_samples(name, number, scale).split(250)])
     found = share(seen == asked)
     what = f"{number:,} samples, guidance_scale {scale:g}, {setting.steps} steps"
-    return f"| {what} | {found.value:.1%} | {found.low:.1%} to {found.high:.1%} |".replace("%", " %")
+    texts = (f"{found.value:.1%}", f"{found.low:.1%} to {found.high:.1%}")
+    return [what, *(text.replace("%", " %") for text in texts)]

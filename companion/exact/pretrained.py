@@ -16,6 +16,7 @@ from companion.exact.chain import NoiseSchedule, Prediction, denoiser_prediction
 from companion.exact.mixtures import GaussianMixture
 from companion.exact.networks import ToyDenoiser, ToyTraining, train_toy_denoiser
 from companion.exact.toys import Toy, paper_1d
+from companion.markdown import table
 
 WEIGHTS = Path(__file__).parent / "weights"
 SEEDS = {"conditional": 0, "unconditional": 1}
@@ -91,9 +92,8 @@ class ToyNetworks:
             weights = {name: value.float().contiguous() for name, value in networks[branch].state_dict().items()}
             save_file(weights, folder / f"{branch}.safetensors")
             loss = excess_loss(denoiser_prediction(networks[branch], self.schedule), mixture, self.schedule)
-            rows.append(
-                f"| {branch}: mean squared distance to the ideal ε, 4,000 draws at each of {steps} t | {loss:.5f} |"
-            )
+            what = f"{branch}: mean squared distance to the ideal ε, 4,000 draws at each of {steps} t"
+            rows.append((what, f"{loss:.5f}"))
         record = {
             "points": POINTS, "epochs": training.epochs, "batch_size": training.batch, "optimiser": "adamw",
             "learning_rate": training.learning_rate, "decay": "cosine to 0",
@@ -102,7 +102,7 @@ class ToyNetworks:
             "device": f"CPU, {torch.get_num_threads()} thread", "torch": torch.__version__,
         }  # fmt: skip
         (folder / "README.md").write_text(
-            f"{self.about}\n\n## Figures\n\n| what | measured |\n|---|---|\n" + "\n".join(rows) + "\n\n"
+            f"{self.about}\n\n## Figures\n\n{table(['what', 'measured'], rows)}\n\n"
             f"## How they were trained\n\n```json\n{json.dumps(record, indent=2, ensure_ascii=False)}\n```\n\n"
             f"`{self.retrain_by}(folder)` trains them again.\n\nLicence: MIT, like the package.\n"
         )

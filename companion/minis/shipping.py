@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from companion.files import read_json, write_text
+from companion.markdown import table
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -66,11 +67,10 @@ def ship(
             write_text(file, json.dumps(settings, indent=2) + "\n")
     weights = sum(file.stat().st_size for file in target.rglob("*.safetensors"))
     figures = {**figures, "size of the weights": f"{weights / 1e6:.1f} MB, float16"}
-    rows = "\n".join(f"| {key} | {value} |" for key, value in figures.items())
     recipe = json.dumps(dict(record), indent=2)
     write_text(
         target / "README.md",
-        f"# {name}\n\n{text.strip()}\n\n## Figures\n\n| what | measured |\n|---|---|\n{rows}\n\n"
+        f"# {name}\n\n{text.strip()}\n\n## Figures\n\n{table(['what', 'measured'], figures.items())}\n\n"
         f"## How it was trained\n\n```json\n{recipe}\n```\n\nLicence: MIT, like the package.\n",
     )
     return target

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from companion.markdown import table
 from companion.ranking.ranking import Ranking
 from companion.ranking.report import counted, markdown_table, rules_table
 from companion.ranking.standings import Duel, Kind, duel
@@ -55,23 +56,22 @@ def _tables(ranking: Ranking) -> str:
 
 def _side_by_side(ranking: Ranking) -> str:
     """Perfect and imperfect networks, a row for each situation."""
-    lines = [f"| situation | {' | '.join(SIDE_BY_SIDE)} |", "|---|" + "---|" * len(SIDE_BY_SIDE)]
+    rows = []
     for situation in ORDER:
         if situation in ranking.situations:
             intervals = [ranking.standing(name, situation).distance for name in SIDE_BY_SIDE]
-            cells = [f"{value:.2f} [{low:.2f}, {high:.2f}]" for low, value, high in intervals]
-            lines.append(f"| {situation} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append([situation, *(f"{value:.2f} [{low:.2f}, {high:.2f}]" for low, value, high in intervals)])
+    return table(["situation", *SIDE_BY_SIDE], rows)
 
 
 def _claims(ranking: Ranking) -> str:
     """The covariance factor against those it was claimed to beat."""
     names = [f"against {name}" + (" at its best strength" if kind == "oracle" else "") for name, kind in RIVALS]
-    lines = [f"| situation | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-    for situation in ranking.situations:
-        cells = [_said(duel(ranking.problems, ("covariance", "nominal"), other, situation)) for other in RIVALS]
-        lines.append(f"| {situation} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [
+        [situation, *(_said(duel(ranking.problems, ("covariance", "nominal"), other, situation)) for other in RIVALS)]
+        for situation in ranking.situations
+    ]
+    return table(["situation", *names], rows)
 
 
 def _said(found: Duel) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from companion.exact.sampling import Interval
+from companion.markdown import table
 from companion.ranking.rules.catalogue import RULES
 from companion.ranking.standings import Standing, standings
 
@@ -30,31 +31,25 @@ def text_table(measured: Sequence[dict[str, Any]], situation: str) -> str:
 def markdown_table(measured: Sequence[dict[str, Any]], situation: str) -> str:
     """One situation for a document, the best first."""
     oracles = {standing.rule: standing for standing in standings(measured, situation, "oracle")}
-    lines = [
-        "| rule | cost | distance, median | worst | rank | best strength | distance there | rank there |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    headings = ["rule", "cost", "distance, median", "worst", "rank", "best strength", "distance there", "rank there"]
+    rows = []
     for standing in standings(measured, situation):
         best = oracles[standing.rule]
         name = standing.rule if standing.problems == standing.of else f"{standing.rule} (on {standing.problems})"
-        lines.append(
-            f"| {name} | {_number(standing.evaluations)} "
-            f"| {_number(standing.distance.value)} {_ends(standing.distance)} "
-            f"| {_number(standing.worst)} | {_rank(standing)} | {_number(best.strength)} "
-            f"| {_number(best.distance.value)} {_ends(best.distance)} | {_rank(best)} |"
-        )
-    return "\n".join(lines)
+        own, there = (f"{_number(each.distance.value)} {_ends(each.distance)}" for each in (standing, best))
+        numbers = (_number(standing.evaluations), own, _number(standing.worst), _rank(standing))
+        rows.append([name, *numbers, _number(best.strength), there, _rank(best)])
+    return table(headings, rows)
 
 
 def rules_table() -> str:
     """The rules with their sources and first sentences."""
-    lines = ["| rule | source | what it does |", "|---|---|---|"]
+    rows = []
     for rule in RULES.values():
-        function = rule.function
-        summary = " ".join((function.__doc__ or "").split("\n\n")[0].split()).replace("|", "\\|")
+        summary = " ".join((rule.function.__doc__ or "").split("\n\n")[0].split()).replace("|", "\\|")
         source = f"[{rule.source}](https://arxiv.org/abs/{rule.source})" if rule.source[:4].isdigit() else rule.source
-        lines.append(f"| {rule.name} | {source} | {summary}{f' ({rule.note})' if rule.note else ''} |")
-    return "\n".join(lines)
+        rows.append([rule.name, source, f"{summary} ({rule.note})" if rule.note else summary])
+    return table(["rule", "source", "what it does"], rows)
 
 
 def counted(problems: int) -> str:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from companion import plotting
-from companion.evaluation.comparison.side_by_side import Evaluator, Settings, compare
+from companion.evaluation.comparison.side_by_side import Evaluator, Settings, as_tensor, compare
 from companion.evaluation.metrics.inversion import Inversion, attributes_met, invert
 from companion.evaluation.metrics.paired_statistics import Comparison, mcnemar, paired_means
 from companion.minis.scenes import Scene, labels
@@ -89,8 +89,7 @@ def compared(gallery: Gallery, asked: Scene, captions: bool) -> dict[str, Compar
 
 
 def _inverted(pictures: Sequence[Image.Image], asked: Scene) -> Inversion:
-    tensors = [torch.from_numpy(np.array(each)).permute(2, 0, 1).float() / 127.5 - 1 for each in pictures]
-    return invert(torch.stack(tensors), asked=labels([asked] * len(tensors)))
+    return invert(as_tensor(pictures), asked=labels([asked] * len(pictures)))
 
 
 def draw_changes(galleries: Mapping[str, Gallery], shown: int = 3) -> Drawing:

@@ -80,7 +80,7 @@ def test_residuals_rise_with_a_deformation() -> None:
             invert(
                 deformed(images, torch.full((12,), strength), torch.Generator().manual_seed(5)), regressor=about(scenes)
             ).residual
-            for strength in (0.0, 0.4, 0.8, 1.2, 1.6)
+            for strength in (0.0, 0.5, 1.0, 1.5)
         ]
     )
     assert (residuals.mean(dim=1).diff() > 0.002).all()
