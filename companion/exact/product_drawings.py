@@ -125,12 +125,13 @@ def ellipses_figure(
         level = schedule.level(t)
         density = conditional.log_prob(grid.points, *level).exp().reshape(grid.shape)
         draw_density(axis, grid, density).set_alpha(0.4)
-        draw_matrices(axis, points, conditional.rectification_matrix(points, *level), OTHER_COLOURS[8], size=0.6)
+        draw_matrices(axis, points, conditional.rectification_matrix(points, *level), OTHER_COLOURS[8], size=0.5)
         for name, shift in arrows[t].items():
             axis.quiver(
                 *points.T, *(-shift).T, color=COLOURS[name], label=name, angles="xy", scale_units="xy", scale=1,
                 width=0.006,
             )  # fmt: skip
-        axis.set(xlabel="$x_1$", ylabel="$x_2$", title=f"t = {t} of {schedule.steps}")
+        axis.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), title=f"t = {t} of {schedule.steps}")
+        axis.set(xlabel="$x_1$", ylabel="$x_2$")
     axes[0].legend(fontsize="small")
     return figure
