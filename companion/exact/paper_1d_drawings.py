@@ -19,7 +19,7 @@ def shifts_figure(
     grid: Grid, sources: Mapping[str, Shifts], density: Float[Tensor, "steps+1 points"], levels: Sequence[int]
 ) -> Figure:
     """A row a source and a column a level: the methods' shifts, with the density of x_t in grey."""
-    size = (2.5 * len(levels), 2.5 * len(sources))
+    size = (3.2 * len(levels), 2.7 * len(sources))
     figure, axes = panels(len(sources), len(levels), figsize=size, sharex=True, squeeze=False)
     for row, (source, shifts) in zip(axes, sources.items(), strict=True):
         for axis, t in zip(row, levels, strict=True):
