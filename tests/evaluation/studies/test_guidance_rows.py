@@ -2,8 +2,10 @@
 
 import pytest
 
+from companion.evaluation.studies.classifier_table import imagenet128
 from companion.evaluation.studies.guidance_rows import REG
 from companion.evaluation.studies.guidance_table import coco, imagenet
+from companion.evaluation.studies.guidance_variants import variants
 from companion.evaluation.tables.options import TableOptions
 from companion.evaluation.tables.text import UNGUIDED
 
@@ -47,7 +49,17 @@ def test_options_of_a_plan(profile):
         imagenet(TableOptions(profile, strength=1.0))
 
 
-@pytest.mark.parametrize("name", ["num_samples", "batch_size", "seeds"])
+def test_scenes_to_measure_against():
+    """Of the embedded models only: the papers' references are files."""
+    assert coco(TableOptions(reference_samples=150, num_samples=130)).reference_samples == 150
+    assert imagenet128(TableOptions(reference_samples=150)).reference_samples == 150
+    for make, table in ((coco, "coco, profile paper"), (variants, "variants, profile mini")):
+        options = TableOptions("paper" if make is coco else "mini", reference_samples=150)
+        with pytest.raises(ValueError, match=f"{table}, takes no --reference-samples: leave it out"):
+            make(options)
+
+
+@pytest.mark.parametrize("name", ["num_samples", "batch_size", "reference_samples", "seeds"])
 def test_numbers_of_a_plan_are_positive(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         TableOptions(**{name: 0})
