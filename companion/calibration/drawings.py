@@ -131,7 +131,7 @@ def draw_sweeps(sweeps: Mapping[str, Curves], exact: Mapping[str, Interval]) -> 
     """A column for every setting, a row for every measure; dashed, exact guidance. The `plain` line is dark; markers of
     Jensen-Shannon are hollow and large, so that lines under them stay visible."""
     figure, axes = plt.subplots(
-        3, len(sweeps), figsize=(2.6 * len(sweeps), 6.8), sharex="col", sharey="row", squeeze=False
+        3, len(sweeps), figsize=(2.15 * len(sweeps), 6.0), sharex="col", sharey="row", squeeze=False
     )
     for column, (symbol, curves) in zip(axes.T, sweeps.items(), strict=True):
         for axis, measure in zip(column, MEASURES, strict=True):
@@ -150,11 +150,11 @@ def draw_sweeps(sweeps: Mapping[str, Curves], exact: Mapping[str, Interval]) -> 
         elif max(settings) > 1:
             column[0].set_xscale("symlog", base=2, linthresh=0.5)
         ticks = [v for v in settings if v != 0.99]
-        column[2].set_xticks(ticks, [f"{v:g}" for v in ticks], fontsize="x-small")
+        column[2].set_xticks(ticks, [f"{v:g}" for v in ticks], fontsize="small")
         column[2].minorticks_off()
         column[2].set_xlabel(symbol)
     for axis, measure, lowest in zip(axes[:, 0], MEASURES, (0.0, 0.0, 0.6), strict=True):
-        axis.set(ylabel=measure, ylim=(lowest, 1.03))
+        axis.set(ylabel=measure, ylim=(lowest, 1.08))
     labelled: dict[str, Any] = {}
     for axis in axes[0]:
         labelled |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
@@ -172,7 +172,7 @@ def draw_tilts(tilted: Mapping[int, Mapping[float, Mapping[str, Interval]]], exa
             axis.errorbar(list(points), value, (value - low, high - value), color=colour, marker=marker, ms=4, lw=1.2,
                           label=f"batches of {size}")  # fmt: skip
         axis.set(xlabel="tilt $t$", ylabel=measure)
-    axes[0].legend(fontsize="x-small")
+    axes[0].legend(fontsize="small")
     return figure
 
 
