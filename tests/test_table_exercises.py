@@ -11,6 +11,7 @@ from companion.evaluation.studies.ceilings import read_ceilings
 from companion.evaluation.studies.classifier_table import label_of
 from companion.evaluation.studies.validity_rows import rows_of
 from companion.evaluation.studies.verdict import METRICS, counted, differences, equal_strength, read_study
+from companion.evaluation.tables.paired import compared_counts
 from companion.evaluation.tables.published import published
 from companion.evaluation.tables.results import read_cells
 from companion.evaluation.tables.text import _less, lines_of, method_pairs, p_value
@@ -54,8 +55,26 @@ def test_08_what_more_steps_do() -> None:
         for name in names
         if p_value(_less(first[name], second[name])) * len(pairs) < 0.05
     ]
-    assert len(pairs) * len(names) == 40 and decided == [("mini-edm2, vanilla, scale 3", "recall", -0.027)]
-    assert "One of 40 differences is decided" in text("08") and "lower recall by 0.027" in text("08")
+    assert decided == [] and f"None of {len(pairs) * len(names)} differences is decided" in text("08")
+
+
+def test_08_compares_sample_by_sample() -> None:
+    pairs = read_json(NOTEBOOKS / "results/imagenet-mini-paired.json")
+    rectified = [entry for entry in pairs if "REG minus" in entry["label"]]
+    counts, number, said = compared_counts(rectified), len(rectified), text("08")
+    fid, kid, recall = counts["FID"], counts["KID"], counts["recall"]
+    assert f"FID is worse with REG in {fid['worse']} of {number} rows, all at scale 2, and better in 2, both at" in said
+    assert f"is better in {kid['better']} of {number} rows and worse in none" in said and kid["worse"] == 0
+    assert f"Recall is better in {recall['better']} and worse in {recall['worse']}" in said
+    assert f"Inception score is worse in {counts['IS']['worse']} of {number} and better in none" in said
+    assert counts["IS"]["better"] == 0 and fid["better"] == 2
+    for entry in rectified:
+        own = entry["figures"]["fid"]
+        assert own["p_value_holm"] >= 0.05 or (own["value"] < 0) == ("scale 3" in entry["label"])
+    [top] = [e["figures"]["fid"] for e in rectified if e["label"].endswith("scale 3, seed 0: REG minus CFG")]
+    assert f"both at scale 3 ({top['value']:.2f} ± {top['high'] - top['value']:.2f} at equal steps)" in said
+    halves = [(e["figures"]["fid"]["high"] - e["figures"]["fid"]["low"]) / 2 for e in rectified]
+    assert said.count(f"± {min(halves):.2f} to {max(halves):.2f}") == 2
 
 
 def test_08_and_09_quote_the_ceilings() -> None:

@@ -1,12 +1,14 @@
 """What remains of the REG paper's claims about pictures: row by row, published signs beside those measured here."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.studies.verdict import Study, counted
+from companion.evaluation.tables.paired import compared_counts
 from companion.evaluation.tables.published import published
 from companion.evaluation.tables.results import Cell
-from companion.evaluation.tables.text import differences
+from companion.evaluation.tables.text import METRICS, differences
 from companion.markdown import table
 
 
@@ -24,22 +26,35 @@ def _text(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{number} {name}" for name, number in counts.items())
 
 
-def claims_markdown(study: Study, imagenet: Sequence[Cell], coco: Sequence[Cell]) -> str:
+def _counts(cells: Sequence[Cell], compared: Sequence[Mapping[str, Any]], metric: str, second: str) -> dict[str, int]:
+    """REG minus CFG at equal scale: sample by sample where that was stored, the other models as independent runs."""
+    own = [entry for entry in compared if entry["label"].endswith("REG minus CFG")]
+    counts = compared_counts(own).get(METRICS[metric][0], {"better": 0, "undecided": 0, "worse": 0})
+    models = {entry["first"].split(",")[0] for entry in own}
+    for each in differences([cell for cell in cells if cell.name.split(",")[0] not in models], second):
+        if each["against"] == "CFG":
+            counts[each["verdicts"][metric]] += 1
+    return counts
+
+
+def claims_markdown(
+    study: Study, imagenet: Sequence[Cell], coco: Sequence[Cell], compared: Sequence[Mapping[str, Any]]
+) -> str:
     """One line a claim: where it stands, what was published, what is found here, and the outcome.
 
     Args:
         study: of `verdict.read_study`.
         imagenet, coco: the cells of notebooks 08 and 09.
+        compared: what `tables.paired.compared` found for pairs of notebook 08's cells.
     """
     rows = []
-    for claim, place, cells, metric, second, sign in (
-        ("class models: lower FID", "Table 2", imagenet, "fid", "inception_score", "lower"),
-        ("class models: higher IS", "Table 2", imagenet, "inception_score", "inception_score", "higher"),
-        ("text models: lower FID", "Table 3", coco, "fid", "clip_score", "lower"),
-        ("text models: higher CLIP score", "Table 3", coco, "clip_score", "clip_score", "higher"),
+    for claim, place, cells, pairs, metric, second, sign in (
+        ("class models: lower FID", "Table 2", imagenet, compared, "fid", "inception_score", "lower"),
+        ("class models: higher IS", "Table 2", imagenet, compared, "inception_score", "inception_score", "higher"),
+        ("text models: lower FID", "Table 3", coco, (), "fid", "clip_score", "lower"),
+        ("text models: higher CLIP score", "Table 3", coco, (), "clip_score", "clip_score", "higher"),
     ):
-        own = [each for each in differences(cells, second) if each["against"] == "CFG"]
-        counts = {v: sum(each["verdicts"][metric] == v for each in own) for v in ("better", "undecided", "worse")}
+        counts = _counts(cells, pairs, metric, second)
         rows.append([claim, place, sign, f"{_text(counts)} (stored cells, equal scale)", outcome(counts)])
     rows += [_published_line(coco, guidance) for guidance in ("linear", "cosine")]
     for claim, metric in (

@@ -117,3 +117,15 @@ def compared_markdown(entries: Sequence[Mapping[str, Any]]) -> str:
             texts.append(f"**{shown}**" if decided else shown)
         rows.append([entry["label"], *texts])
     return table(["row", *(f"Δ {METRICS[name][0]}" for name in names)], rows)
+
+
+def compared_counts(entries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """In how many pairs the first cell is better, undecided and worse, by figure; decided as `compared_markdown` marks
+    it."""
+    counts: dict[str, dict[str, int]] = {}
+    for entry in entries:
+        for name, given in entry["figures"].items():
+            own = counts.setdefault(METRICS[name][0], {"better": 0, "undecided": 0, "worse": 0})
+            better = (given["value"] < 0) == (METRICS[name][3] == "low")
+            own["undecided" if given["p_value_holm"] >= 0.05 else "better" if better else "worse"] += 1
+    return counts

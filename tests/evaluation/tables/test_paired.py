@@ -13,6 +13,7 @@ from companion.evaluation.metrics.paired_statistics import holm, mcnemar, paired
 from companion.evaluation.metrics.reference_statistics import statistics_of
 from companion.evaluation.tables.paired import (
     compared,
+    compared_counts,
     compared_markdown,
     pictures_file,
     read_pictures,
@@ -69,6 +70,13 @@ def test_only_decided_differences_are_bold(out) -> None:
     assert heading == "| row | Δ FID | Δ class agreement, % |"
     assert first.startswith("| one | **+0.") and first.count("**") == 4 and "**-" in first
     assert second.startswith("| two | ") and "**" not in second.split("|")[3]
+
+
+def test_decided_differences_are_counted_with_their_sign(out) -> None:
+    a, b, c = map(cell, "abc")
+    counts = compared_counts(compared([("one", a, b), ("two", b, a), ("three", b, c)], out))
+    assert counts["FID"]["worse"] == 1 and counts["FID"]["better"] >= 1  # b is nearer to the reference than a
+    assert counts["class agreement, %"] == {"better": 1, "undecided": 1, "worse": 1}
 
 
 def test_other_noise_is_refused(out) -> None:
