@@ -1,4 +1,4 @@
-"""What notebooks 08, 09, 14, 15 and 17 say in their texts and solutions, computed from the stored figures."""
+"""What notebooks 08, 09, 12, 14, 15 and 17 say in their texts and solutions, computed from the stored figures."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,8 @@ import scipy.stats
 from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.studies.ceilings import read_ceilings
 from companion.evaluation.studies.classifier_table import label_of
+from companion.evaluation.studies.gradient_norms import norm_summary
+from companion.evaluation.studies.gradient_study import read_gradients
 from companion.evaluation.studies.validity_rows import rows_of
 from companion.evaluation.studies.verdict import METRICS, counted, differences, equal_strength, read_study
 from companion.evaluation.tables.paired import compared_counts
@@ -112,6 +114,16 @@ def test_09_guidance_and_reg() -> None:
         none = line_of("coco", model, "unguided", "no guidance", 1.0)["clip_score"].value
         cfg = line_of("coco", model, "vanilla", "CFG", 3.0)["clip_score"].value
         assert f"{cfg - none:.2f}" == gain and gain in said
+
+
+def test_12_quotes_the_stored_gradients() -> None:
+    study, said = read_gradients(NOTEBOOKS / "results/gradient_norms.json"), text("12")
+    negative = (study.error.along < 0).double().mean(dim=1)
+    assert f"At the first step {100 * float(negative[0]):.1f} % of the cosines are negative" in said
+    assert negative[study.error.timesteps.index(500) :].max() == 0 and "From $t = 500$ on no cosine is negative" in said
+    found = norm_summary(study.clean)
+    assert "vanishes in half as many pictures as with ReLU" in said
+    assert found["Softplus(3)"][3] == pytest.approx(found["raw"][3] / 2, abs=0.02)
 
 
 def test_14_quotes_the_ceiling_and_the_pair() -> None:
