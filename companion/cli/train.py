@@ -171,9 +171,8 @@ def _calibrated(name: str, job: Job) -> Path:
 def _trained(job: Job, train: Callable[..., tuple[Any, dict]], config: Any, **options: Any) -> tuple[Any, dict]:
     """A model of latents and its record, continued from the job's start if it has one."""
     autoencoder = job.autoencoder()
-    start = options.pop("start", None) or job.start
-    window = job.window(autoencoder)
-    return train(job.folder, autoencoder, job.config(config), start=start, window=window, **options)
+    settings = {"start": job.start, "window": job.window(autoencoder), **options}
+    return train(job.folder, autoencoder, job.config(config), **settings)
 
 
 def _dit(job: Job) -> Path:

@@ -5,7 +5,7 @@ A cell's file of pictures holds what each contributes to the figures, and their 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from companion.arguments import shortened
 from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.metrics.paired_statistics import Comparison, holm, paired
 from companion.evaluation.tables.results import Cell
-from companion.evaluation.tables.text import METRICS
+from companion.evaluation.tables.text import METRICS, verdict
 from companion.files import array_names, read_arrays, whole_file
 from companion.markdown import table
 
@@ -105,16 +105,14 @@ def compared_markdown(entries: Sequence[Mapping[str, Any]]) -> str:
     for entry in entries:
         texts = []
         for name in names:
-            given = dict(entry["figures"].get(name, {}))
-            if not given:
+            given = entry["figures"].get(name)
+            if given is None:
                 texts.append("")
                 continue
             _, digits, factor, _ = METRICS[name]
-            decided = given.pop("p_value_holm") < 0.05
-            given.pop("p_value")
-            shown = Figure(**given).scaled(factor).text(digits)
+            shown = _difference(given).scaled(factor).text(digits)
             shown = shown if shown.startswith("-") else f"+{shown}"
-            texts.append(f"**{shown}**" if decided else shown)
+            texts.append(f"**{shown}**" if _decided(given) else shown)
         rows.append([entry["label"], *texts])
     return table(["row", *(f"Δ {METRICS[name][0]}" for name in names)], rows)
 
@@ -126,6 +124,13 @@ def compared_counts(entries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str,
     for entry in entries:
         for name, given in entry["figures"].items():
             own = counts.setdefault(METRICS[name][0], {"better": 0, "undecided": 0, "worse": 0})
-            better = (given["value"] < 0) == (METRICS[name][3] == "low")
-            own["undecided" if given["p_value_holm"] >= 0.05 else "better" if better else "worse"] += 1
+            own[verdict(name, _difference(given)) if _decided(given) else "undecided"] += 1
     return counts
+
+
+def _decided(given: Mapping[str, Any]) -> bool:
+    return bool(given["p_value_holm"] < 0.05)
+
+
+def _difference(given: Mapping[str, Any]) -> Figure:
+    return Figure(**{field.name: given[field.name] for field in fields(Figure)})
