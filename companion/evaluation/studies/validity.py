@@ -63,6 +63,7 @@ COMMAND = ("python", "-m", "companion.evaluation.studies.validity")
 SAMPLES = 60
 RESULTS = Path("notebooks/results/validity.json")
 ATTRIBUTES = ("shape", "colour", "texture", "size")
+_ORDER = ("no guidance", *METHODS)
 CEILINGS = ("real scenes", "autoencoder")
 _REFERENCE = 2000  # scenes that the kernel distance compares with
 _RESAMPLES = 200  # of the distribution distance's paired bootstrap
@@ -87,6 +88,10 @@ class Measured:
         captions, the CLIP score."""
         names = ("residual", "class_residual", "kid", *(("clip_score",) if self.captions else ()))
         return {name: self.scores[name] for name in names}
+
+    def first(self, samples: int) -> "Measured":
+        """The first pictures alone."""
+        return Measured({name: values[:samples] for name, values in self.scores.items()}, self.captions)
 
     def shares(self, largest: float) -> dict[str, Bool[Tensor, " samples"]]:
         """Whether each picture is valid, is recognised, and has every requested attribute of its nearest scene."""
@@ -132,7 +137,9 @@ def row_figures(row: Measured, largest: float) -> dict[str, Figure]:
 
 
 def comparisons(first: Measured, second: Measured, largest: float) -> dict[str, Comparison]:
-    """First minus second, pair by pair."""
+    """First minus second, pair by pair, of the pictures that both have."""
+    samples = min(len(row.scores["residual"]) for row in (first, second))
+    first, second = first.first(samples), second.first(samples)
     found = {name: paired_means(values, second.numbers[name]) for name, values in first.numbers.items()}
     shares = second.shares(largest)
     found |= {name: mcnemar(values, shares[name]) for name, values in first.shares(largest).items()}
@@ -214,7 +221,8 @@ def ceilings(samples: int, kernel: KernelDistance) -> dict[str, Measured]:
 def measure_rows(folder: Path, table: Path, models: Sequence[str], samples: int = SAMPLES) -> dict[str, Any]:
     """Figures of every row that is drawn, and every paired difference, as plain JSON.
 
-    The scores of each picture go into `table`. Rows with fewer pictures are named in `not_measured`.
+    A row counts with all its pictures, a difference with those that both rows have. The scores of each picture go
+    into `table`. Rows with fewer than `samples` pictures are named in `not_measured`.
 
     Raises:
         ValueError: no row has that many pictures, or they were measured with other weights.
@@ -224,16 +232,17 @@ def measure_rows(folder: Path, table: Path, models: Sequence[str], samples: int 
     rows: dict[str, Any] = {}
     found: dict[Row, Measured] = {}
     planned = [row for model in models for row in rows_of(model)]
-    drawn = [row for row in planned if parts_there(folder, row) * PART >= samples]
+    drawn = {row: parts for row in planned if (parts := parts_there(folder, row)) * PART >= samples}
     if not drawn:
         raise ValueError(f"{folder} holds no row of {samples} pictures; draw them first: {' '.join(COMMAND)} draw")
-    for row in drawn:
-        scores, told = read_row(folder, row, samples // PART)
-        scores["kid"] = kernel(read_images(folder, row, samples // PART))
+    for row, parts in drawn.items():
+        scores, told = read_row(folder, row, parts)
+        scores["kid"] = kernel(read_images(folder, row, parts))
         found[row] = Measured(scores, MODELS[row.model].captions)
         figures = row_figures(found[row], largest)
         rows[row.name] = {
             **asdict(row),
+            "samples": parts * PART,
             "evaluations": planned_evaluations(row),
             "cpu_seconds": round(sum(part["cpu_seconds"] for part in told), 1),
             "figures": {name: asdict(figure) for name, figure in figures.items()},
@@ -243,7 +252,7 @@ def measure_rows(folder: Path, table: Path, models: Sequence[str], samples: int 
             "commits": sorted({str(part["provenance"]["commit"]) for part in told}),
         }
         print(f"{row.name}: residual {figures['residual'].text(4)}", flush=True)
-    perfect = ceilings(samples, kernel)
+    perfect = ceilings(max(drawn.values()) * PART, kernel)
     named = {row.name: each for row, each in found.items()} | perfect
     write_scores(table, {name: each.scores for name, each in named.items()})
     pairs = [(one, other, comparisons(found[one], found[other], largest)) for one, other in wanted_pairs(list(found))]
@@ -298,18 +307,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=" ".join(COMMAND), description=__doc__)
     parser.add_argument("step", choices=("draw", "measure", "threshold"))
     parser.add_argument("--models", default=",".join(MODELS), metavar="NAMES", help=f"default: {','.join(MODELS)}")
+    parser.add_argument(
+        "--methods", default=";".join(_ORDER), metavar="NAMES", help=f"to draw; default: {';'.join(_ORDER)!r}"
+    )
     parser.add_argument("--pictures", type=Path, default=Path("runs/validity"), metavar="FOLDER")
-    parser.add_argument("--samples", type=int, help=f"pictures a row: {SAMPLES}; scenes of the threshold: 2000")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        help=f"pictures a row, when measuring the fewest that count: {SAMPLES}; scenes of the threshold: 2000",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON; default: where the package reads it")
     options = parser.parse_args(arguments)
-    models, samples = options.models.split(","), options.samples or SAMPLES
+    models, methods = options.models.split(","), [name.strip() for name in options.methods.split(";")]
+    samples = options.samples or SAMPLES
     try:
-        if wrong := [name for name in models if name not in MODELS]:
-            raise ValueError(f"--models must be of {', '.join(MODELS)}, got {wrong[0]!r}")
+        for option, names, known in (("models", models, MODELS), ("methods", methods, _ORDER)):
+            if wrong := [name for name in names if name not in known]:
+                raise ValueError(f"--{option} must be of {'; '.join(known)}, got {wrong[0]!r}")
         if options.step == "draw":
-            source = provenance(command=[*COMMAND, "draw", "--models", options.models, "--samples", str(samples)])
-            order = ("no guidance", *METHODS)  # of all models one method after the other
-            rows = sorted((row for name in models for row in rows_of(name)), key=lambda row: order.index(row.method))
+            chosen = ["--models", options.models, "--methods", options.methods, "--samples", str(samples)]
+            source = provenance(command=[*COMMAND, "draw", *chosen])
+            rows = [row for name in models for row in rows_of(name) if row.method in methods]
+            rows.sort(key=lambda row: _ORDER.index(row.method))  # of all models one method after the other
             draw_rows(rows, options.pictures, samples, source)
         elif options.step == "measure":
             out = options.out or RESULTS

@@ -210,8 +210,9 @@ def equal_strength(
         resamples: of the bootstrap.
         targets: shares compared, evenly spaced.
     """
-    curves = {name: _curve(study, model, name, metric) for name in (method, "CFG")}
-    number = study.stored["samples"]
+    rows = [row for name in (method, "CFG") for row in study.curve(model, name)]
+    number = min(len(study.scores[row.name]["residual"]) for row in rows)  # pictures that all of them have
+    curves = {name: _curve(study, model, name, metric, number) for name in (method, "CFG")}
     whole = _gap(curves[method], curves["CFG"], torch.arange(number), targets)
     if whole is None:
         return EqualStrength(model, (0.0, 0.0), None, "undecided")
@@ -234,8 +235,8 @@ Curve = tuple[Float[Tensor, "scales samples"], Float[Tensor, "scales samples"]]
 """Of no guidance and every scale, by picture: recognised (0 or 1), and the metric."""
 
 
-def _curve(study: Study, model: str, method: str, metric: str) -> Curve:
-    measured = [study.measured(row) for row in study.curve(model, method)]
+def _curve(study: Study, model: str, method: str, metric: str, samples: int) -> Curve:
+    measured = [study.measured(row).first(samples) for row in study.curve(model, method)]
     largest = study.stored["valid_residual"]
     strength = torch.stack([each.shares(largest)["recognised"].double() for each in measured])
     given = [each.shares(largest).get(metric, each.scores.get(metric)) for each in measured]

@@ -88,6 +88,8 @@ def test_comparisons_are_paired() -> None:
     assert found["kid"].figure.value == pytest.approx(distances[1] - distances[0], rel=1e-4)
     assert found["residual"].figure.value == pytest.approx(0.05, rel=0.05)  # half of 0.1: colours in [0, 1]
     assert found["residual"].figure.low > 0.045
+    fewer = comparisons(noisy.first(4), clean, largest=0.02)["residual"].figure
+    assert fewer == comparisons(noisy.first(4), clean.first(4), largest=0.02)["residual"].figure and fewer.samples == 4
     assert found["valid"].figure.value == -1.0
     assert found["recognised"].figure.samples == 6
     assert clean.shares(0.02)["attributes"].tolist() == [True] * 6
@@ -119,6 +121,8 @@ def test_measuring_says_what_is_missing(tmp_path, capsys) -> None:
     assert message.startswith("error: ") and "draw them first" in message and message.count("\n") == 1
     assert main(["draw", "--models", "mini-sx"]) == 2
     assert "got 'mini-sx'" in capsys.readouterr().err
+    assert main(["draw", "--methods", "CFG;reg"]) == 2
+    assert "--methods must be of no guidance; CFG; REG;" in capsys.readouterr().err
 
 
 def test_committed_figures_follow_from_the_committed_scores() -> None:
@@ -127,7 +131,7 @@ def test_committed_figures_follow_from_the_committed_scores() -> None:
     assert "dirty" not in stored["provenance"]["commit"]
     for name, row in stored["rows"].items():
         own = Measured(scores[name], MODELS[row["model"]].captions)
-        assert len(own.scores["residual"]) == stored["samples"], name
+        assert len(own.scores["residual"]) == row.get("samples", stored["samples"]) >= stored["samples"], name
         assert row["figures"]["residual"]["value"] == pytest.approx(float(own.scores["residual"].mean()), rel=1e-4)
         for share, right in own.shares(stored["valid_residual"]).items():
             assert row["figures"][share]["value"] == pytest.approx(float(right.double().mean()), abs=0.011)
@@ -136,8 +140,9 @@ def test_committed_figures_follow_from_the_committed_scores() -> None:
         assert row["law_distance"] == pytest.approx(math.fsum(distances) / 6, abs=1e-3)
         assert not any("dirty" in commit for commit in row["commits"])
     for pair in stored["differences"]:
-        first, second = (scores[pair[end]]["residual"] for end in ("first", "second"))
         figure = pair["figures"]["residual"]
+        first, second = (scores[pair[end]]["residual"][: figure["samples"]] for end in ("first", "second"))
+        assert figure["samples"] == min(len(first), len(second))
         assert figure["value"] == pytest.approx(float((first - second).mean()), abs=1e-5)
         assert figure["low"] <= figure["value"] <= figure["high"]
         assert figure["p_value"] <= figure["p_value_holm"]
