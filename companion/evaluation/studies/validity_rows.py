@@ -32,12 +32,12 @@ class Model:
 
 
 _LATE = "interval@timestep:0,780"
-_SCALES = (2.0, 4.0, 7.5)
+_SCALES = (2.0, 4.0, 7.5, 12.0)
 
 MODELS: Mapping[str, Model] = {
     model.name: model
     for model in (
-        Model("mini-sd", (*_SCALES, 12.0), _LATE, True, {"num_inference_steps": 25}),
+        Model("mini-sd", _SCALES, _LATE, True, {"num_inference_steps": 25}),
         Model("mini-sd-v", _SCALES, _LATE, True, {"num_inference_steps": 25}),
         Model("mini-dit", _SCALES, _LATE, False, {"num_inference_steps": 25}),
         Model("mini-flow", _SCALES, _LATE, True, {"num_inference_steps": 25}),
