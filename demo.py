@@ -7,9 +7,10 @@ import argparse
 import os
 import signal
 import socket
-import time
+import sys
+import threading
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from companion.extras import MissingExtraError, need
 
@@ -19,6 +20,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 HOST = "127.0.0.1"
+_ENDINGS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -84,8 +86,8 @@ def main(argv: list[str] | None = None) -> None:
         need("demo", "the demo")
     except MissingExtraError as error:
         parser.error(str(error))
-    for ending in (signal.SIGINT, signal.SIGTERM):  # also where the shell had them ignored
-        signal.signal(ending, signal.default_int_handler)
+    for ending in _ENDINGS:  # also where the shell had them ignored
+        signal.signal(ending, _stop)
     print("Loading …", flush=True)
     import torch
     from diffusers.utils import logging as diffusers_logging
@@ -115,11 +117,23 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Open {page.local_url} (Ctrl-C ends it)", flush=True)
     if page.share_url:
         print(f"Public for a week: {page.share_url}", flush=True)
-    try:
-        while True:
-            time.sleep(3600)
-    except KeyboardInterrupt:
-        page.close(verbose=False)
+    asked = threading.Event()
+    for ending in _ENDINGS:
+        signal.signal(ending, lambda *_: _stop() if asked.is_set() else asked.set())
+    asked.wait()
+    page.close(verbose=False)
+    _end(0)
+
+
+def _stop(*_: Any) -> None:
+    """Ctrl-C while the demo loads, or once more while it closes."""
+    _end(130)  # as shells say it
+
+
+def _end(status: int) -> NoReturn:
+    """End the process without waiting for its threads: torch aborts where one samples while the interpreter ends."""
+    sys.stdout.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

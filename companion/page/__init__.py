@@ -4,6 +4,8 @@ The page samples nothing itself: a tab reads its controls into settings and show
 `companion.evaluation.comparison.side_by_side` yields.
 """
 
+import logging
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from companion.extras import need
 need("demo", __name__)
 
 import gradio as gr
+from gradio.tunneling import CURRENT_TUNNELS
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -21,10 +24,13 @@ from companion.page.guidance_tab import guidance_tab
 from companion.page.listeners import Listeners, allowed_hosts
 from companion.page.models import CLASSIFIER_TAB, Models
 from companion.page.queue import LONGEST_QUEUE, Queue
-from companion.page.requests import refusing
+from companion.page.requests import NOT_UNDERSTOOD, refusing
 from companion.page.sweep_tab import sweep_tab
+from companion.page.updates import sentence
 
 __all__ = ["Models", "build_page", "serve"]
+
+_log = logging.getLogger(__name__)
 
 _HOUR = 3600  # seconds
 
@@ -87,6 +93,31 @@ _KEEP_TYPED_NUMBERS = """
 """
 
 
+class _Page(gr.Blocks):
+    """Gradio's page, which answers a call that it cannot understand in one sentence and prints no traceback about it.
+
+    A tab's runs say themselves what is wrong (`running`). What fails here are the values of a call: too few, of other
+    types, or of an event that no program can cause.
+    """
+
+    def close(self, verbose: bool = True) -> None:
+        super().close(verbose)
+        for tunnel in CURRENT_TUNNELS:  # of a public link, a process of its own
+            tunnel.kill()
+
+    async def process_api(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return await super().process_api(*args, **kwargs)
+        except gr.Error as error:
+            error.print_exception = False
+            raise
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            told = f"{type(error).__name__} in {place.filename}, line {place.lineno}"
+            _log.warning("a call failed: %s: %s", told, sentence(error))
+            raise gr.Error(NOT_UNDERSTOOD, print_exception=False) from None
+
+
 def build_page(models: Models, queue: Queue | None = None) -> gr.Blocks:
     """The page, ready to be served.
 
@@ -95,7 +126,7 @@ def build_page(models: Models, queue: Queue | None = None) -> gr.Blocks:
         queue: of all the page's runs.
     """
     queue = queue or Queue()
-    with gr.Blocks(title="CFG and REG, side by side", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as page:
+    with _Page(title="CFG and REG, side by side", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as page:
         gr.HTML(_INTRODUCTION, elem_id="head", padding=False)
         with gr.Tabs():
             with gr.Tab("CFG and REG"):
