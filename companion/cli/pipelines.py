@@ -1,7 +1,7 @@
 """`python -m companion pipelines`: run every pipeline of the installed diffusers that can be built small, and check it.
 
 The result is the page `docs/pipelines.md` and the data `docs/pipelines.json` that it is made from. Without names and
-`--missing` all earlier results are dropped, and the page says what made it.
+`--missing` all earlier results are dropped, and the page says what made it; otherwise it says that several runs did.
 """
 
 import argparse
@@ -58,8 +58,9 @@ def run(options: argparse.Namespace) -> int:
         return 2
     data, begun = read_data(options.data), time.process_time()
     whole = not options.names and not options.missing
+    data["made"] = provenance() if whole else {}
     if whole:
-        data |= {"made": provenance(), "checked": {}}
+        data["checked"] = {}
     supported = {row.name for row in support_table() if row.status == "supported"}
     names = [name for name in recorded() if name.split("/")[0] in supported & set(options.names or known)]
     names = [name for name in names if not (options.missing and data["checked"].get(name, {}).get("passed"))]

@@ -18,7 +18,10 @@ _MISUNDERSTOOD = (ValueError, TypeError, LookupError, AttributeError, RecursionE
 
 
 def refusing(app: ASGIApp) -> ASGIApp:
-    """The page with status 400 for requests that it cannot understand, an error at the end of a stream; other errors stay what they are."""
+    """The page with status 400 for requests that it cannot understand, or an error as the end of their stream.
+
+    Other errors stay what they are.
+    """
 
     async def refused(scope: Scope, receive: Receive, send: Send) -> None:
         begun = False

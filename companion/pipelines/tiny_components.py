@@ -95,6 +95,8 @@ def _component(record: Any) -> Any:
         return record
     if "tokenizer" in record:
         return tiny_tokenizer(record["tokenizer"])
+    if "texts" in record:
+        return _TextProcessor(tiny_tokenizer(record["texts"]))
     kind = _class(record["class"])
     if "transformers" in record:
         config: PretrainedConfig = _class(record["transformers"]).from_dict(record["config"])
@@ -103,6 +105,19 @@ def _component(record: Any) -> Any:
         return kind(**record["processor"])
     built = kind.from_config(record["config"])
     return _awake(built) if isinstance(built, nn.Module) else built
+
+
+class _TextProcessor:
+    """In the place of a processor of texts and pictures: the texts alone."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+        return self.tokenizer.apply_chat_template([conversation], **kwargs)
+
+    def __call__(self, text: list[str], **kwargs: Any) -> Any:
+        return self.tokenizer(text, **kwargs)
 
 
 def _class(path: str) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 import diffusers
 import pytest
 
+from companion.cli.main import main as command_line
 from companion.cli.pipelines import check_named, read_data, write_data
 from companion.pipelines.layout import UnsupportedPipeline, guidance_layout
 from companion.pipelines.support import describe, page, support_table
@@ -58,6 +59,7 @@ def test_false_statements_are_gone(table):
     assert {rows[name].status for name in ("AnyFlowPipeline", "AnyFlowFARPipeline", "HeliosPipeline")} == {"refused"}
     assert rows["SanaSprintPipeline"].status == "unguided"
     assert "timestep_ratio" not in rows["StableCascadePriorPipeline"].note
+    assert "its tokens are at several noise levels at once" in rows["SanaWMPipeline"].note
 
 
 def test_the_page_is_made_of_its_data(table):
@@ -76,6 +78,16 @@ def test_the_page_counts_what_passed(table):
     passed = {name.split("/")[0] for name, found in data["checked"].items() if found.get("passed")}
     assert len(passed) >= 150
     assert f"Of them {len(passed)} classes" in DOCUMENT.read_text()
+
+
+def test_a_part_of_the_check_is_no_whole_run(tmp_path, capsys):
+    """Results of another run stay, and the page does not say that one run made them all."""
+    data = tmp_path / "pipelines.json"
+    data.write_bytes(DATA.read_bytes())
+    arguments = ["pipelines", "Ideogram4Pipeline", "--data", str(data), "--page", str(tmp_path / "pipelines.md")]
+    assert command_line(arguments) == 0 and "passed True" in capsys.readouterr().out
+    text = (tmp_path / "pipelines.md").read_text()
+    assert "were built and passed the check, over several runs." in text and "| AllegroPipeline |" in text
 
 
 def test_last_tokens_a_predicted_picture_and_mixed_branches_are_read():
@@ -99,11 +111,18 @@ def test_a_variant_is_another_entry_with_changes():
 
 
 @pytest.mark.parametrize(
-    "name", ["HiDreamImagePipeline", "KandinskyV22PriorPipeline", "HunyuanDiTControlNetPipeline", "PRXPixelPipeline"]
+    "name",
+    [
+        "HiDreamImagePipeline",
+        "KandinskyV22PriorPipeline",
+        "HunyuanDiTControlNetPipeline",
+        "PRXPixelPipeline",
+        "QwenImage21Pipeline",
+    ],
 )
 def test_a_sample_of_the_page_is_checked_again(name):
     """One and three images of HiDream, an output that is no `sample`, residuals that the network pops from a list, a
-    network that predicts the picture."""
+    network that predicts the picture, one with a cache whose latents are the last tokens."""
     found = check_named(name)
     assert found.get("passed"), found
     assert (found["images"] == 3 or name == "PRXPixelPipeline") and read_data(DATA)["checked"][name]["passed"]
