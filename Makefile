@@ -26,6 +26,9 @@ demo: .venv/ready-demo
 	.venv/bin/python demo.py $(ARGS)
 
 # Files of tests, each whole, on JOBS processes of one thread each; a notebook's cells stay together and in order.
+# glibc keeps freed memory: to fetch and clear it anew for every tensor costs up to half of a small tensor's time.
+test: export MALLOC_MMAP_THRESHOLD_ = 33554432
+test: export MALLOC_TRIM_THRESHOLD_ = 268435456
 test: .venv/ready-dev
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0 \
 		--nbval-lax --nbval-current-env --nbval-cell-timeout=600 --durations=60 tests $(NOTEBOOKS) $(ARGS)
