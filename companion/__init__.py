@@ -8,8 +8,9 @@ What is not here is imported from its module: `docs/architecture.md` says where 
 """
 
 import importlib
-import warnings
 from typing import TYPE_CHECKING, Any
+
+from companion.deprecation import warn_deprecated
 
 if TYPE_CHECKING:
     from companion.guidance.classifier.scores import ClassifierScore
@@ -73,14 +74,21 @@ _MOVED = _modules(
         "guidance.weights": "GuidanceWeight",
         "networks.edm2": "EDM2UNet",
         "pipelines.adm.presets": "ADM_PRESETS PUBLISHED_GUIDANCE published_guidance",
-        "pipelines.configuration": "SAMPLING_PRODUCTS",
+        "pipelines.configuration": "PRESETS",
         "pipelines.edm2.presets": "EDM2_PRESETS",
-        "pipelines.guider.settings": "RECTIFIABLE_GUIDERS",
-        "pipelines.levels": "UNDERSTOOD_SCHEDULERS",
+        "pipelines.guider.settings": "SUPPORTED_GUIDERS",
+        "pipelines.levels": "SUPPORTED_SCHEDULERS",
         "pipelines.paper_models": "PaperModel",
     }
 )
-"""Public names of the first version -> the module they are imported from now."""
+"""What was public in the first version -> the module it is imported from now."""
+
+_RENAMED = {
+    "RECTIFIABLE_GUIDERS": "SUPPORTED_GUIDERS",
+    "SAMPLING_PRODUCTS": "PRESETS",
+    "UNDERSTOOD_SCHEDULERS": "SUPPORTED_SCHEDULERS",
+}
+"""Its name in the first version -> its name now."""
 
 __all__ = [*_MODULES]
 
@@ -89,11 +97,11 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
         return value
-    if name not in _MOVED:
+    new = _RENAMED.get(name, name)
+    if new not in _MOVED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    message = f"companion.{name} is deprecated: import it from {_MOVED[name]}"
-    warnings.warn(message, DeprecationWarning, stacklevel=2)
-    return getattr(importlib.import_module(_MOVED[name]), name)
+    warn_deprecated(f"companion.{name}", f"import {'it' if new == name else new} from {_MOVED[new]}")
+    return getattr(importlib.import_module(_MOVED[new]), new)
 
 
 def __dir__() -> list[str]:

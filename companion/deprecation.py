@@ -36,6 +36,25 @@ class RenamedAttribute:
         return getattr(instance, self.new)
 
 
+class RenamedKeys(dict[str, Any]):
+    """A table that also finds its rows by old names, given as old name -> new name."""
+
+    def __init__(self, table: Mapping[str, Any], **names: str) -> None:
+        super().__init__(table)
+        self._names = names
+
+    def __missing__(self, old: str) -> Any:
+        if old not in self._names:
+            raise KeyError(old)
+        warn_renamed(repr(old), repr(self._names[old]))
+        return self[self._names[old]]
+
+
 def warn_renamed(old: str, new: str) -> None:
     """Warn the caller's caller that an old name was used."""
-    warnings.warn(f"{old} is deprecated: it is now called {new}", DeprecationWarning, stacklevel=3)
+    warn_deprecated(old, f"it is now called {new}", level=4)
+
+
+def warn_deprecated(old: str, instead: str, level: int = 3) -> None:
+    """Warn the caller's caller, or one further up, that something old was used."""
+    warnings.warn(f"{old} is deprecated: {instead}", DeprecationWarning, stacklevel=level)

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from companion.arguments import check_choice
+from companion.deprecation import RenamedKeys
 from companion.guidance.products import PRODUCT_TABLE
 
 
@@ -60,9 +61,8 @@ _PRODUCT_LINES = {
 }
 STYLES |= {row.name: Style(row.colour, _PRODUCT_LINES.get(row.name, _DASHES["REG"])) for row in PRODUCT_TABLE.values()}
 
-COLOURS = {name: style.colour for name, style in STYLES.items()}
+COLOURS = RenamedKeys({name: style.colour for name, style in STYLES.items()}, golden="optimal")
 """The colours alone."""
-COLOURS["golden"] = COLOURS["optimal"]  # its name in this package's first version
 
 OTHER_COLOURS = (
     "#d55e00", "#ca9161", "#fbafe4", "#5e5e5e", "#ece133", "#8b1a1a", "#7d7d00", "#e0607e", "#3a3a3a",

@@ -1,12 +1,12 @@
 """How a pipeline's guidance is rectified: the settings that hook, guider and this package's pipelines share."""
 
-import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from torch import nn
 
 from companion.arguments import check_choice, shortened
+from companion.deprecation import renamed_names, warn_deprecated
 from companion.guidance.noise_level import NoiseLevel
 from companion.guidance.products import (
     PROBES,
@@ -29,8 +29,6 @@ METHODS: tuple[Method, ...] = get_args(Method)
 Preset = str
 """What a command line, a table or the page calls a way to guide: a product, "auto" or "covariance"."""
 PRESETS: tuple[Preset, ...] = (*PRODUCTS, "auto", "covariance")
-
-SAMPLING_PRODUCTS = PRESETS  # its name in the first version
 
 
 def check_preset(name: str) -> Preset:
@@ -113,11 +111,8 @@ class RectifiedGuidanceConfig:
 
     def __post_init__(self) -> None:
         if self.product == "covariance":
-            warnings.warn(
-                'product="covariance" is now method="covariance": it is no product of K with the direction',
-                DeprecationWarning,
-                stacklevel=3,
-            )
+            instead = 'give method="covariance", which is no product of K with the direction'
+            warn_deprecated('product="covariance"', instead, level=4)
             self._set(product="finite_difference", method="covariance")
         if self.product == "auto":
             if self.every != 1 or self.skip is not None or self.cost is not None:
@@ -189,3 +184,6 @@ class RectifiedGuidanceConfig:
         if chosen and (self.method == "covariance" or self.product == "none"):
             what = 'method="covariance"' if self.method == "covariance" else 'product="none"'
             raise ValueError(f"{' and '.join(chosen)} needs a product of K to save, which {what} has not")
+
+
+__getattr__ = renamed_names(__name__, {"SAMPLING_PRODUCTS": "PRESETS"})

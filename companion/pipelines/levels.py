@@ -14,6 +14,7 @@ from diffusers import SchedulerMixin
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.deprecation import renamed_names
 from companion.guidance.noise_level import NoiseLevel
 from companion.guidance.parametrization import PredictionType, check_prediction_type
 
@@ -62,7 +63,6 @@ _PRECONDITIONED = _names("CosineDPMSolverMultistepScheduler", "EDMDPMSolverMulti
 _FLOW = _names("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 
 SUPPORTED_SCHEDULERS = tuple(sorted(_TABLE | _PRESERVING | _EXPLODING | _PRECONDITIONED | _FLOW))
-UNDERSTOOD_SCHEDULERS = SUPPORTED_SCHEDULERS  # its name in the first version
 
 
 def check_scheduler(scheduler: SchedulerMixin) -> None:
@@ -176,3 +176,6 @@ def _current_ratio(scheduler: SchedulerMixin, timestep: float) -> float:
         if isinstance(scheduler, diffusers.KDPM2DiscreteScheduler):
             return float(scheduler.sigmas_interpol[index])
     return float(scheduler.sigmas[index])
+
+
+__getattr__ = renamed_names(__name__, {"UNDERSTOOD_SCHEDULERS": "SUPPORTED_SCHEDULERS"})

@@ -609,7 +609,7 @@ def test_what_is_no_configuration_is_refused():
 
 
 def test_covariance_as_a_product_names_the_new_form():
-    with pytest.warns(DeprecationWarning, match='product="covariance" is now method="covariance"'):
+    with pytest.warns(DeprecationWarning, match='product="covariance" is deprecated: give method="covariance"'):
         old = RectifiedGuidanceConfig(product="covariance", weight=0.5)
     assert old == RectifiedGuidanceConfig(method="covariance", weight=0.5)
     assert RectifiedGuidanceConfig.preset("covariance", weight=0.5) == old

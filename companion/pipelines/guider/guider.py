@@ -60,7 +60,7 @@ class RectifiedGradientGuidance(BaseGuidance):
     are denoisers in training mode or with a cache of activations, and blocks whose tokens differ in noise level.
 
     Args:
-        guider: the guider whose direction is rectified, one of `RECTIFIABLE_GUIDERS`, or its settings as in `config`;
+        guider: the guider whose direction is rectified, one of `SUPPORTED_GUIDERS`, or its settings as in `config`;
             None is diffusers' `ClassifierFreeGuidance`.
         product: which product of K with the direction (see `companion.guidance.rectification`); `none` is the other
             guider's own direction. `jvp` and `finite_difference` cost one forward pass on top of the other guider's

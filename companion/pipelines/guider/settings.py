@@ -9,9 +9,10 @@ from diffusers import guiders
 from diffusers.guiders.guider_utils import BaseGuidance
 
 from companion.arguments import check_number, shortened
+from companion.deprecation import renamed_names
 from companion.errors import reason
 
-RECTIFIABLE_GUIDERS = (
+SUPPORTED_GUIDERS = (
     "AdaptiveProjectedGuidance",
     "AdaptiveProjectedMixGuidance",
     "AutoGuidance",
@@ -87,10 +88,10 @@ def guider_from(given: BaseGuidance | dict[str, Any], guidance_scale: float | No
         raise ValueError(f"guider must name its class as its _class_name, got {shortened(name)}")
     if name in _REFUSED_GUIDERS:
         raise ValueError(f"guider {name} cannot be rectified: {_REFUSED_GUIDERS[name]}")
-    known = getattr(guiders, name, None) if name in RECTIFIABLE_GUIDERS else None
+    known = getattr(guiders, name, None) if name in SUPPORTED_GUIDERS else None
     if known is None or not (isinstance(given, dict) or type(given) is known):
         raise ValueError(
-            f"guider must be one of diffusers' {', '.join(RECTIFIABLE_GUIDERS)}, got {shortened(name)[1:-1]}"
+            f"guider must be one of diffusers' {', '.join(SUPPORTED_GUIDERS)}, got {shortened(name)[1:-1]}"
         )
     guider = from_settings(given, "guider", guiders, BaseGuidance) if isinstance(given, dict) else given
     if guidance_scale is None:
@@ -115,3 +116,6 @@ def rescale_postponed(guider: BaseGuidance) -> Iterator[float]:
         yield rescale
     finally:
         guider.guidance_rescale = original
+
+
+__getattr__ = renamed_names(__name__, {"RECTIFIABLE_GUIDERS": "SUPPORTED_GUIDERS"})

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from companion import PRODUCTS, ConstantWeight, IntervalWeight, LinearWeight, PowerCosineWeight
 from companion.pipelines.guider.guider import RectifiedGradientGuidance
-from companion.pipelines.guider.settings import RECTIFIABLE_GUIDERS
+from companion.pipelines.guider.settings import SUPPORTED_GUIDERS
 from companion.seeding import sample_generators
 from tests.dense_products import products_of
 from tests.pipelines.tiny_modular import (
@@ -424,8 +424,8 @@ def test_every_guider_of_diffusers_is_rectified_or_refused(frequencies):
     known = {
         name for name, kind in vars(guiders).items() if isinstance(kind, type) and issubclass(kind, BaseGuidance)
     } - {"BaseGuidance"}
-    assert known == {*RECTIFIABLE_GUIDERS, "LTX2Guidance"}
-    assert {name for name, _ in GUIDERS.values()} == set(RECTIFIABLE_GUIDERS)
+    assert known == {*SUPPORTED_GUIDERS, "LTX2Guidance"}
+    assert {name for name, _ in GUIDERS.values()} == set(SUPPORTED_GUIDERS)
     with pytest.raises(ValueError, match="LTX2Guidance cannot be rectified: it combines clean estimates"):
         RectifiedGradientGuidance(guiders.LTX2Guidance())
     with pytest.raises(ValueError, match="its direction is rectified already"):
