@@ -21,19 +21,18 @@ from benchmarks.methods import METHODS
 from benchmarks.models import MODELS, build
 from companion import exact
 from companion.files import read_json, write_json
-from companion.minis.scenes import scene
+from companion.minis.scenes import SHAPES, scene
 from companion.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "notebooks" / "results" / "bench.json", ROOT / "docs" / "benchmarks.md"
 PUBLISHED = ROOT / "notebooks" / "results" / "runtime_published.csv"
 
-IMAGES, STEPS, SCALED_STEPS, ROUNDS = 4, 25, 6, 2
-MINIS: dict[str, dict[str, Any]] = {
-    "mini-dit": {"class_labels": list(range(IMAGES)), "guidance_scale": 4.0},
-    "mini-sd": {"prompt": [scene(0, index).caption for index in range(IMAGES)], "guidance_scale": 7.5},
-    "mini-edm2": {"class_labels": list(range(IMAGES)), "guidance_scale": 2.0},
-}
+SCALED_STEPS, ROUNDS = 6, 2
+SIZES = {"mini-dit": ((4, 25), (8, 25), (8, 50)), "mini-sd": ((4, 25), (8, 25)), "mini-edm2": ((4, 25), (8, 25))}
+"""Images and steps of one call. Part of a pass's time does not depend on its batch, so the ratios depend on the number
+of images. 8 images in 25 steps are the demo's default."""
+SCALES = {"mini-dit": 4.0, "mini-sd": 7.5, "mini-edm2": 2.0}
 SCALED = ("SD-V1.4 512", "SD-XL 1024", "DiT-XL/2 256", "SD3 1024")
 GOALS = {"evaluations": 1.0, "time_ratio": 1.05, "memory_ratio": 1.02, "median": 0.25, "nearer": 0.9, "error": 0.01}
 """What `auto` is to reach: multiples of CFG's; distance to REG's pictures, CFG's being 1; and the optimum's error."""
@@ -42,14 +41,23 @@ GOALS = {"evaluations": 1.0, "time_ratio": 1.05, "memory_ratio": 1.02, "median":
 def minis(rounds: int) -> list[dict[str, Any]]:
     """Cost on the shipped models, and the distance of each method's pictures to full rectification's."""
     rows = []
-    for name, call in MINIS.items():
+    for name, sizes in SIZES.items():
         pipe = companion.load(name)
         pipe.set_progress_bar_config(disable=True)
-        call = {**call, "num_inference_steps": STEPS, "output_type": "np"}
-        row, drawn = cost(pipe, call, images=IMAGES, rounds=rounds)
-        drawn.pop("ones, public code")  # costs what public code does, but draws something else
-        rows.append({"model": name, "scaled": None, **row, "distance": distances(drawn)})
+        for images, steps in sizes:
+            row, drawn = cost(pipe, mini_call(name, images, steps), images=images, rounds=rounds)
+            drawn.pop("ones, public code")  # costs what public code does, but draws something else
+            label = f"{name}, {images} images, {steps} steps"
+            rows.append({"model": label, "scaled": None, **row, "distance": distances(drawn)})
     return rows
+
+
+def mini_call(name: str, images: int, steps: int) -> dict[str, Any]:
+    """Arguments of a mini's call: the first captions of the scenes, or every class in turn."""
+    asked: dict[str, Any] = {"class_labels": [index % len(SHAPES) for index in range(images)]}
+    if name == "mini-sd":
+        asked = {"prompt": [scene(0, index).caption for index in range(images)]}
+    return {**asked, "guidance_scale": SCALES[name], "num_inference_steps": steps, "output_type": "np"}
 
 
 def scaled_down(rounds: int) -> list[dict[str, Any]]:
@@ -114,13 +122,14 @@ def published() -> dict[str, dict[str, str]]:
 
 def page(record: Mapping[str, Any]) -> str:
     """The page, in Markdown."""
-    small, optimal = record["minis"]["found"], record["optimum"]["found"]
-    rows = [*small, *record["scaled"]["found"]]
+    small, scaled, optimal = (record[part]["found"] for part in PARTS)
+    rows = [*small, *scaled]
     names = [name for name in METHODS if name in rows[0]["time_ratio"]]
     parts = [
         "# Benchmarks",
         "`make bench` writes this page. Every figure is a multiple of CFG's in the same run, so machines can be"
-        " compared.",
+        f" compared. The models with random weights draw {_count(scaled[0]['images'], 'image')} in"
+        f" {scaled[0]['steps']} steps.",
         "\n".join(f"- {part}: {_made(record[part]['provenance'])}" for part in PARTS),
         "## Time",
         "Processor time, because it depends least on other load. The column *the paper* has the published ratio on one"
@@ -136,8 +145,8 @@ def page(record: Mapping[str, Any]) -> str:
         " time only.",
         _cost_table(rows, names, "memory_ratio", "memory_ratio"),
         "## Distance to full rectification's pictures",
-        f"Median over {small[0]['images']} pictures from the same noise. CFG's distance is 1. In brackets: the share of"
-        " pictures that are nearer to REG's than CFG's are.",
+        "Median over a row's pictures from the same noise. CFG's distance is 1. In brackets: the share of pictures that"
+        " are nearer to REG's than CFG's are.",
         _distance_table(small),
         "## Goals for `auto`",
         _goals(rows, small),
@@ -145,6 +154,10 @@ def page(record: Mapping[str, Any]) -> str:
         _optimum(optimal),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _made(made: Mapping[str, Any]) -> str:

@@ -51,7 +51,17 @@ def test_a_pass_on_one_branch_is_timed_against_one_on_both(dit):
     record = json.loads(page.RESULTS.read_text())
     row = record["minis"]["found"][0]
     row["half_pass"], row["evaluations"]["REG, auto"], row["time_ratio"]["REG, auto"] = 0.62, 0.98, 1.14
-    assert "| mini-dit | 0.62 | 1.10 | 1.14 |" in page.page(record)
+    assert f"| {row['model']} | 0.62 | 1.10 | 1.14 |" in page.page(record)
+
+
+@pytest.mark.parametrize("name", list(page.SIZES))
+def test_minis_are_measured_at_the_demo_s_default_too(name):
+    assert (8, 25) in page.SIZES[name]
+    call = page.mini_call(name, 12, 25)
+    asked = call["prompt"] if name == "mini-sd" else call["class_labels"]
+    assert len(asked) == 12
+    assert call["num_inference_steps"] == 25
+    assert len(set(asked)) == (12 if name == "mini-sd" else 10)  # captions of their own; ten classes in turn
 
 
 def test_distances_are_shares_of_cfg_s():
@@ -80,7 +90,8 @@ def test_page_is_that_of_its_record():
 def test_page_says_what_was_missed():
     record = json.loads(page.RESULTS.read_text())
     record["optimum"]["found"]["error"] = 0.02
-    record["minis"]["found"][0]["time_ratio"]["REG, auto"] = 9.87
+    row = record["minis"]["found"][0]
+    row["model"], row["time_ratio"]["REG, auto"] = "mini-dit, 8 images, 25 steps", 9.87
     text = page.page(record)
     assert "2.00 % (goal: 1 %): missed" in text
-    assert "| time / CFG's | at most 1.05 | 9.87 (mini-dit) | missed |" in text
+    assert "| time / CFG's | at most 1.05 | 9.87 (mini-dit, 8 images, 25 steps) | missed |" in text
