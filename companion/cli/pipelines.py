@@ -1,7 +1,7 @@
 """`python -m companion pipelines`: run every pipeline of the installed diffusers that can be built small, and check it.
 
 The result is the page `docs/pipelines.md` and the data `docs/pipelines.json` that it is made from. Without names and
-`--missing` all earlier results are dropped, and the page says what made it; otherwise it says that several runs did.
+`--missing` all earlier results are dropped, and the page says what made it; otherwise it names what was checked later.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from typing import Any
 
 import diffusers
 
-from companion.files import write_text
+from companion.arguments import check_number
+from companion.files import read_json, write_text
 from companion.pipelines.pipeline_check import check
 from companion.pipelines.support import page, support_table
 from companion.pipelines.tiny_components import recorded, tiny_pipeline
@@ -56,11 +57,14 @@ def run(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
+    check_number("--seconds", options.seconds, 0.001, 1e6)
+    for option, file in (("--data", options.data), ("--page", options.page)):
+        if file.is_dir() or not file.parent.is_dir():
+            raise ValueError(f"{option} must be a file in a folder that is there, got {str(file)!r}")
     data, begun = read_data(options.data), time.process_time()
     whole = not options.names and not options.missing
-    data["made"] = provenance() if whole else {}
     if whole:
-        data["checked"] = {}
+        data |= {"made": provenance(), "checked": {}}
     supported = {row.name for row in support_table() if row.status == "supported"}
     names = [name for name in recorded() if name.split("/")[0] in supported & set(options.names or known)]
     names = [name for name in names if not (options.missing and data["checked"].get(name, {}).get("passed"))]
@@ -69,6 +73,9 @@ def run(options: argparse.Namespace) -> int:
         data["checked"][name] = check_named(name, options.seconds)
         print(f"{name}: {_summary(data['checked'][name])}", flush=True)
         write_data(options.data, data)
+    if not whole and data["made"]:
+        commit = provenance()["commit"]
+        data["made"]["later"] = {**data["made"].get("later", {}), **dict.fromkeys(names, commit)}
     if whole:
         data["made"]["processor_seconds"] = round(time.process_time() - begun)
     write_data(options.data, data)
@@ -105,9 +112,15 @@ def _summary(found: dict[str, Any]) -> str:
 
 
 def read_data(file: Path) -> dict[str, Any]:
-    """The page's data; without results where they are another diffusers'."""
-    if file.is_file():
-        data = json.loads(file.read_text(encoding="utf-8"))
+    """The page's data; without results where they are another diffusers'.
+
+    Raises:
+        ValueError: the file is something else.
+    """
+    if file.exists():
+        data = read_json(file, "data")
+        if not (isinstance(data, dict) and {"diffusers", "made", "run", "checked"} <= {*data}):
+            raise ValueError(f"data {file} is no file of this command; choose another with --data")
         if data["diffusers"] == diffusers.__version__:
             return data
         return {"diffusers": diffusers.__version__, "made": {}, "run": data["run"], "checked": {}}

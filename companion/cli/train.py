@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DModel
 from transformers import ResNetForImageClassification
 
+from companion.arguments import check_integer
 from companion.calibration import scene_classifiers
 from companion.cli import cards
 from companion.minis import adm, classifier, clip, edm2, guides, recipes, scene_regressor, text_conditional
@@ -111,8 +112,7 @@ def _train(job: Job) -> Path:
         raise ValueError(f"--from-shipped continues {', '.join(CONTINUED)}; leave it out for {job.name}")
     if job.name not in CONTINUED and (job.steps, job.learning_rate) != (None, None):
         raise ValueError(f"--steps and --learning-rate are for {', '.join(CONTINUED)}; leave them out for {job.name}")
-    if job.first_scene < 0:
-        raise ValueError(f"--first-scene must be at least 0, got {job.first_scene}")
+    check_integer("--first-scene", job.first_scene, 0, 10**12)
     for needed in needs:
         if not (job.parts / needed).is_dir():
             raise ValueError(f"{job.name} needs {job.parts / needed}: run python -m companion train {needed} first")

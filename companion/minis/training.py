@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from companion.arguments import check_integer, check_number
 from companion.files import whole_file
 
 Loss = Callable[[int], Tensor]
@@ -54,8 +55,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            check_integer(name, getattr(self, name), 1, 10**9)
+        check_number("learning_rate", self.learning_rate, 0.0, 10.0)
         if self.optimiser not in ("adamw", "muon"):
             raise ValueError(f"optimiser must be adamw or muon, got {self.optimiser!r}")
         if not 0 <= self.ema_decay < 1:

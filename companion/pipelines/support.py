@@ -168,8 +168,16 @@ def _made(table: list[Support], checked: Mapping[str, Mapping[str, Any]], made: 
         return f"{text}, over several runs."
     return (
         f"{text}, in one run of `{' '.join(made['command'])}` ({made['started']}, commit {made['commit']}, "
-        f"{made['processor_seconds']} s of processor time)."
+        f"{made['processor_seconds']} s of processor time){_later(made)}."
     )
+
+
+def _later(made: Mapping[str, Any]) -> str:
+    """Which results are of runs by name, after that of all pipelines."""
+    by_commit: dict[str, list[str]] = {}
+    for name, commit in sorted(made.get("later", {}).items()):
+        by_commit.setdefault(commit, []).append(name)
+    return "".join(f", but for {', '.join(names)}, checked later (commit {c})" for c, names in by_commit.items())
 
 
 def _line(cells: list[str], notes: list[str]) -> str:

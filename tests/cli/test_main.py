@@ -53,7 +53,7 @@ def test_only_denoisers_are_continued_from_the_package(tmp_path, capsys):
     assert main(["train", "mini-clip", "--from-shipped", "--runs", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: --from-shipped continues mini-adm, mini-dit, ")
     assert main(["train", "mini-dit", "--first-scene", "-1", "--runs", str(tmp_path)]) == 2
-    assert "--first-scene must be at least 0, got -1" in capsys.readouterr().err
+    assert "--first-scene must be an integer from 0 to 1,000,000,000,000, got -1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", CONTINUED)

@@ -87,8 +87,11 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"steps": 0}, "steps must be an integer from 1 to 1,000,000,000, got 0"),
+        ({"steps": 10**20}, "steps must be an integer from 1 to 1,000,000,000, got 100"),
+        ({"batch_size": 0}, "batch_size must be an integer from 1"),
+        ({"learning_rate": float("inf")}, "learning_rate must be a finite number, got inf"),
+        ({"learning_rate": -1.0}, "learning_rate must be from 0 to 10, got -1"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),
         ({"optimiser": "sgd"}, "optimiser must be adamw or muon, got 'sgd'"),
     ],

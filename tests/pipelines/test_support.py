@@ -6,7 +6,6 @@ from pathlib import Path
 import diffusers
 import pytest
 
-from companion.cli.main import main as command_line
 from companion.cli.pipelines import check_named, read_data, write_data
 from companion.pipelines.layout import UnsupportedPipeline, guidance_layout
 from companion.pipelines.support import describe, page, support_table
@@ -78,16 +77,6 @@ def test_the_page_counts_what_passed(table):
     passed = {name.split("/")[0] for name, found in data["checked"].items() if found.get("passed")}
     assert len(passed) >= 150
     assert f"Of them {len(passed)} classes" in DOCUMENT.read_text()
-
-
-def test_a_part_of_the_check_is_no_whole_run(tmp_path, capsys):
-    """Results of another run stay, and the page does not say that one run made them all."""
-    data = tmp_path / "pipelines.json"
-    data.write_bytes(DATA.read_bytes())
-    arguments = ["pipelines", "Ideogram4Pipeline", "--data", str(data), "--page", str(tmp_path / "pipelines.md")]
-    assert command_line(arguments) == 0 and "passed True" in capsys.readouterr().out
-    text = (tmp_path / "pipelines.md").read_text()
-    assert "were built and passed the check, over several runs." in text and "| AllegroPipeline |" in text
 
 
 def test_last_tokens_a_predicted_picture_and_mixed_branches_are_read():
