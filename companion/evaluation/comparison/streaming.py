@@ -22,7 +22,7 @@ def stream_states(
     Args:
         work: takes a function that it calls with each new state, and returns the last one.
         cancelled: ends the work at its next report once it is set. Closing the iterator does the same.
-        every: seconds between items at the least; a slow reader misses items, never delays the work.
+        every: seconds between items at the least, but for the last; a slow reader misses items, never delays the work.
 
     Raises:
         Cancelled: `cancelled` was set.
@@ -30,6 +30,7 @@ def stream_states(
     """
     cancelled = cancelled or threading.Event()
     latest: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
+    ended = threading.Event()
 
     def put(kind: str, value: Any) -> None:
         with suppress(queue.Empty):
@@ -46,6 +47,7 @@ def stream_states(
             put("last", work(report))
         except BaseException as error:
             put("error", error)
+        ended.set()
 
     thread = threading.Thread(target=run, name=THREAD, daemon=True)
     thread.start()
@@ -57,7 +59,7 @@ def stream_states(
             yield value
             if kind == "last":
                 return
-            cancelled.wait(every)
+            ended.wait(every)  # the last item does not wait
     finally:
         cancelled.set()
         thread.join()
