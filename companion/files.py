@@ -101,7 +101,7 @@ def parse_json(text: str, where: str) -> Any:
         return value
 
     def constant(name: str) -> float:
-        raise ValueError(f"{name} is no JSON number")
+        raise ValueError(f"{name} is not a JSON number")
 
     try:
         value = json.loads(text, parse_float=number, parse_constant=constant)
@@ -222,7 +222,7 @@ def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
     with archive.open(entry) as stored:
         head = stored.read(10)
         if head[:6] != np.lib.format.MAGIC_PREFIX or len(head) < 10:
-            raise ValueError(f"its {entry.filename} is no array")
+            raise ValueError(f"its {entry.filename} is not an array")
         version = (head[6], head[7])
         rest = io.BytesIO(head[8:] + stored.read(4 + struct.unpack("<H", head[8:10])[0]))
         readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -298,7 +298,7 @@ def lock(path: Path, held: str) -> Iterator[None]:
 def take_lock(path: Path, held: str) -> FileLock:
     """As `lock`, for a lock that is held until its `release()`."""
     if path.exists() and not path.is_file():
-        raise ValueError(f"{printable(path)} is no regular file; remove it")
+        raise ValueError(f"{printable(path)} is not a regular file; remove it")
     found = FileLock(path, timeout=0, thread_local=False)
     try:
         found.acquire()

@@ -34,7 +34,7 @@ class Kind:
 
     def __init__(self, code: Any, *ignored: Any) -> None:
         if not isinstance(code, str) or code not in _NUMBERS:
-            raise RefusedError(f"it holds an array of {shown(code)!r}, which are no numbers")
+            raise RefusedError(f"it holds an array of {shown(code)!r}, which are not numbers")
         self.code, self.order = code, "<"
 
     def set_state(self, state: Any) -> None:
@@ -87,7 +87,7 @@ def _scalar(kind: Any, content: Any) -> Any:
 
 def _encoded(text: Any, encoding: Any = None) -> bytes:
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise RefusedError("it encodes something that is no array's content")
+        raise RefusedError("it encodes something that is not an array's content")
     return text.encode("latin-1")
 
 
@@ -241,7 +241,7 @@ class _Machine:
 
     def _extend(self, items: list[Any]) -> None:
         if not isinstance(self.stack[-1], list):
-            raise RefusedError("it appends to something that is no list")
+            raise RefusedError("it appends to something that is not a list")
         self.stack[-1].extend(items)
 
     def _setitem(self, _: Any) -> None:
@@ -254,7 +254,7 @@ class _Machine:
     def _set(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if not isinstance(target, dict):
-            raise RefusedError("it sets items of something that is no dictionary")
+            raise RefusedError("it sets items of something that is not a dictionary")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not (key is None or isinstance(key, (str, int, float, bytes))):
                 raise RefusedError(f"a dictionary's key is a {type(key).__name__}")
@@ -275,7 +275,7 @@ class _Machine:
     def _reduce(self, _: Any) -> None:
         arguments, made = self.stack.pop(), self.stack.pop()
         if not isinstance(made, _Marked) or not isinstance(arguments, tuple):
-            raise RefusedError("it calls something that is no function")
+            raise RefusedError("it calls something that is not a function")
         self.stack.append(made.call(*arguments))
 
     _newobj = _reduce

@@ -45,12 +45,12 @@ def explore_here(
             min=0, max=LARGEST_WEIGHT, step=0.1, value=weight, description="Guidance weight w", **at_hand
         ),
     }
-    said = ipywidgets.HTML()
+    message = ipywidgets.HTML()
 
     def picture() -> Any:
         study = explore(controls["problem"].value, round(controls["weight"].value, 2), controls["steps"].value)
         drawn = _image(draw_exploration(study, controls["rule"].value, controls["noise_level"].value))
-        said.value = nearer(study)
+        message.value = nearer(study)
         return drawn
 
     def draw_anew(_: Any) -> None:
@@ -58,10 +58,10 @@ def explore_here(
         try:
             shown.update(picture())
         except ValueError as error:
-            said.value = str(error)
+            message.value = str(error)
 
     first = picture()
-    display(ipywidgets.VBox([*controls.values(), said]))
+    display(ipywidgets.VBox([*controls.values(), message]))
     shown = display(first, display_id=True)
     for control in controls.values():
         control.observe(draw_anew, names="value")

@@ -310,10 +310,10 @@ def nearer(study: LineStudy | PlaneStudy) -> str:
         first, other = ("REG", "CFG") if reg < cfg else ("CFG", "REG")
         return f"{first} is nearer than {other}, by a factor of {max(cfg, reg) / min(cfg, reg):.2g}."
     low, value, high = study.difference
-    said = f"REG's distance minus CFG's is {value:.3f} (95 % interval {low:.3f} to {high:.3f})"
+    difference = f"REG's distance minus CFG's is {value:.3f} (95 % interval {low:.3f} to {high:.3f})"
     if low <= 0 <= high:
-        return f"Whether REG or CFG is nearer is not decided: {said}."
-    return f"{'REG is nearer than CFG' if high < 0 else 'CFG is nearer than REG'}: {said}."
+        return f"Whether REG or CFG is nearer is not decided: {difference}."
+    return f"{'REG is nearer than CFG' if high < 0 else 'CFG is nearer than REG'}: {difference}."
 
 
 def covariance_gap(study: PlaneStudy, t: int) -> float:

@@ -61,7 +61,7 @@ def _settings(path: Path) -> dict[str, Any]:
     with open_file(path, "settings") as file, explained(f"settings {str(path)!r} cannot be read"):
         settings = read_pickle(file, {}, subject="no plain number, text or list")
         if not isinstance(settings, dict):
-            raise RefusedError("they are no dictionary")
+            raise RefusedError("they are not a dictionary")
     return settings
 
 

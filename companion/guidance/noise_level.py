@@ -69,7 +69,7 @@ class NoiseLevel:
     def _check_known(self) -> None:
         if math.isnan(self.alpha):
             raise ValueError(
-                "the weight asks for a noise level that is not known here, only its timestep; set guider.scheduler = "
+                "the weight needs the noise level, but only the timestep is known here; set guider.scheduler = "
                 "pipe.scheduler"
             )
 

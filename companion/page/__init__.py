@@ -113,8 +113,8 @@ class _Page(gr.Blocks):
             raise
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
-            told = f"{type(error).__name__} in {place.filename}, line {place.lineno}"
-            _log.warning("a call failed: %s: %s", told, sentence(error))
+            where = f"{type(error).__name__} in {place.filename}, line {place.lineno}"
+            _log.warning("a call failed: %s: %s", where, sentence(error))
             raise gr.Error(NOT_UNDERSTOOD, print_exception=False) from None
 
 

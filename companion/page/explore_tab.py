@@ -183,17 +183,17 @@ def _picture(draw: Callable[..., None], study: LineStudy | PlaneStudy, question:
         draw(figure, study, question.rule, question.noise_level)
         figure.savefig(data, format="svg", metadata={"Date": None})
     what = "what the chains end in" if draw is draw_outcome else "the shifts and K at one noise level"
-    said = html.escape(f"{question.problem}, {question.rule}, w = {question.weight:g}, T = {question.steps}: {what}")
+    text = html.escape(f"{question.problem}, {question.rule}, w = {question.weight:g}, T = {question.steps}: {what}")
     encoded = base64.b64encode(data.getvalue()).decode()
-    return f'<img class="explored" alt="{said}" src="data:image/svg+xml;base64,{encoded}">'
+    return f'<img class="explored" alt="{text}" src="data:image/svg+xml;base64,{encoded}">'
 
 
 def _distances(study: LineStudy | PlaneStudy, rule: str) -> str:
     if rule == "marginal scaling":
         assert isinstance(study, LineStudy)
         gaps = study.claim_gaps
-        said = f"KL(produced ‖ claimed), in nats: {round_kl(gaps[-1])} at t = T, {round_kl(gaps[0])} at t = 0."
-        return status("done", said)
+        text = f"KL(produced ‖ claimed), in nats: {round_kl(gaps[-1])} at t = T, {round_kl(gaps[0])} at t = 0."
+        return status("done", text)
     if isinstance(study, LineStudy):
         unit, values = "KL to the target, in nats", {k: round_kl(v) for k, v in study.divergences.items()}
     else:
@@ -202,8 +202,8 @@ def _distances(study: LineStudy | PlaneStudy, rule: str) -> str:
             values[name] = f"{round(value, 3) + 0.0:.3f} ({round(low, 3) + 0.0:.3f} to {high:.3f})"
     names = {style: rule for rule, style in RULES.items() if rule != "marginal scaling"}
     order = (*CHAINS[1:], CHAINS[0])
-    said = " · ".join(f'<b style="color:{COLOURS[name]}">{names[name]}</b> {values[name]}' for name in order)
-    return status("done", f"{unit}: {said}. <b>{nearer(study)}</b>")
+    text = " · ".join(f'<b style="color:{COLOURS[name]}">{names[name]}</b> {values[name]}' for name in order)
+    return status("done", f"{unit}: {text}. <b>{nearer(study)}</b>")
 
 
 def _report(study: LineStudy | PlaneStudy, question: Question) -> dict[str, Any]:
@@ -246,10 +246,10 @@ def explore_tab(tab: gr.Tab) -> None:
     def try_out(preset: Preset) -> list[Any]:
         pictures = answer(preset.question)
         with _LOCK:
-            said = preset.see(preset.question)
+            text = preset.see(preset.question)
         rules = gr.update(value=preset.question.rule, choices=_rules(preset.question.problem))
         problem, _, weight, noise_level, steps = preset.question
-        return [problem, rules, steps, noise_level, weight, f"<p><b>{preset.label}.</b> {said}</p>", *pictures]
+        return [problem, rules, steps, noise_level, weight, f"<p><b>{preset.label}.</b> {text}</p>", *pictures]
 
     def choose_problem(problem: Any, rule: Any, steps: Any) -> list[Any]:
         if problem not in list(PROBLEMS) or not isinstance(steps, int | float):

@@ -78,7 +78,7 @@ def first_noise(
     """The unit normal noise to start from: given, or drawn.
 
     Raises:
-        ValueError: what is given is no tensor of that shape.
+        ValueError: what is given is not a tensor of that shape.
     """
     if latents is None:
         return randn_tensor(shape, generator=generators, device=device, dtype=dtype)

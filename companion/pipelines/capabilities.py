@@ -178,7 +178,9 @@ def _check_levels(scheduler: Any, steps: int, names: dict[str, str]) -> None:
     except Exception as error:
         raise ValueError(f"{name} cannot take {steps} steps: {error}") from error
     if not distinct:
-        raise ValueError(f"{name} cannot take {steps} steps: it would meet a noise level twice; take fewer, or DDIM")
+        raise ValueError(
+            f"{name} cannot take {steps} steps: two of them would have the same noise level; use fewer, or DDIM"
+        )
 
 
 def check_reference(pipe: Any, reference: str | None) -> None:

@@ -183,7 +183,7 @@ class RectifiedGuidanceConfig:
             raise ValueError("one_pass holds a ControlNet's residuals fixed; give one_pass or include_controlnet")
         if chosen and (self.method == "covariance" or self.product == "none"):
             what = 'method="covariance"' if self.method == "covariance" else 'product="none"'
-            raise ValueError(f"{' and '.join(chosen)} needs a product of K to save, which {what} has not")
+            raise ValueError(f"{' and '.join(chosen)} saves evaluations of a product of K, and {what} has none")
 
 
 __getattr__ = renamed_names(__name__, {"SAMPLING_PRODUCTS": "PRESETS"})

@@ -151,7 +151,7 @@ class _Rectifier:
                 )
             return self._rectified_stack(call, run, moment, controls)
         if role == "stacked" and rows != samples and rows % samples == 0 and moment.latents.ndim == call.sample.ndim:
-            raise ValueError(f"{type(self.pipe).__name__} was called with guidance that is not understood")
+            raise ValueError(f"{type(self.pipe).__name__} was called with guidance that is not supported")
         before, output = call.frozen(), call()
         branch = _Branch(before, output, self._region(call.sample, first_output(output), moment.latents), controls)
         if guided:

@@ -74,8 +74,7 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
     name = type(scheduler).__name__
     if name not in SUPPORTED_SCHEDULERS:
         raise ValueError(
-            f"scheduler {name} does not say which noise level its network sees in a way this package knows; "
-            f"use one of {', '.join(SUPPORTED_SCHEDULERS)}"
+            f"the noise levels of scheduler {name} are not supported; use one of {', '.join(SUPPORTED_SCHEDULERS)}"
         )
     prediction_type = _prediction_type(scheduler)
     if (prediction_type == "flow_prediction") != _is_flow(scheduler):

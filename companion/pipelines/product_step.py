@@ -231,7 +231,7 @@ class RectifiedRun:
         if reference_denoiser is None or weight is None:
             raise ValueError(
                 'method="covariance" needs the reference branch and the guidance weight, '
-                'which are out of reach here; take method="reg"'
+                'which are not available here; use method="reg"'
             )
         step = self.config.relative_step or relative_step
         k = partial(apply_k, x=x, direction=direction, coefficients=self._level.coefficients, relative_step=step)

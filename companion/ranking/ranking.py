@@ -68,7 +68,7 @@ def load_ranking(path: Path) -> Ranking:
         for problem in stored["problems"]:
             check_problem(problem)
         if not isinstance(stored["provenance"], dict):
-            raise ValueError("its provenance is no table of names")
+            raise ValueError("its provenance is not a table of names")
         ranking = Ranking(stored["problems"], stored["provenance"])
         ranking.text()  # whatever else it lacks shows here
     return ranking

@@ -238,7 +238,7 @@ def check_problem(measured: Any) -> None:
         for name, cell in measured["cells"].items():
             wrong = [key for key, value in cell.items() if key != "failure" and not _is_positive(abs(value) + 1)]
             if wrong or not ("failure" in cell or _is_positive(cell["evaluations"] + 1)):
-                raise ValueError(f"rule {name!r} holds values that are no finite numbers")
+                raise ValueError(f"rule {name!r} holds values that are not finite numbers")
         if not {"none", "CFG"} <= set(measured["cells"]) or "distance" not in measured["cells"]["none"]:
             raise ValueError('"none" and "CFG" must be among its rules')
 

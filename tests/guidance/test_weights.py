@@ -140,7 +140,7 @@ def test_an_interval_says_its_unit_or_is_refused() -> None:
             make()
     with pytest.raises(ValueError, match="this sampler has no timesteps"):
         IntervalWeight(205, 502, unit="timestep")(0.5, edm(1.0))
-    with pytest.raises(ValueError, match=r"noise level that is not known here, .* set guider\.scheduler"):
+    with pytest.raises(ValueError, match=r"only the timestep is known here; set guider\.scheduler"):
         IntervalWeight(0.28, 2.9, unit="sigma")(0.5, NoiseLevel(math.nan, math.nan, timestep=400))
 
 

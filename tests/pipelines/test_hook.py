@@ -387,8 +387,8 @@ def test_errors_say_what_would_be_right():
         ({"cost": 1.0, "every": 3}, "cost chooses the steps that evaluate the product itself; give cost or every"),
         ({"product": "diagonal", "probes": None, "cost": 1.0}, "cost needs a number of probes"),
         ({"product": "auto", "skip": 0.3}, 'product="auto" is short for cost=1.0'),
-        ({"product": "none", "every": 3}, "every needs a product of K to save"),
-        ({"method": "covariance", "skip": 0.3}, "skip needs a product of K to save"),
+        ({"product": "none", "every": 3}, "every saves evaluations of a product of K"),
+        ({"method": "covariance", "skip": 0.3}, "skip saves evaluations of a product of K"),
         ({"seed": -1}, "seed must be a non-negative integer"),
     ],
 )

@@ -163,7 +163,7 @@ def test_timesteps_may_be_tensors_of_equal_values():
 
 
 def test_what_is_not_understood_is_refused():
-    with pytest.raises(ValueError, match="IPNDMScheduler does not say which noise level"):
+    with pytest.raises(ValueError, match="noise levels of scheduler IPNDMScheduler are not supported"):
         noise_level(diffusers.IPNDMScheduler(), 500)
     with pytest.raises(ValueError, match="with flow sigmas and prediction_type='epsilon' do not belong together"):
         noise_level(diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True), 500)

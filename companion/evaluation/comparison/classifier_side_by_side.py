@@ -71,7 +71,7 @@ class ClassifierSettings:
         check_steps(self.steps)
         check_preset(self.product)
         if self.product == "covariance":
-            raise ValueError("covariance compares two predictions, and a classifier gives none: take another product")
+            raise ValueError("covariance compares two predictions, and a classifier gives none; use another product")
         if self.compared == "rectification" and self.product == "none":
             raise ValueError('with the product "none" both sides are the same; choose a product to compare')
         if self.compared == "score" and self.tilt == 0 and replace(self.score, classes=None) == PLAIN:

@@ -313,7 +313,7 @@ def _sample(
         if not step.prediction.isfinite().all() or (step.direction is not None and not step.direction.isfinite().all()):
             raise ValueError(
                 f"the sampling diverged at step {step.index + 1} of {step.total}: "
-                "lower the guidance scale or its weight, or take another scheduler or number of steps"
+                "lower the guidance scale or its weight, or use another scheduler or number of steps"
             )
         if watch is None:
             return

@@ -50,13 +50,13 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[PeakMemory]:
     with _one_at_a_time:
         recorder = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         older = torch.empty(1)
-        with _unheard():
+        with _without_stderr():
             recorder.start()
             del older  # the recorder complains about the first memory it sees freed that it did not see allocated
         try:
             yield reading
         finally:
-            with _unheard():
+            with _without_stderr():
                 recorder.stop()
             held = 0
             events: list[Any] = recorder.profiler.kineto_results.events()  # type: ignore[union-attr]
@@ -67,7 +67,7 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[PeakMemory]:
 
 
 @contextmanager
-def _unheard() -> Iterator[None]:
+def _without_stderr() -> Iterator[None]:
     """The recorder announces itself on the standard error, from C++, with no switch once torch is imported."""
     saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

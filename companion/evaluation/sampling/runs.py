@@ -226,6 +226,6 @@ def draw(pipe: DiffusionPipeline, settings: SamplingSettings, samples: range) ->
         wrong = samples[int(np.flatnonzero(~finite)[0])]
         raise Diverged(
             f"sample {wrong} diverged (its picture is not finite): lower the guidance scale or its weight, "
-            "or take another scheduler, number of steps or dtype"
+            "or use another scheduler, number of steps or dtype"
         )
     return (pixels.clip(0, 1) * 255).round().astype(np.uint8), spent

@@ -109,7 +109,7 @@ class CalibratedPlan(TablePlan):
 
     def __post_init__(self) -> None:
         if wrong := [name for name in self.classifiers if name not in GUIDED]:
-            raise ValueError(f"classifiers must be out of {', '.join(GUIDED)}, got {wrong[0]!r}")
+            raise ValueError(f"classifiers must be among {', '.join(GUIDED)}, got {wrong[0]!r}")
 
     def rows(self) -> dict[str, tuple[str, str]]:
         """Cell's name -> classifier and form."""

@@ -261,14 +261,14 @@ def _loaded(
         module, _, kind = name.rpartition(".")
         ours = ours_by_theirs.get(module)
         if ours is None:
-            raise ValueError(f"the checkpoint's tensor {name!r} is no part of the {_said(network, architecture)}")
+            raise ValueError(f"the checkpoint's tensor {name!r} is no part of the {_named(network, architecture)}")
         for place, part in _parts(f"{ours}.{kind}", name, value, expected, architecture):
             if place not in expected:
-                raise ValueError(f"the checkpoint's tensor {name!r} is no part of the {_said(network, architecture)}")
+                raise ValueError(f"the checkpoint's tensor {name!r} is no part of the {_named(network, architecture)}")
             if part.shape != expected[place].shape:
                 raise ValueError(
                     f"the checkpoint's tensor {name!r} is of shape {tuple(value.shape)}, which is not that of the "
-                    f"{_said(network, architecture)}: {place} needs {tuple(expected[place].shape)}"
+                    f"{_named(network, architecture)}: {place} needs {tuple(expected[place].shape)}"
                 )
             # A clone, because a part of a tensor would keep the whole of it.
             converted[place] = part.to(dtype).clone()
@@ -279,7 +279,7 @@ def _loaded(
             module = module.replace(".to_q", ".to_qkv") if module not in theirs_by_ours else module
             theirs = theirs_by_ours.get(module.replace(".to_k", ".to_qkv").replace(".to_v", ".to_qkv"), "")
             named = f"{theirs}.{kind}" if theirs else place
-            raise ValueError(f"the checkpoint lacks the tensor {named!r} of the {_said(network, architecture)}")
+            raise ValueError(f"the checkpoint lacks the tensor {named!r} of the {_named(network, architecture)}")
     network.load_state_dict(converted, assign=True)
     return network.eval().requires_grad_(False)
 
@@ -308,7 +308,7 @@ def _parts(
         yield place.replace(".to_qkv.", f".to_{letter}."), part
 
 
-def _said(network: nn.Module, architecture: ADMArchitecture) -> str:
+def _named(network: nn.Module, architecture: ADMArchitecture) -> str:
     kind = "classifier" if isinstance(network, NoisyClassifier) else "U-Net"
     conditional = "" if architecture.classes is None else f" with {architecture.classes} classes"
     return f"{architecture.image_size}x{architecture.image_size} {kind}{conditional} that was asked for"

@@ -145,7 +145,7 @@ def _known() -> dict[tuple[str, str], Callable[..., Any]]:
 
 def _record(meta: Any) -> _Record:
     if not isinstance(meta, dict) or meta.get("type") != "class":
-        raise RefusedError("it describes an object that is no instance of a class")
+        raise RefusedError("it describes an object that is not an instance of a class")
     name, state = meta.get("class_name"), meta.get("state")
     if not isinstance(name, str) or not isinstance(state, dict):
         raise RefusedError("it describes an object without a class name or state")
@@ -166,7 +166,7 @@ _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # torch's, of files without zi
 def _storage(content: Any) -> _Storage:
     """A storage from the file of torch's that stands in the checkpoint's middle, in torch's form without zip."""
     if not isinstance(content, bytes):
-        raise RefusedError("a tensor's content is no bytes")
+        raise RefusedError("a tensor's content is not bytes")
 
     def described(pid: Any) -> tuple[torch.dtype, int]:
         kind = getattr(pid[1], "call", lambda: None)()
@@ -244,7 +244,7 @@ def _config(state: Mapping[str, Any]) -> dict[str, Any]:
         if not plain and not (
             isinstance(value, (list, tuple)) and all(isinstance(item, (int, float)) for item in value)
         ):
-            raise RefusedError(f"the argument {name!r} of its network is no number or list of numbers")
+            raise RefusedError(f"the argument {name!r} of its network is not a number or list of numbers")
         if name == "resample_filter":
             if value not in ([1, 1], (1, 1)):
                 raise RefusedError(f"its network resamples with the filter {value}; only [1, 1] is supported")
@@ -270,7 +270,7 @@ def _collect(state: Any, prefix: str, into: dict[str, Tensor], seen: set[int]) -
         if held is None:
             continue
         if not isinstance(held, Tensor) or not held.is_floating_point():
-            raise RefusedError(f"its parameter {prefix}{name} is no tensor of floating-point numbers")
+            raise RefusedError(f"its parameter {prefix}{name} is not a tensor of floating-point numbers")
         into[f"{prefix}{name}"] = held
     for name, module in parts["_modules"].items():
         if module is not None:

@@ -51,8 +51,8 @@ def as_function(call: RecordedCall, prediction: Tensor) -> tuple[Denoiser, Tenso
     grids = call.kwargs.get("img_shapes")
     if grids and len(grids[0]) > 1 and len(_stacked(_first(call.output))[0]) == len(prediction[0]):
         raise ValueError(
-            f"the block guides what {name} says of {len(grids[0])} grids of tokens, not of the latents alone: which of "
-            'them are latents is not known; use product="none"'
+            f"the block guides {name}'s prediction for {len(grids[0])} grids of tokens, not for the latents alone; "
+            'which of them are latents is not known; use product="none"'
         )
     timestep = call.args[1] if len(call.args) > 1 else call.kwargs.get("timestep", call.kwargs.get("t"))
     if torch.is_tensor(timestep) and timestep.numel() > 1 and not bool((timestep == timestep.flatten()[0]).all()):
@@ -170,6 +170,6 @@ def check_denoiser(denoiser: nn.Module) -> None:
         raise ValueError(f"{name} is in training mode, where it may drop conditions at random; call .eval() on it")
     if getattr(denoiser, "is_cache_enabled", False):
         raise ValueError(
-            f"{name} has a cache of activations enabled, which would answer for the moved latents with those of "
-            "others; call disable_cache() on it"
+            f"{name} has a cache of activations enabled, which would return those of other "
+            "latents; call disable_cache() on it"
         )

@@ -113,7 +113,7 @@ class RectifiedGradientGuidance(BaseGuidance):
         if product == "covariance":
             raise ValueError(
                 'product="covariance" evaluates the reference branch again, which a guider does not see; '
-                "take another product, or a classic pipeline"
+                "use another product, or a classic pipeline"
             )
         economy: dict[str, Any] = {"every": every, "skip": skip, "cost": cost}
         options: dict[str, Any] = {"probes": probes, "seed": seed, "relative_step": relative_step, **economy}

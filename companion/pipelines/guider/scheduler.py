@@ -40,8 +40,7 @@ def _check_levels(scheduler: Any) -> None:
     check_integer("scheduler's num_train_timesteps", count, 1, 1_000_000)
     if shares is not None and not (shares.ndim == 1 and len(shares) and bool(((shares >= 0) & (shares <= 1)).all())):
         raise ValueError(
-            "scheduler's betas must give shares of kept signal (alphas_cumprod) from 0 to 1; look at its beta_start, "
-            "beta_end and trained_betas"
+            "scheduler's betas must give alphas_cumprod from 0 to 1; check its beta_start, beta_end and trained_betas"
         )
 
 

@@ -64,7 +64,7 @@ def from_settings(settings: dict[str, Any], argument: str, source: Any, kind: An
     try:
         return found.from_config(settings)
     except Exception as error:  # whatever a class of diffusers raises about its settings
-        raise ValueError(f"{argument} {name} cannot be made of its settings: {reason(error)}") from error
+        raise ValueError(f"{argument} {name} cannot be made from its settings: {reason(error)}") from error
 
 
 def _check_kind(name: str, value: Any, parameter: inspect.Parameter) -> None:

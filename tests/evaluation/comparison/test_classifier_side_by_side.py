@@ -106,7 +106,7 @@ def test_a_run_that_diverges_says_so(pipe):
         ({"tilt": float("nan")}, "tilt must be a number"),
         ({"steps": 0}, "steps must be an integer from 1 to 1000, got 0"),
         ({"product": "mean"}, "product must be one of"),
-        ({"product": "covariance"}, "take another product"),
+        ({"product": "covariance"}, "use another product"),
         ({"product": "none"}, "both sides are the same; choose a product"),
         ({"compared": "score"}, "both sides are the same; choose a divergence"),
         ({"seed": -1}, "seed must"),

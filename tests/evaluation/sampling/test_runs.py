@@ -410,7 +410,7 @@ def test_a_run_begins_while_no_process_of_another_is_alive(tmp_path):
     lock = next(tmp_path.glob(".lock*"), tmp_path / ".lock")
     lock.unlink(missing_ok=True)
     os.mkfifo(lock)
-    with pytest.raises(ValueError, match="is no regular file"):
+    with pytest.raises(ValueError, match="is not a regular file"):
         Lock(tmp_path)
 
 

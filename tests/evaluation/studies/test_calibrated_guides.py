@@ -46,7 +46,7 @@ def test_a_fine_tuning_that_was_not_run_is_missed_before_anything_is_drawn(tmp_p
     with pytest.raises(ValueError, match="train mini-adm-resnet-calibrated first"):
         run_table(guides.CalibratedPlan(tmp_path / "runs"), RunOptions(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="classifiers must be out of mini-adm-resnet, mini-adm-noisy, got 'x'"):
+    with pytest.raises(ValueError, match="classifiers must be among mini-adm-resnet, mini-adm-noisy, got 'x'"):
         guides.CalibratedPlan(classifiers=("x",))
 
 

@@ -260,7 +260,7 @@ STORAGE = saved(torch.zeros(4, dtype=torch.float16)._typed_storage())
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (Tensor(Storage("text"), 0, (), ()), "a tensor's content is no bytes"),
+        (Tensor(Storage("text"), 0, (), ()), "a tensor's content is not bytes"),
         (Tensor(Storage(b"text"), 0, (), ()), "a tensor's content is not plain numbers"),
         (Tensor(Storage(saved({"a": 1})), 0, (), ()), "a tensor's content is a dict, not a storage"),
         (Tensor(Storage(STORAGE), 0, (5,), (1,)), r"of size \(5,\) reaches beyond its storage of 4"),
@@ -350,7 +350,7 @@ def twice(data, state, unet) -> None:
         ),
         (
             lambda d, s, u: d["encoder"].state.update(scale=np.array([None] * 4)),
-            "an array of 'O8', which are no numbers",
+            "an array of 'O8', which are not numbers",
         ),
         (lambda d, s, u: s.pop("_init_kwargs"), "it does not say with which arguments"),
         (lambda d, s, u: s["_init_kwargs"].pop("label_dim"), "was made without the argument 'label_dim'"),
@@ -363,7 +363,7 @@ def twice(data, state, unet) -> None:
         (lambda d, s, u: u.update(_modules=3), "its module 'unet' is not in a module's form"),
         (
             lambda d, s, u: u["_parameters"].update(out_gain=torch.ones([], dtype=torch.int64)),
-            "unet.out_gain is no tensor",
+            "unet.out_gain is not a tensor",
         ),
         (loop, r"its module 'unet\.again' is not in a module's form"),
         (twice, r"its module 'unet\.again' is not in a module's form"),

@@ -530,7 +530,7 @@ def blocks() -> dict[str, tuple[dict[str, Any], tuple[int, ...], dict[str, Any]]
 
 REFUSED_BLOCKS = {
     "ltx.LTXImage2VideoDenoiseStep": "timesteps that differ within a sample",
-    "qwenimage.QwenImageEditDenoiseStep": "the block guides what BlockNetwork says of 2 grids of tokens",
+    "qwenimage.QwenImageEditDenoiseStep": "the block guides BlockNetwork.s prediction for 2 grids of tokens",
     "qwenimage21.QwenImage21DenoiseStep with a cache": "kv_cache, which further evaluations would write to",
 }
 # By the blocks above: the same loops, or the same call with the same layout.
@@ -927,7 +927,7 @@ def test_what_cannot_be_known_is_refused(networks):
     network.eval()
     with pytest.raises(ValueError, match="invert_sigmas=True counts noise levels backwards"):
         RectifiedGradientGuidance(scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
-    with pytest.raises(ValueError, match="HeliosScheduler does not say which noise level"):
+    with pytest.raises(ValueError, match="noise levels of scheduler HeliosScheduler are not supported"):
         RectifiedGradientGuidance(scheduler=diffusers.HeliosScheduler())
     for argument in ("guider", "scheduler"):
         with pytest.raises(ValueError, match=f"{argument} must .* got"):
