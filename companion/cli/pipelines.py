@@ -69,13 +69,13 @@ def run(options: argparse.Namespace) -> int:
     names = [name for name in recorded() if name.split("/")[0] in supported & set(options.names or known)]
     names = [name for name in names if not (options.missing and data["checked"].get(name, {}).get("passed"))]
     data["checked"] = {name: found for name, found in data["checked"].items() if name.split("/")[0] in supported}
+    if not whole and data["made"]:
+        commit = provenance()["commit"]  # before this run writes anything
+        data["made"]["later"] = {**data["made"].get("later", {}), **dict.fromkeys(names, commit)}
     for name in names:
         data["checked"][name] = check_named(name, options.seconds)
         print(f"{name}: {_summary(data['checked'][name])}", flush=True)
         write_data(options.data, data)
-    if not whole and data["made"]:
-        commit = provenance()["commit"]
-        data["made"]["later"] = {**data["made"].get("later", {}), **dict.fromkeys(names, commit)}
     if whole:
         data["made"]["processor_seconds"] = round(time.process_time() - begun)
     write_data(options.data, data)
