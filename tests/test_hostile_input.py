@@ -7,11 +7,7 @@ import json
 import math
 import os
 import pickle
-import select
 import shutil
-import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +27,8 @@ from companion.ranking.ranking import Ranking
 from companion.ranking.rules.catalogue import RULES
 from companion.ranking.suite import QUICK, measure_suite
 from companion.ranking.suites import suite_problems
-from tests.hostile_server import MEMORY
+from tests.fork_server import fork_server
+from tests.hostile_server import MEMORY, serve
 from tests.networks.test_edm2 import tiny_unet
 from tests.pipelines.adm.test_checkpoint import published_unet
 from tests.pipelines.adm.test_pipeline import tiny_adm, tiny_resnet
@@ -45,49 +42,38 @@ PATIENCE = 60  # of the clock, on a machine that does other things as well
 
 
 class Server:
-    """The child, started once, and anew where a request killed it. Its standard input would answer "y"."""
+    """The child, started once, and anew where a request killed it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.start()
 
     def start(self) -> None:
-        to_child, requests = os.pipe()
-        answers, from_child = os.pipe()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.hostile_server", str(to_child), str(from_child)],
-            pass_fds=(to_child, from_child),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        )
-        self.process.stdin.write(b"y\n" * 100)
-        self.process.stdin.flush()
-        os.close(to_child), os.close(from_child)
-        self.requests, self.answers = os.fdopen(requests, "wb"), os.fdopen(answers, "rb")
-        assert self.answers.read(1) == b"r", "the server did not start"
+        context = fork_server()
+        self.link, others = context.Pipe()
+        self.process = context.Process(target=serve, args=(others, self.folder), daemon=True)
+        self.process.start()
+        others.close()
+        assert self.link.recv() == "ready"
 
     def stop(self) -> None:
-        self.requests.close()
-        self.answers.close()
+        self.link.close()
         self.process.kill()
-        self.process.wait()
+        self.process.join()
 
     def ask(self, entry: str, *given: Any, **named: Any) -> tuple[str, str]:
         """Outcome and message, which was within all limits."""
-        content = pickle.dumps((entry, given, named))
-        self.requests.write(struct.pack("<I", len(content)) + content)
-        self.requests.flush()
-        ready, _, _ = select.select([self.answers], [], [], PATIENCE)
-        head = self.answers.read(4) if ready else b""
-        if not head:
-            ending = self.process.poll() if ready else "no answer"
+        self.link.send((entry, given, named))
+        answers = self.link.poll(PATIENCE)
+        try:
+            if not answers:
+                raise EOFError
+            outcome, message, seconds, grown = self.link.recv()
+        except EOFError:
             self.stop()
+            ending = f"ended with {self.process.exitcode}" if answers else "no answer"
             self.start()
-            raise AssertionError(f"{entry} {given} {named}: {ending}")
-        outcome, message, seconds, grown = pickle.loads(self.answers.read(struct.unpack("<I", head)[0]))
+            raise AssertionError(f"{entry} {given} {named}: {ending}") from None
         asked = f"{entry} {given!r:.300} {named!r:.300}"
         assert outcome != "raised", f"{asked}\n{message}"
         assert seconds < SECONDS and grown < MEMORY, f"{asked}: {seconds:.1f} s, {grown >> 20} MiB"
