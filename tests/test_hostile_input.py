@@ -355,6 +355,7 @@ CONFIGURED: dict[str, dict[str, Callable[[Any], bool]]] = {
         "skip": lambda value: value is None or number(0, 1)(value),
         "cost": lambda value: value is None or number(0.5)(value),
         "include_controlnet": one_of(True),
+        "one_pass": one_of(True),
     },
     "guider": {
         "guider": one_of(None),

@@ -161,7 +161,7 @@ def read_call(function: ast.FunctionDef) -> GuidanceLayout:
         raise UnsupportedPipeline("the guided prediction does not reach its scheduler's step")
     step, value = steps[0]
     if any(keyword.arg == "per_token_timesteps" for keyword in step.keywords):
-        raise UnsupportedPipeline("its tokens are at several noise levels at once, where K has no one coefficient")
+        raise UnsupportedPipeline("its tokens are at several noise levels at once, so K has no single coefficient")
     sign = value.sign * (conditional.sign if isinstance(value, Guided) else 1)
     timestep, latents = _argument(step, 1, "timestep"), _argument(step, 2, "sample")
     if timestep is None or latents is None:

@@ -173,7 +173,7 @@ def test_levels_come_from_float64_betas(schedule, steps, sampler):
     np.testing.assert_allclose(chain.beta.numpy(), beta, rtol=1e-9)
     np.testing.assert_allclose(chain.posterior.numpy()[:-1], (beta * (1 - after) / (1 - now))[:-1], rtol=1e-9)
     rough = sampling_chain(scheduler.alphas_cumprod, times)
-    assert steps < 1000 or float((rough.beta / chain.beta - 1).abs().max()) > 1e-4
+    assert steps < 1000 or 3e-4 < float((rough.beta / chain.beta - 1).abs().max()) < 8e-4
 
 
 def test_a_table_that_was_changed_is_taken_as_it_is():
