@@ -35,7 +35,7 @@ def draw_verdict(study: Study, metrics: Sequence[str], methods: Sequence[str]) -
     places = {(row.model, row.guidance_scale): 0.0 for row in study.rows if row.method == "CFG"}
     for number, (model, scale) in enumerate(sorted(places, key=lambda at: (study.models.index(at[0]), at[1]))):
         places[model, scale] = number + 0.4 * study.models.index(model)
-    height = (0.2 + 0.12 * len(methods)) * len(places) + 1.4
+    height = (0.2 + 0.08 * len(methods)) * len(places) + 1.2
     figure, axes = plt.subplots(1, len(metrics), figsize=(3.6 * len(metrics) + 1.6, height), sharey=True, squeeze=False)
     for axis, metric in zip(axes[0], metrics, strict=True):
         about = METRICS[metric]
@@ -51,7 +51,7 @@ def draw_verdict(study: Study, metrics: Sequence[str], methods: Sequence[str]) -
         arrow = "← better" if about.better == "low" else "better →"
         axis.set_title(f"Δ {about.heading}{', ' * bool(about.unit)}{about.unit}   {arrow}", fontsize="medium")
     axes[0, 0].set_yticks(list(places.values()), [f"{model}, scale {scale:g}" for model, scale in places])
-    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_ylim(max(places.values()) + 0.7, -0.7)  # downwards
     if len(methods) > 1:
         figure.legend([_handle(name) for name in methods], methods, loc="outside lower center", ncols=len(methods))
     return figure
