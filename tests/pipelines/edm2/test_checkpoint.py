@@ -358,7 +358,7 @@ def twice(data, state, unet) -> None:
             lambda d, s, u: s["_init_kwargs"].update(experts=8),
             "with the argument 'experts', which EDM2's does not have",
         ),
-        (lambda d, s, u: s["_init_kwargs"].update(num_blocks="3"), "argument 'num_blocks' of its network is no number"),
+        (lambda d, s, u: s["_init_kwargs"].update(num_blocks="3"), "'num_blocks' of its network is not a number"),
         (lambda d, s, u: s["_init_kwargs"].update(resample_filter=[1, 3, 3, 1]), r"the filter \[1, 3, 3, 1\]; only"),
         (lambda d, s, u: u.update(_modules=3), "its module 'unet' is not in a module's form"),
         (
