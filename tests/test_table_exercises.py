@@ -162,6 +162,18 @@ def test_15_and_17_mcnemar_by_hand() -> None:
     assert "0.0625 for five, 0.031 for six" in text("15") and "= 0.25. Six, all one way, give p = 0.031" in text("17")
 
 
+def test_12_fine_tuning_changes_fid_by() -> None:
+    found = {
+        cell.settings["form"]: cell.figures["fid"] for cell in read_cells(NOTEBOOKS / "results/calibrated_guides.json")
+    }
+    printed, bins = (_less(found[f"smooth ECE, by {name}"], found["standard"]) for name in ("sample", "bin"))
+    said, gain = text("12"), found["standard"].value * (5.94 / 6.15 - 1)
+    assert f"cross-entropy alone by +{printed.text()}, and the loss by bins by +{bins.text()} (" in said
+    assert printed.low < 0 < printed.high and bins.low < gain < 0 < bins.high and gain < printed.low
+    assert f"which is {gain:.2f} here" in said
+    assert f"FID +{printed.text()}, so no gain is seen" in Path("docs/paper_map.md").read_text()
+
+
 def test_the_readme_has_the_figures_of_the_study() -> None:
     study = read_study(NOTEBOOKS / "results/validity.json")
     said = Path("README.md").read_text()
@@ -190,20 +202,27 @@ def test_17_says_what_the_study_has() -> None:
             assert each.verdict != "worse", each.row.name
             if each.verdict == "better":
                 verdicts[metric][each.row.model, each.row.guidance_scale] = about.factor * each.figure.value
-    residual, many = verdicts["residual"], ("mini-sd", "mini-sd-v", "mini-edm2")
+    residual, many = verdicts["residual"], ("mini-sd", "mini-sd-v", "mini-dit", "mini-edm2")
     pairs = {each.row.model: each.figure.samples for each in differences(study, "residual", "REG")}
     assert pairs == {name: 240 if name in many else 60 for name in study.models}
     large, small = ([gap for (_, scale), gap in residual.items() if (scale > 4) == above] for above in (True, False))
-    assert len(large) == 9 and round(max(large)) == -8 and round(min(large)) == -24
+    assert len(large) == 9 and round(max(large)) == -7 and round(min(large)) == -24
     assert len(small) == 5 and round(max(small)) == -1 and round(min(small)) == -4
-    undecided = {(name, scale) for name in many for scale in (2.0, 4.0)} - set(residual)
-    assert undecided == {("mini-edm2", 2.0)} and not {("mini-dit", 4.0), ("mini-flow", 4.0)} & set(residual)
-    assert set(verdicts["valid"]) == {(name, scale) for name in many for scale in (7.5, 12.0)}
-    assert 6 < min(verdicts["valid"].values()) < max(verdicts["valid"].values()) < 14.5
+    undecided = {(name, scale) for name in many for scale in study.scales(name, "CFG")} - set(residual)
+    assert undecided == {("mini-dit", 2.0), ("mini-dit", 4.0), ("mini-edm2", 2.0)}
+    assert sum(name == "mini-flow" for name, _ in residual) == 1
+    gaps = {(each.row.model, each.row.guidance_scale): each.figure for each in differences(study, "residual", "REG")}
+    assert round(1000 * min(gaps[each].low for each in undecided), 1) == -3.9
+    assert round(1000 * max(gaps[each].high for each in undecided), 1) == 0.6
+    valid, middle = verdicts["valid"], {("mini-sd", 4.0), ("mini-sd-v", 4.0)}
+    assert set(valid) == middle | {(name, scale) for name in many for scale in (7.5, 12.0)}
+    assert {round(valid[each]) for each in middle} == {7}
+    large = [gap for each, gap in valid.items() if each not in middle]
+    assert (round(min(large)), round(max(large))) == (6, 18)
     assert set(verdicts["clip_score"]) == {
         ("mini-flow", 12.0), *((name, scale) for name in many[:2] for scale in (4.0, 7.5, 12.0))
     }  # fmt: skip
-    assert all(round(gap) == -3 for gap in verdicts["law_distance"].values()) and len(verdicts["law_distance"]) == 5
+    assert all(round(gap) == -3 for gap in verdicts["law_distance"].values()) and len(verdicts["law_distance"]) == 7
     assert list(verdicts["recognised"]) == [("mini-edm2", 12.0)] and not verdicts["attributes"] and not verdicts["kid"]
     strength = {model: equal_strength(study, model, "REG", resamples=200) for model in study.models}
     assert {model for model, each in strength.items() if each.verdict != "undecided"} == {"mini-sd", "mini-sd-v"}
@@ -211,10 +230,12 @@ def test_17_says_what_the_study_has() -> None:
     auto = {
         (each.row.model, each.row.guidance_scale): each.verdict for each in differences(study, "residual", "REG, auto")
     }
-    assert {place for place, verdict in auto.items() if verdict == "better"} == set(residual) - {("mini-flow", 12.0)}
+    assert {place for place, verdict in auto.items() if verdict == "better"} == (
+        set(residual) - {("mini-flow", 12.0)} | {("mini-dit", 4.0)}
+    )
     assert "worse" not in auto.values()
     strength = {model: equal_strength(study, model, "REG, auto", resamples=200) for model in study.models}
-    assert {model for model, each in strength.items() if each.verdict == "better"} == {"mini-sd", "mini-dit"}
+    assert {model for model, each in strength.items() if each.verdict == "better"} == {"mini-sd"}
     assert equal_strength(study, "mini-flow", "REG, auto", "valid", resamples=200).verdict == "worse"
     falls = {
         method: [

@@ -58,7 +58,7 @@ class GuidancePlan(SampledPlan[Row]):
 
     def pairs(self, cells: Sequence[Cell]) -> list[Pair]:
         """Every rectified cell minus CFG at the same guidance and scale, of the same steps and of as many evaluations;
-        every CFG cell minus no guidance."""
+        CFG of as many evaluations minus CFG of the table's steps; every CFG cell minus no guidance."""
         found = []
         for cell in cells:
             for other in cells:
@@ -68,8 +68,9 @@ class GuidancePlan(SampledPlan[Row]):
                 )  # fmt: skip
                 method, against = text.method_of(one), text.method_of(two)
                 rule = same and against.startswith("CFG") and not method.startswith("CFG")
+                longer = same and method == "CFG, as many evaluations" and against == "CFG"
                 guided = method == "CFG" and against == "no guidance" and one["model"] == two["model"]
-                if (rule or guided) and shares_noise(cell, other):
+                if (rule or longer or guided) and shares_noise(cell, other):
                     name = f"{one['model']}, {one['guidance']}, scale {one['guidance_scale']:g}, seed {_seed(cell)}"
                     found.append((f"{name}: {method} minus {against}", cell, other))
         return found

@@ -52,5 +52,5 @@ def test_a_fine_tuning_that_was_not_run_is_missed_before_anything_is_drawn(tmp_p
 
 def test_the_committed_cells_are_the_plans():
     file = ROOT / "notebooks" / "results" / "calibrated_guides.json"
-    plan = guides.CalibratedPlan(classifiers=(EMBEDDED_RESNET,), samples=300)
+    plan = guides.CalibratedPlan(classifiers=(EMBEDDED_RESNET,), samples=2000)
     assert [cell.name for cell in read_cells(file)] == plan.names()

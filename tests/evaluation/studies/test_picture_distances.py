@@ -39,7 +39,7 @@ def test_the_share_of_a_step_is_of_its_difference():
 
 
 def test_a_setting_is_measured_and_other_rows_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(picture_distances, "SETTINGS", (Setting("mini-dit", 4.0, 4),))
+    monkeypatch.setattr(picture_distances, "SETTINGS", (Setting("mini-dit", 4.0, 6),))
     monkeypatch.setattr(picture_distances, "WAYS", {"auto": WAYS["auto"], "late": WAYS["auto, from 0.4"]})
     monkeypatch.setattr(picture_distances, "BATCH", 4)
     out = tmp_path / "found.json"
@@ -49,7 +49,7 @@ def test_a_setting_is_measured_and_other_rows_stay(tmp_path, monkeypatch):
     assert other == {"model": "other", "steps": 4}
     assert [len(way["ratios"]) for way in row["ways"].values()] == [8, 8]
     assert all(way["spent"] <= 1 for way in row["ways"].values())
-    assert len(row["shares"]) == len(row["log_snr"]) == 4 and row["shares"][0] < row["shares"][-1]
+    assert len(row["shares"]) == len(row["log_snr"]) == 6 and row["shares"][0] < row["shares"][-1]
     assert row["provenance"]["command"][2] == "companion.evaluation.studies.picture_distances"
     assert row["ways"]["auto"]["ratios"] != row["ways"]["late"]["ratios"]
 
