@@ -16,7 +16,7 @@ from companion.evaluation.studies.verdict import METRICS, counted, differences, 
 from companion.evaluation.tables.paired import compared_counts
 from companion.evaluation.tables.published import published
 from companion.evaluation.tables.results import read_cells
-from companion.evaluation.tables.text import _less, lines_of, method_pairs, p_value
+from companion.evaluation.tables.text import _less, lines_of
 from companion.evaluation.tables.text import differences as cell_differences
 from companion.files import read_json
 
@@ -48,35 +48,48 @@ def test_08_reg_at_a_larger_scale() -> None:
     assert fid.low < 0 < fid.high and score.low > 0
 
 
+def sample_by_sample(kind: str) -> list[dict]:
+    """Comparisons of notebook 08's cells whose label has this."""
+    return [entry for entry in read_json(NOTEBOOKS / "results/imagenet-mini-paired.json") if kind in entry["label"]]
+
+
+def decided(entries: list[dict], name: str) -> list[tuple[float, float]]:
+    """Guidance scale and difference of those that Holm's method decides."""
+    found = [(entry["label"].split("scale ")[1].split(",")[0], entry["figures"][name]) for entry in entries]
+    return [(float(scale), figure["value"]) for scale, figure in found if figure["p_value_holm"] < 0.05]
+
+
 def test_08_what_more_steps_do() -> None:
-    pairs = method_pairs(read_cells(NOTEBOOKS / "results/imagenet-mini.json"), "CFG, as many evaluations", "CFG")
-    names = ("fid", "inception_score", "precision", "recall", "agreement")
-    decided = [
-        (label, name, round(_less(first[name], second[name]).value, 3))
-        for label, first, second in pairs
-        for name in names
-        if p_value(_less(first[name], second[name])) * len(pairs) < 0.05
-    ]
-    assert decided == [] and f"None of {len(pairs) * len(names)} differences is decided" in text("08")
+    longer, said = sample_by_sample("CFG, as many evaluations minus CFG"), text("08")
+    scores, distances = ([value for _, value in decided(longer, name)] for name in ("inception_score", "fid"))
+    ends = f"by {min(scores):.2f} to {max(scores):.2f}"
+    assert f"rises in {len(scores)} of {len(longer)} rows, {ends}. FID is decided in one row, interval" in said
+    [only] = [entry["figures"]["fid"] for entry in longer if entry["figures"]["fid"]["p_value_holm"] < 0.05]
+    assert distances == [only["value"]] and min(scores) > 0
+    assert f"guidance ({only['value']:.2f} ± {only['high'] - only['value']:.2f})" in said
+    assert [value > 0 for _, value in decided(longer, "kid")] == [True, True] and "KID is worse in two" in said
 
 
 def test_08_compares_sample_by_sample() -> None:
-    pairs = read_json(NOTEBOOKS / "results/imagenet-mini-paired.json")
-    rectified = [entry for entry in pairs if "REG minus" in entry["label"]]
-    counts, number, said = compared_counts(rectified), len(rectified), text("08")
+    rectified, ones, said = sample_by_sample("REG minus"), sample_by_sample("REG, ones minus"), text("08")
+    counts, number = compared_counts(rectified), len(rectified)
     fid, kid, recall = counts["FID"], counts["KID"], counts["recall"]
-    assert f"FID is worse with REG in {fid['worse']} of {number} rows, all at scale 2, and better in 2, both at" in said
+    worse, better = f"worse with REG in {fid['worse']} of {number} rows", f"better in {fid['better']}"
+    assert f"FID is {worse}, all at scale 2 or less, and {better}, all at 2.5 or more" in said
+    assert all((value < 0) == (scale >= 2.5) for scale, value in decided(rectified, "fid"))
     assert f"is better in {kid['better']} of {number} rows and worse in none" in said and kid["worse"] == 0
     assert f"Recall is better in {recall['better']} and worse in {recall['worse']}" in said
     assert f"Inception score is worse in {counts['IS']['worse']} of {number} and better in none" in said
-    assert counts["IS"]["better"] == 0 and fid["better"] == 2
-    for entry in rectified:
-        own = entry["figures"]["fid"]
-        assert own["p_value_holm"] >= 0.05 or (own["value"] < 0) == ("scale 3" in entry["label"])
-    [top] = [e["figures"]["fid"] for e in rectified if e["label"].endswith("scale 3, seed 0: REG minus CFG")]
-    assert f"both at scale 3 ({top['value']:.2f} ± {top['high'] - top['value']:.2f} at equal steps)" in said
+    assert counts["IS"]["better"] == 0
+    [top] = [entry["figures"]["fid"] for entry in rectified if "scale 4" in entry["label"]]
+    assert f"(`mini-dit` at 4: {top['value']:.2f} ± {top['high'] - top['value']:.2f})" in said
     halves = [(e["figures"]["fid"]["high"] - e["figures"]["fid"]["low"]) / 2 for e in rectified]
     assert said.count(f"± {min(halves):.2f} to {max(halves):.2f}") == 2
+    for name, heading in (("FID", "worse"), ("IS", "worse"), ("precision", "worse"), ("class agreement, %", "worse")):
+        assert compared_counts(ones)[name][heading] == len(ones) == 4
+    assert compared_counts(ones)["recall"]["better"] == 4
+    at_two = [entry for entry in rectified if "scale 2," in entry["label"] and "interval" not in entry["label"]]
+    assert decided(at_two, "fid") == []
 
 
 def test_08_and_09_quote_the_ceilings() -> None:

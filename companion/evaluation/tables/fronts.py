@@ -1,4 +1,4 @@
-"""Pareto fronts: FID against Inception or CLIP score, for each guidance, all points shown."""
+"""Fronts: FID against Inception or CLIP score over the guidance scale, for each guidance, all points shown."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -27,19 +27,6 @@ _LOOKS = {  # method -> colour, marker, filled
 }
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which of (lower is better, higher is better) pairs, such as FID and IS, no other pair beats; by the first number.
-
-    A pair is beaten by one that is at least as good in both and better in one.
-    """
-    order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
-    front: list[int] = []
-    for i in order:
-        if not front or points[i][1] > points[front[-1]][1] or points[i] == points[front[-1]]:
-            front.append(i)
-    return front
-
-
 def draw_fronts(
     cells: Iterable[Cell],
     second: str,
@@ -48,9 +35,10 @@ def draw_fronts(
     methods: Sequence[str] | None = None,
     ceilings: Mapping[str, Mapping[str, Measured]] | None = None,
 ) -> Figure:
-    """A panel for each of the model's guidances: a point with its 95 % intervals for every row, a line for every front.
+    """A panel for each of the model's guidances: a point with its 95 % intervals for every row.
 
-    The lowest FID of each front is ringed; small numbers are guidance scales. Down and to the right is better.
+    A line joins the scales of one method. Its lowest FID is ringed; small numbers are guidance scales. Down and to the
+    right is better.
 
     Args:
         cells: of one table.
@@ -126,11 +114,11 @@ def _draw_method(axis: Axes, lines: Sequence[Line], method: str, second: str) ->
             linewidth=1,
             linestyle="none",
         )
-        if method != "no guidance":
-            text = f"{line.row['guidance_scale']:g}"
-            axis.annotate(text, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7, color=colour)
-    front = pareto_front(points)
-    axis.plot([points[i][1] for i in front], [points[i][0] for i in front], color=colour, linewidth=1.2, zorder=1)
-    best = front[0]
+        if method not in ("no guidance", "CFG, as many evaluations"):  # the latter has CFG's scales
+            text, place = f"{line.row['guidance_scale']:g}", (5, 4) if method == "CFG" else (-4, -11)
+            axis.annotate(text, (x, y), xytext=place, textcoords="offset points", fontsize=7, color=colour)
+    order = sorted(range(len(lines)), key=lambda i: lines[i].row["guidance_scale"])
+    axis.plot([points[i][1] for i in order], [points[i][0] for i in order], color=colour, linewidth=1.2, zorder=1)
     if method != "no guidance":
-        axis.plot(points[best][1], points[best][0], "o", markersize=12, markerfacecolor="none", markeredgecolor="black")
+        y, x = min(points)
+        axis.plot(x, y, "o", markersize=12, markerfacecolor="none", markeredgecolor="black")

@@ -114,7 +114,8 @@ def test_a_cell_alone_is_the_same(make, tmp_path):
 
 
 def test_pictures_are_stored_and_cells_compared(make, tmp_path):
-    rows = (replace(ROWS[0]), replace(ROWS[0], product="finite_difference"), replace(ROWS[0], guidance_scale=1.0))
+    longer = replace(ROWS[0], steps=3, equal_evaluations=True)
+    rows = (ROWS[0], longer, replace(ROWS[0], product="finite_difference"), replace(ROWS[0], guidance_scale=1.0))
     plan = replace(PLAN, rows=rows, seeds=(0,))
     cells = make("whole", plan=plan)
     for cell in cells:
@@ -125,10 +126,12 @@ def test_pictures_are_stored_and_cells_compared(make, tmp_path):
     entries = compared(plan.pairs(cells), tmp_path / "whole")
     assert [entry["label"] for entry in entries] == [
         "tiny, vanilla, scale 3, seed 0: CFG minus no guidance",
+        "tiny, vanilla, scale 3, seed 0: CFG, as many evaluations minus CFG",
         "tiny, vanilla, scale 3, seed 0: REG minus CFG",
+        "tiny, vanilla, scale 3, seed 0: REG minus CFG, as many evaluations",
     ]
-    less = cells[1].figures["fid"].value - cells[0].figures["fid"].value
-    assert entries[1]["figures"]["fid"]["value"] == pytest.approx(less, rel=1e-3, abs=1e-7)
+    less = cells[2].figures["fid"].value - cells[0].figures["fid"].value
+    assert entries[2]["figures"]["fid"]["value"] == pytest.approx(less, rel=1e-3, abs=1e-7)
 
 
 def test_the_command_prints_and_keeps_the_comparisons(tmp_path, monkeypatch, capsys):
