@@ -83,6 +83,7 @@ def test_08_compares_sample_by_sample() -> None:
     assert counts["IS"]["better"] == 0
     [top] = [entry["figures"]["fid"] for entry in rectified if "scale 4" in entry["label"]]
     assert f"(`mini-dit` at 4: {top['value']:.2f} ± {top['high'] - top['value']:.2f})" in said
+    assert f"At 4 REG's is lower by {-top['value']:.2f} ± {top['high'] - top['value']:.2f}" in said
     halves = [(e["figures"]["fid"]["high"] - e["figures"]["fid"]["low"]) / 2 for e in rectified]
     assert said.count(f"± {min(halves):.2f} to {max(halves):.2f}") == 2
     for name, heading in (("FID", "worse"), ("IS", "worse"), ("precision", "worse"), ("class agreement, %", "worse")):
