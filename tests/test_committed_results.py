@@ -15,7 +15,7 @@ FILES = (
     ROOT / "companion" / "evaluation" / "metrics" / "valid_residual.json",
 )
 LEFT = {
-    "runtime.json": 1,  # likewise
+    "runtime.json": 1,  # `python -m benchmarks models` takes minutes on a quiet machine
 }
 """File -> how many of its measurements are from a changed checkout. Measured anew, a file leaves this list."""
 

@@ -86,6 +86,10 @@ def test_08_compares_sample_by_sample() -> None:
     assert f"At 4 REG's is lower by {-top['value']:.2f} ± {top['high'] - top['value']:.2f}" in said
     halves = [(e["figures"]["fid"]["high"] - e["figures"]["fid"]["low"]) / 2 for e in rectified]
     assert said.count(f"± {min(halves):.2f} to {max(halves):.2f}") == 2
+    alone = {cell.name: cell.figures["fid"] for cell in read_cells(NOTEBOOKS / "results/imagenet-mini.json")}
+    apart = [_less(alone[entry["first"]], alone[entry["second"]]) for entry in rectified]
+    wider = [(each.high - each.low) / (2 * half) for each, half in zip(apart, halves, strict=True)]
+    assert f"has an interval {min(wider):.1f} to {max(wider):.1f} times as wide" in said
     for name, heading in (("FID", "worse"), ("IS", "worse"), ("precision", "worse"), ("class agreement, %", "worse")):
         assert compared_counts(ones)[name][heading] == len(ones) == 4
     assert compared_counts(ones)["recall"]["better"] == 4
@@ -181,7 +185,8 @@ def test_12_fine_tuning_changes_fid_by() -> None:
         cell.settings["form"]: cell.figures["fid"] for cell in read_cells(NOTEBOOKS / "results/calibrated_guides.json")
     }
     printed, bins = (_less(found[f"smooth ECE, by {name}"], found["standard"]) for name in ("sample", "bin"))
-    said, gain = text("12"), found["standard"].value * (5.94 / 6.15 - 1)
+    before, after = (float(row[2]) for row in published("cal_smooth_ece").rows)
+    said, gain = text("12"), found["standard"].value * (after / before - 1)
     assert f"cross-entropy alone by +{printed.text()}, and the loss by bins by +{bins.text()} (" in said
     assert printed.low < 0 < printed.high and bins.low < gain < 0 < bins.high and gain < printed.low
     assert f"which is {gain:.2f} here" in said
@@ -269,8 +274,7 @@ def test_17_says_what_the_study_has() -> None:
     for metric in METRICS:
         counts = counted(study, metric, "interval")
         assert (counts["better"], counts["worse"]) == (int(metric == "residual"), 0)
-    reg = {(each.row.model, each.row.guidance_scale): each.figure for each in differences(study, "residual", "REG")}
     for each in differences(study, "residual", "covariance"):
-        of_reg = reg[each.row.model, each.row.guidance_scale]
+        of_reg = gaps[each.row.model, each.row.guidance_scale]
         apart = each.figure.low > of_reg.high or each.figure.high < of_reg.low
         assert each.row.guidance_scale < 5 or not apart

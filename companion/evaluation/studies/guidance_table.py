@@ -67,10 +67,9 @@ class GuidancePlan(SampledPlan[Row]):
                     two["model"], two["guidance"], two["guidance_scale"],
                 )  # fmt: skip
                 method, against = text.method_of(one), text.method_of(two)
-                rule = same and against.startswith("CFG") and not method.startswith("CFG")
-                longer = same and method == "CFG, as many evaluations" and against == "CFG"
+                rule = same and against.startswith("CFG") and method not in ("CFG", against)
                 guided = method == "CFG" and against == "no guidance" and one["model"] == two["model"]
-                if (rule or longer or guided) and shares_noise(cell, other):
+                if (rule or guided) and shares_noise(cell, other):
                     name = f"{one['model']}, {one['guidance']}, scale {one['guidance_scale']:g}, seed {_seed(cell)}"
                     found.append((f"{name}: {method} minus {against}", cell, other))
         return found
