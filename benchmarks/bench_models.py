@@ -14,24 +14,30 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
-from benchmarks.methods import published
+from benchmarks import methods
+from benchmarks.methods import Method
 from benchmarks.models import MODELS, SEED, Model, build, denoisers
 from companion.evaluation.sampling.memory import peak_memory
 from companion.files import write_json
-from companion.pipelines.hook import RectifiedGuidanceConfig, rectified_guidance
 from companion.provenance import provenance
 
 RESULTS = Path(__file__).parent.parent / "notebooks" / "results" / "runtime.json"
-METHODS = ("none", "published", "finite_difference", "auto", "ones", "vjp", "jvp")
+METHODS: dict[str, Method] = {
+    "none": methods.METHODS["CFG"],
+    "published": methods.published,
+    "finite_difference": methods.rectified(),
+    "every=3": methods.rectified(every=3),
+    **{product: methods.rectified(product=product) for product in ("ones", "vjp", "jvp")},
+}
 """As `results/runtime.json` names them; notebook 07 has labels of its own. `published` is `ones` as the paper's code
-does it: both branches in one graph."""
+does it: both branches in one graph. `auto` is not among them: what it skips depends on the network's values, and these
+are random; `make bench` measures it."""
 ROUNDS = 3
 
 
@@ -53,15 +59,8 @@ def draw(pipe: DiffusionPipeline, model: Model, method: str, batch: int = 1) -> 
     """Seconds of one call of the pipeline."""
     device = pipe.device
     generator = torch.Generator().manual_seed(SEED)
-    guided = (
-        published(pipe)
-        if method == "published"
-        else nullcontext()
-        if method == "none"
-        else rectified_guidance(pipe, RectifiedGuidanceConfig.preset(method))
-    )
     call = _batched(model.call, batch, device)
-    with guided:
+    with METHODS[method](pipe):
         _wait(device)
         start = time.perf_counter()
         pipe(**call, generator=generator)
@@ -104,15 +103,15 @@ def main(arguments: Sequence[str] = ()) -> None:
     device = torch.device(parser.parse_args(list(arguments)).device)
     file = RESULTS if device.type == "cpu" else RESULTS.with_stem(f"runtime_{device.type}")
     command = ["benchmarks", "models"] if device.type == "cpu" else ["benchmarks.bench_models", f"--device={device}"]
-    methods = METHODS[1:]
+    rectified = list(METHODS)[1:]
     print("time / CFG, and (weights + peak) / CFG's\n")
-    print(f"| model | scaled by | CFG, s | {' | '.join(methods)} |")
-    print("|---" * (3 + len(methods)) + "|")
+    print(f"| model | scaled by | CFG, s | {' | '.join(rectified)} |")
+    print("|---" * (3 + len(rectified)) + "|")
     rows = []
     for model in MODELS:
         row = measure(model, device=device)
         rows.append(row)
-        cells = [f"{row['time_ratio'][method]:.2f}, {row['memory_ratio'][method]:.2f}" for method in methods]
+        cells = [f"{row['time_ratio'][method]:.2f}, {row['memory_ratio'][method]:.2f}" for method in rectified]
         print(f"| {model.paper} | {row['scaled']} | {row['seconds']['none']:.2f} | {' | '.join(cells)} |", flush=True)
     file.parent.mkdir(parents=True, exist_ok=True)
     made = provenance(device, command=["python", "-m", *command])

@@ -17,9 +17,9 @@ PRODUCTS = {
     "vjp": ("vjp", "vjp", "s"),
     "jvp": ("jvp", "jvp", "v"),
     "finite_difference": ("finite_difference", "finite_difference", "D"),
-    "auto": ("every=3", "auto", "*"),
+    "every=3": ("every=3", "auto", "*"),
 }
-"""Keys of `results/runtime.json` -> label, colour's name, marker. Its `auto` is what is now `every=3`."""
+"""Keys of `results/runtime.json` -> label, colour's name, marker."""
 
 
 def draw_costs(
