@@ -1,8 +1,8 @@
 """What rectification costs on the paper's models: time and peak memory against CFG, for every product.
 
-The models are those of `benchmarks.models`, for one image on one thread; the table says what each was scaled by. One
-whole call of the pipeline is timed, without a decoder. The methods take turns within each round, so that a machine that
-is busy for a while slows them all.
+The models are those of `benchmarks.models`, for one image; the record says on how many threads, and the table what each
+was scaled by. One whole call of the pipeline is timed, without a decoder. The methods take turns within each round, so
+that a machine that is busy for a while slows them all.
 
 `python -m benchmarks models` writes notebooks/results/runtime.json beside printing the table. On a GPU,
 `python -m benchmarks.bench_models --device cuda` measures the published sizes at the paper's batch sizes (memory at
