@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from companion.calibration.scene_classifiers import FORMS, form_folder, scene_calibration
-from companion.evaluation.metrics.evaluators import REFERENCE_SEED, Reference, fid_of
+from companion.evaluation.metrics.evaluators import REFERENCE_SEED, Evaluation, Reference, fid_of
 from companion.evaluation.metrics.features import SceneFeatures
 from companion.evaluation.metrics.figures import Figure
-from companion.evaluation.metrics.metrics import precision_recall, share
+from companion.evaluation.metrics.metrics import frechet_values, inside_manifolds, share
 from companion.evaluation.metrics.reference_statistics import statistics_of
+from companion.evaluation.studies.classifier_rows import MINI
 from companion.evaluation.tables.engine import CellMaker, Measured, TablePlan
 from companion.evaluation.tables.options import TableOptions
+from companion.evaluation.tables.paired import Pair, shares_noise
 from companion.evaluation.tables.results import Cell
 from companion.markdown import table
 from companion.minis.adm import enlarged, render_small
@@ -42,7 +44,7 @@ GUIDED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 """How each guides mini-adm, which is conditioned on no class."""
-STEPS = 25
+STEPS, SEED = 25, 0
 
 
 def classifier_in_form(name: str, form: str, runs: Path) -> nn.Module:
@@ -65,21 +67,32 @@ def shown(pictures: Tensor) -> Tensor:
     return to_uint8(enlarged(pictures))
 
 
-def generated(name: str, network: nn.Module, samples: int, reference: Reference, features: SceneFeatures) -> Figures:
+def generated(name: str, network: nn.Module, samples: int, reference: Reference, features: SceneFeatures) -> Evaluation:
     """FID, precision, recall and agreement of what unconditional mini-adm draws under the classifier's guidance."""
-    pipe = load_adm("mini-adm", classifier=network)
+    pipe = load_adm(MINI, classifier=network)
     pipe.set_progress_bar_config(disable=True)
     asked = torch.arange(samples) % len(SHAPES)
-    settings = {"guidance_scale": 1.0, "num_inference_steps": STEPS, "unconditional": True, **GUIDED[name]}
+    settings = {
+        "guidance_scale": 1.0,
+        "num_inference_steps": STEPS,
+        "seed": SEED,
+        "unconditional": True,
+        **GUIDED[name],
+    }
     drawn = draw(pipe, asked.tolist(), **settings)
     parts = [features(shown(part)) for part in drawn.split(100)]
     found = torch.cat([part.features for part in parts])
     seen = torch.cat([part.logits for part in parts]).argmax(dim=1)
     assert reference.features is not None
-    precision, recall = precision_recall(reference.features, found)
-    agreement = share(seen == asked)
-    fid = fid_of(found, reference.statistics)
-    return {"fid": fid, "precision": precision, "recall": recall, "agreement": agreement}
+    inside, recalled = inside_manifolds(reference.features, found)
+    pictures = {
+        "fid": frechet_values(found, reference.statistics),
+        "precision": inside,
+        "recall": recalled,
+        "agreement": seen == asked,
+    }
+    figures = {name: share(values) for name, values in pictures.items() if name != "fid"}
+    return Evaluation({"fid": fid_of(found, reference.statistics), **figures}, pictures)
 
 
 def calibration_of(network: nn.Module, scenes: int) -> Figures:
@@ -128,6 +141,19 @@ class CalibratedPlan(TablePlan):
         """
         return CalibratedCells(self, names)
 
+    def pairs(self, cells: Sequence[Cell]) -> list[Pair]:
+        """Every fine-tuning minus cross-entropy alone, and minus the classifier as it was trained."""
+        return [
+            (f"{cell.settings['form']} minus {base}", cell, other)
+            for base in self.forms[:2]
+            for cell in cells
+            for other in cells
+            if other.settings["form"] == base
+            and self.forms.index(cell.settings["form"]) > self.forms.index(base)
+            and cell.settings["classifier"] == other.settings["classifier"]
+            and shares_noise(cell, other)
+        ]
+
     def as_markdown(self, cells: Sequence[Cell]) -> str:
         """One line a row: calibration on held-out scenes, then figures of what it guides to."""
         measures = {"accuracy": 3, "confidence": 3, "binned_error": 3, "smooth_error": 3}
@@ -150,7 +176,8 @@ class CalibratedCells(CellMaker):
         for cell in names:
             name, form = self._rows[cell]
             classifier_in_form(name, form, plan.runs)  # there is one
-            made = {"steps": STEPS, "sampler": "ddpm", "samples": plan.samples, "reference_scenes": plan.scenes}
+            drawn = {"model": MINI, "num_samples": plan.samples, "seed": SEED, "conditions": list(range(len(SHAPES)))}
+            made = {"steps": STEPS, "sampler": "ddpm", "sampling": drawn, "reference_scenes": plan.scenes}
             self.settings[cell] = {"classifier": name, "form": form, **made}
 
     @cached_property
@@ -170,7 +197,8 @@ class CalibratedCells(CellMaker):
         calibration = calibration_of(network, self._plan.scenes)
         reference, began = self._reference, time.monotonic()
         drawn = generated(classifier, network, self._plan.samples, reference, self._features)
-        return Measured({**calibration, **drawn}, STEPS, round(time.monotonic() - began, 1))
+        seconds = round(time.monotonic() - began, 1)
+        return Measured({**calibration, **drawn.figures}, STEPS, seconds, pictures=drawn.pictures)
 
 
 def calibrated(options: TableOptions) -> CalibratedPlan:

@@ -22,6 +22,8 @@ Budget = Literal["standard", "rectified"]
 
 MINI_STEPS = 20
 MINI_SCALE, MINI_NOISY_SCALE, MINI_FREE_SCALE = 1.0, 1.0, 2.0
+MINI_OTHER_SCALES = (2.0, 4.0, 0.5, 8.0)
+"""Of [ECD], with and without K, and of Jensen-Shannon, beside `MINI_SCALE`."""
 MINI_STRENGTH, MINI_SMOOTHING, MINI_ENTROPY = 1.0, 0.9, 0.1
 """a, ε and the coefficient of the entropy, which the sources do not give: values of the package's own."""
 RECTIFIED: Preset = "finite_difference"
@@ -104,7 +106,7 @@ def mini_rows() -> tuple[Row, ...]:
     )
     first = [unguided, ecd, _rectified(ecd), js_calibrated, _rectified(js_calibrated), free, js, ecd_calibrated]
     first += [aware, _rectified(aware), _rectified(js), _with_budget(free, "rectified", "it rectified")]
-    scaled = [_at_scale(each, scale) for scale in (2.0, 4.0) for each in (ecd, _rectified(ecd))]
+    scaled = [_at_scale(each, scale) for scale in MINI_OTHER_SCALES for each in (ecd, _rectified(ecd), js)]
     scaled += [_at_scale(free, 4.0)]
     published = [reverse, noisy, noisy_calibrated, plain, _rectified(plain), forward]
     new = [_rectified(ecd_calibrated), reverse_calibrated, _rectified(reverse_calibrated), _rectified(reverse)]

@@ -14,6 +14,7 @@ from typing import Self
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import NullLocator
 from torch import Tensor
 
 from companion import plotting
@@ -29,13 +30,22 @@ from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.metrics.references import imagenet_evaluator
 from companion.evaluation.sampling.settings import SamplingSettings
 from companion.evaluation.studies.arithmetic import cost_of
-from companion.evaluation.studies.classifier_rows import MINI, NO_GUIDE, PAPER, Budget, Row, mini_rows, paper_rows
+from companion.evaluation.studies.classifier_rows import (
+    MINI,
+    MINI_OTHER_SCALES,
+    MINI_SCALE,
+    NO_GUIDE,
+    PAPER,
+    Budget,
+    Row,
+    mini_rows,
+    paper_rows,
+)
 from companion.evaluation.tables.options import TableOptions
 from companion.evaluation.tables.paired import Pair, shares_noise
 from companion.evaluation.tables.published import published
 from companion.evaluation.tables.results import Cell
 from companion.evaluation.tables.sampled import SampledPlan
-from companion.evaluation.tables.text import pairs_markdown
 from companion.markdown import table
 from companion.minis.adm import enlarged, render_small
 from companion.pipelines.adm.loading import load_adm
@@ -100,18 +110,30 @@ class ClassifierPlan(SampledPlan[Row]):
         return as_markdown(cells)
 
     def pairs(self, cells: Sequence[Cell]) -> list[Pair]:
-        """Every rectified cell minus the same one without K; every other cell minus the first one with a classifier."""
-        found, first = [], next((cell for cell in cells if cell.settings["row"]["guide"] is not None), None)
-        for cell in cells:
-            row = cell.settings["row"]
-            rectified = row["product"] != "none"
-            others = [each for each in cells if label_of(each) == row["method"]] if rectified else [first]
-            found += [
-                (f"{label_of(cell)} minus {label_of(other)}", cell, other)
-                for other in others
-                if other is not None and other is not cell and shares_noise(cell, other)
-            ]
-        return found
+        """Every cell minus the first one with a classifier, and minus those without its one remedy: the same row
+        without K, by the classifier before its fine-tuning, or with the first one's score."""
+        first = next((cell for cell in cells if cell.settings["row"]["guide"] is not None), None)
+        if first is None:
+            return []
+        return [
+            (f"{label_of(cell)} minus {label_of(other)}", cell, other)
+            for cell in cells
+            for other in cells
+            if cell is not other
+            and cell is not first
+            and (other is first or _has_one_remedy_more(cell, other, first))
+            and shares_noise(cell, other)
+        ]
+
+
+def _has_one_remedy_more(cell: Cell, other: Cell, first: Cell) -> bool:
+    row, without = (each.settings["row"] for each in (cell, other))
+    changed = [name for name in ("guide", "product", "score", "call", "steps") if row[name] != without[name]]
+    return (
+        (changed == ["product"] and without["product"] == "none")
+        or (changed == ["guide"] and row["guide"] == f"{without['guide']}-calibrated")
+        or (changed == ["score"] and without["score"] == first.settings["row"]["score"])
+    )
 
 
 def imagenet128(options: TableOptions = TableOptions()) -> ClassifierPlan:  # noqa: B008
@@ -259,20 +281,6 @@ def label_of(cell: Cell) -> str:
     return row["method"] + ("" if row["product"] == "none" else ", rectified")
 
 
-def against_markdown(cells: Sequence[Cell], base: str) -> str:
-    """Every cell without K minus one of them, in every metric."""
-    found = {label_of(cell): cell.figures for cell in cells}
-    others = [label_of(cell) for cell in cells if cell.settings["row"]["product"] == "none" and label_of(cell) != base]
-    return pairs_markdown([(name, found[name], found[base]) for name in others], tuple(METRICS))
-
-
-def rectified_markdown(cells: Sequence[Cell]) -> str:
-    """Every rectified cell minus the same one without K, in every metric."""
-    found = {label_of(cell): cell.figures for cell in cells}
-    names = [name for name in found if f"{name}, rectified" in found]
-    return pairs_markdown([(name, found[f"{name}, rectified"], found[name]) for name in names], tuple(METRICS))
-
-
 def draw_table(cells: Sequence[Cell], ceilings: Mapping[str, Mapping[str, Figure]] | None = None) -> Drawing:
     """A panel a metric, a line a cell, with 95 % intervals; perfect pictures last.
 
@@ -292,3 +300,57 @@ def draw_table(cells: Sequence[Cell], ceilings: Mapping[str, Mapping[str, Figure
     axes[0].set_yticks(range(len(lines)), list(lines), fontsize="small")
     axes[0].invert_yaxis()
     return figure
+
+
+def draw_scales(cells: Sequence[Cell], ceilings: Mapping[str, Mapping[str, Figure]] | None = None) -> Drawing:
+    """A panel a metric, over the scale of the classifier's gradient: [ECD] with and without K, and Jensen-Shannon.
+
+    Bars are 95 % intervals. Dotted: no guidance; black: perfect pictures.
+
+    Args:
+        cells: of the mini table.
+        ceilings: rows of perfect pictures by their label.
+    """
+    lines = {label_of(cell): cell for cell in cells}
+    base = next(cell for cell in cells if cell.settings["row"]["guide"] is not None).settings["row"]["method"]
+    swept = {base: ("without K", "CFG", "o"), f"{base}, rectified": ("with K", "REG", "s"),
+             "Jensen-Shannon": ("Jensen-Shannon, without K", "divergence", "^")}  # fmt: skip
+    scales = sorted({MINI_SCALE, *MINI_OTHER_SCALES})
+    figure, axes = plt.subplots(1, len(METRICS), figsize=(11, 3.2))
+    for axis, (name, (heading, _, factor)) in zip(axes, METRICS.items(), strict=True):
+        for method, (label, look, marker) in swept.items():
+            points = [
+                (scale, lines[key].figures[name].scaled(factor))
+                for scale in scales
+                for key in [_name_at(method, scale)]
+                if key in lines
+            ]
+            axis.errorbar(
+                [scale for scale, _ in points],
+                [each.value for _, each in points],
+                yerr=[[e.value - e.low for _, e in points], [e.high - e.value for _, e in points]],
+                color=plotting.OTHER_COLOURS[5] if look == "divergence" else plotting.COLOURS[look],
+                marker=marker,
+                markersize=5,
+                linewidth=1.5,
+                label=label,
+            )
+        if "unguided" in lines:
+            unguided = lines["unguided"].figures[name].value * factor
+            axis.axhline(unguided, color=plotting.COLOURS["unguided"], linestyle=":", label="no guidance")
+        for label, found in (ceilings or {}).items():
+            axis.axhline(found[name].value * factor, color="black", linewidth=1, label=label)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(scales, [f"{scale:g}" for scale in scales])
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xlabel("classifier scale")
+        axis.set_title(heading)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
+    return figure
+
+
+def _name_at(method: str, scale: float) -> str:
+    """A swept row's label at a scale; its own scale is not in the name."""
+    name, rectified, _ = method.partition(", rectified")
+    return f"{name}{'' if scale == MINI_SCALE else f', scale {scale:g}'}{rectified}"

@@ -6,7 +6,9 @@ import torch
 from companion.calibration.scene_classifiers import form_folder
 from companion.evaluation.studies import calibrated_guides as guides
 from companion.evaluation.tables.engine import RunOptions, run_table
+from companion.evaluation.tables.paired import pictures_file, read_pictures
 from companion.evaluation.tables.results import read_cells
+from companion.files import read_json
 from companion.pipelines.adm.classifier import EMBEDDED_RESNET, off_the_shelf_classifier
 from tests.fork_server import ROOT
 
@@ -34,8 +36,12 @@ def test_a_row_is_a_tables_cell(tmp_path, monkeypatch):
     monkeypatch.setattr(guides, "STEPS", 2)
     plan = guides.CalibratedPlan(tmp_path, (EMBEDDED_RESNET,), samples=140, scenes=200, forms=(guides.AS_TRAINED,))
     [cell] = run_table(plan, RunOptions(tmp_path / "out", collected=tmp_path / "cells.json"))
+    stored = read_pictures(pictures_file(tmp_path / "out", cell.name))
+    for name in ("precision", "recall", "agreement"):
+        assert stored[name].double().mean() == pytest.approx(cell.figures[name].value)
+    assert len(stored["fid"]) == len(stored["agreement"]) == 140 and len(stored["recall"]) == 200
     assert read_cells(tmp_path / "cells.json") == [cell] and cell.name == "mini-adm-resnet,as-trained"
-    assert cell.settings["form"] == "as trained" and cell.settings["samples"] == 140 and cell.nfe == 2
+    assert cell.settings["form"] == "as trained" and cell.settings["sampling"]["num_samples"] == 140 and cell.nfe == 2
     assert set(cell.figures) >= {"fid", "precision", "recall", "agreement", "accuracy", "smooth_error"}
     assert 0.8 < cell.figures["accuracy"].value <= 1 and cell.figures["agreement"].samples == 140
     table = plan.as_markdown([cell]).splitlines()
@@ -53,4 +59,10 @@ def test_a_fine_tuning_that_was_not_run_is_missed_before_anything_is_drawn(tmp_p
 def test_the_committed_cells_are_the_plans():
     file = ROOT / "notebooks" / "results" / "calibrated_guides.json"
     plan = guides.CalibratedPlan(classifiers=(EMBEDDED_RESNET,), samples=2000)
-    assert [cell.name for cell in read_cells(file)] == plan.names()
+    cells = read_cells(file)
+    assert [cell.name for cell in cells] == plan.names()
+    labels = [entry["label"] for entry in read_json(file.with_name("calibrated_guides-paired.json"))]
+    assert labels == [label for label, _, _ in plan.pairs(cells)]
+    printed, bins = "smooth ECE, by sample", "smooth ECE, by bin"
+    assert labels[:3] == [f"{form} minus as trained" for form in ("standard", printed, bins)]
+    assert labels[3:] == [f"{form} minus standard" for form in (printed, bins)]
