@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.studies.verdict import Study, counted
 from companion.evaluation.tables.paired import compared_counts
 from companion.evaluation.tables.published import published
-from companion.evaluation.tables.results import Cell
-from companion.evaluation.tables.text import METRICS, differences
+from companion.evaluation.tables.text import METRICS
 from companion.markdown import table
+
+_AT_EQUAL_SCALE = "REG minus CFG"
+"""How the label of such a pair ends."""
 
 
 def outcome(counts: Mapping[str, int]) -> str:
@@ -26,35 +27,27 @@ def _text(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{number} {name}" for name, number in counts.items())
 
 
-def _counts(cells: Sequence[Cell], compared: Sequence[Mapping[str, Any]], metric: str, second: str) -> dict[str, int]:
-    """REG minus CFG at equal scale: sample by sample where that was stored, the other models as independent runs."""
-    own = [entry for entry in compared if entry["label"].endswith("REG minus CFG")]
-    counts = compared_counts(own).get(METRICS[metric][0], {"better": 0, "undecided": 0, "worse": 0})
-    models = {entry["first"].split(",")[0] for entry in own}
-    for each in differences([cell for cell in cells if cell.name.split(",")[0] not in models], second):
-        if each["against"] == "CFG":
-            counts[each["verdicts"][metric]] += 1
-    return counts
+def _counts(compared: Sequence[Mapping[str, Any]], metric: str) -> dict[str, int]:
+    """REG minus CFG at equal scale, sample by sample."""
+    own = [entry for entry in compared if entry["label"].endswith(_AT_EQUAL_SCALE)]
+    return compared_counts(own)[METRICS[metric][0]]
 
 
-def claims_markdown(
-    study: Study, imagenet: Sequence[Cell], coco: Sequence[Cell], compared: Sequence[Mapping[str, Any]]
-) -> str:
+def claims_markdown(study: Study, imagenet: Sequence[Mapping[str, Any]], coco: Sequence[Mapping[str, Any]]) -> str:
     """One line a claim: where it stands, what was published, what is found here, and the outcome.
 
     Args:
         study: of `verdict.read_study`.
-        imagenet, coco: the cells of notebooks 08 and 09.
-        compared: what `tables.paired.compared` found for pairs of notebook 08's cells.
+        imagenet, coco: what `tables.paired.compared` found for pairs of notebook 08's and 09's cells.
     """
     rows = []
-    for claim, place, cells, pairs, metric, second, sign in (
-        ("class models: lower FID", "Table 2", imagenet, compared, "fid", "inception_score", "lower"),
-        ("class models: higher IS", "Table 2", imagenet, compared, "inception_score", "inception_score", "higher"),
-        ("text models: lower FID", "Table 3", coco, (), "fid", "clip_score", "lower"),
-        ("text models: higher CLIP score", "Table 3", coco, (), "clip_score", "clip_score", "higher"),
+    for claim, place, compared, metric, sign in (
+        ("class models: lower FID", "Table 2", imagenet, "fid", "lower"),
+        ("class models: higher IS", "Table 2", imagenet, "inception_score", "higher"),
+        ("text models: lower FID", "Table 3", coco, "fid", "lower"),
+        ("text models: higher CLIP score", "Table 3", coco, "clip_score", "higher"),
     ):
-        counts = _counts(cells, pairs, metric, second)
+        counts = _counts(compared, metric)
         rows.append([claim, place, sign, f"{_text(counts)} (stored cells, equal scale)", outcome(counts)])
     rows += [_published_line(coco, guidance) for guidance in ("linear", "cosine")]
     for claim, metric in (
@@ -69,23 +62,26 @@ def claims_markdown(
     return table(["claim", "place", "published", "here, REG minus CFG", "outcome"], rows)
 
 
-def _published_line(coco: Sequence[Cell], guidance: str) -> list[str]:
-    """Stable Diffusion 2.1 under one weight over time, beside mini-sd's row of the same weight."""
+def _published_line(coco: Sequence[Mapping[str, Any]], guidance: str) -> list[str]:
+    """Stable Diffusion 2.1 under one weight over time, beside the row of the same weight of mini-sd-v."""
     lines = {row[1]: row for row in published("reg_sd21").rows if row[0] == guidance}
     clip, fid = (float(lines["yes"][i]) - float(lines["no"][i]) for i in (2, 3))
     [own] = [
-        each
-        for each in differences(coco, "clip_score")
-        if (each["guidance"], each["against"], each["model"]) == (guidance, "CFG", "mini-sd")
+        entry["figures"]
+        for entry in coco
+        if entry["label"].startswith(f"mini-sd-v, {guidance}, ") and entry["label"].endswith(_AT_EQUAL_SCALE)
     ]
-    score: Figure = own["clip_score"]
-    same = (score.value > 0) == (clip > 0)
-    decided = "" if own["verdicts"]["clip_score"] != "undecided" else ", undecided"
-    ending = f"CLIP score: {'same' if same else 'other'} sign{decided}; FID {own['verdicts']['fid']}"
+    here, outcomes = [], []
+    for name, theirs in (("clip_score", clip), ("fid", fid)):
+        heading, digits, _, _ = METRICS[name]
+        ours = own[name]["value"]
+        here.append(f"{heading} {ours:+.{digits}f} ± {own[name]['high'] - ours:.{digits}f}")
+        sign = "same sign" if (ours > 0) == (theirs > 0) else "other sign"
+        outcomes.append(f"{heading}: {sign if own[name]['p_value_holm'] < 0.05 else 'undecided'}")
     return [
         f"SD 2.1, {guidance} weights",
         "reply to reviewers",
         f"CLIP {clip:+.2f}, FID {fid:+.2f}",
-        f"mini-sd: CLIP {score.value:+.2f} ± {score.high - score.value:.2f}, FID {own['fid'].text()}",
-        ending,
+        f"mini-sd-v: {', '.join(here)}",
+        "; ".join(outcomes),
     ]

@@ -98,6 +98,12 @@ def compared(pairs: Sequence[Pair], out: Path) -> list[dict[str, Any]]:
     return entries
 
 
+def sides(entry: Mapping[str, Any]) -> tuple[str, str]:
+    """What one entry of `compared` compares: the labels before and after "minus"."""
+    first, _, second = entry["label"].partition(" minus ")
+    return first, second
+
+
 def compared_markdown(entries: Sequence[Mapping[str, Any]]) -> str:
     """One line a pair: differences with their 95 % intervals, bold where Holm's method over a column decides."""
     names = [name for name in METRICS if any(name in entry["figures"] for entry in entries)]

@@ -1,4 +1,4 @@
-"""Tables in Markdown: all cells; the best of each front, as the paper shows them; and REG against CFG, row by row."""
+"""Tables in Markdown: all cells; the best of each front, as the paper shows them; and what made the cells."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -121,8 +121,8 @@ def p_value(difference: Figure) -> float:
 def _winner(name: str, lines: Sequence[Line]) -> Line | None:
     """The best line if it differs from every other, by Holm's method; else None: undecided.
 
-    Cells hold no figures of single samples, so rows are taken for independent. They begin with the same noise, which
-    makes the true intervals of differences narrower: a winner is found too seldom rather than too often.
+    Rows are taken for independent. They begin with the same noise, which makes the true intervals of differences
+    narrower: a winner is found too seldom rather than too often. `paired.compared` uses the noise.
     """
     best = _best(name, lines)
     others = [line for line in lines if line is not best and name in line.figures]
@@ -192,44 +192,6 @@ def best_of_fronts(cells: Iterable[Cell], second: str) -> str:
     return table(headings, rows)
 
 
-def differences(cells: Iterable[Cell], second: str, method: str = "REG") -> list[dict[str, Any]]:
-    """A method against CFG at equal steps and at as many evaluations, for every guidance and scale that has both.
-
-    Returns:
-        A dict for each: model, guidance, scale, against, for `fid` and the second figure a `Figure` of the
-        difference, the method minus CFG, and `verdicts` on both. The interval takes the two runs for independent; they
-        begin with the same noise, which makes it wider than it need be. A verdict counts the rows of the table (Holm),
-        so it may be `undecided` where an interval by itself leaves out 0.
-    """
-    lines = lines_of(cells)
-    found = []
-    for line in lines:
-        if line.method != method:
-            continue
-        for against in _METHODS[:2]:
-            for other in lines:
-                same = other.group == line.group and other.row["guidance_scale"] == line.row["guidance_scale"]
-                if same and other.method == against:
-                    entry = {"model": line.row["model"], "guidance": line.row["guidance"], "against": against}
-                    entry |= {"scale": line.row["guidance_scale"]}
-                    found.append(
-                        entry | {name: _less(line.figures[name], other.figures[name]) for name in ("fid", second)}
-                    )
-    _add_verdicts(found, ("fid", second))
-    return found
-
-
-def _add_verdicts(found: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
-    """Put into every entry its verdicts; p-values of one figure against one other method are adjusted together."""
-    for entry in found:
-        entry["verdicts"] = {}
-    for name in names:
-        for against in dict.fromkeys(entry["against"] for entry in found):
-            own = [entry for entry in found if entry["against"] == against]
-            for entry, adjusted in zip(own, holm([p_value(entry[name]) for entry in own]), strict=True):
-                entry["verdicts"][name] = verdict(name, entry[name]) if adjusted < 0.05 else "undecided"
-
-
 def _less(first: Figure, second: Figure) -> Figure:
     value = first.value - second.value
     low = math.hypot(first.value - first.low, second.high - second.value)
@@ -243,66 +205,6 @@ def verdict(name: str, difference: Figure) -> str:
     if difference.low <= 0 <= difference.high:
         return "undecided"
     return "better" if (difference.value < 0) == (METRICS[name][3] == "low") else "worse"
-
-
-def differences_markdown(found: Sequence[Mapping[str, Any]], second: str) -> str:
-    """`differences` as a table, with their verdicts."""
-    headings = ["model", "guidance", "scale", "against", f"Δ {METRICS['fid'][0]}", "", f"Δ {METRICS[second][0]}", ""]
-    rows = []
-    for entry in found:
-        texts = [text for name in ("fid", second) for text in (_text(name, entry[name]), entry["verdicts"][name])]
-        rows.append([entry["model"], entry["guidance"], f"{entry['scale']:g}", entry["against"], *texts])
-    return table(headings, rows)
-
-
-def method_pairs(
-    cells: Iterable[Cell], first: str, second: str
-) -> list[tuple[str, Mapping[str, Figure], Mapping[str, Figure]]]:
-    """What `pairs_markdown` takes: two methods under the same guidance at the same scale.
-
-    Args:
-        cells: of one table.
-        first, second: methods as `method_of` names them.
-    """
-    lines = lines_of(cells)
-    places = {(line.group, line.row["guidance_scale"], line.method): line.figures for line in lines}
-    pairs: list[tuple[str, Mapping[str, Figure], Mapping[str, Figure]]] = []
-    for line in lines:
-        other = places.get((line.group, line.row["guidance_scale"], second))
-        if line.method == first and other is not None:
-            model, guidance = line.group
-            pairs.append((f"{model}, {guidance}, scale {line.row['guidance_scale']:g}", line.figures, other))
-    return pairs
-
-
-def pairs_markdown(
-    pairs: Sequence[tuple[str, Mapping[str, Figure], Mapping[str, Figure]]], names: Sequence[str]
-) -> str:
-    """First minus second, one line a pair: bold where Holm's method over the lines of one figure decides.
-
-    Args:
-        pairs: label, and the figures of both.
-        names: of `METRICS`.
-    """
-    found = {name: [_less(first[name], second[name]) for _, first, second in pairs] for name in names}
-    decided = {name: [p < 0.05 for p in holm([p_value(each) for each in found[name]])] for name in names}
-    rows = []
-    for i, (label, _, _) in enumerate(pairs):
-        texts = [_text(name, found[name][i]) for name in names]
-        texts = [text if text.startswith("-") else f"+{text}" for text in texts]
-        rows.append(
-            [label, *(f"**{text}**" if decided[name][i] else text for name, text in zip(names, texts, strict=True))]
-        )
-    return table(["row", *(f"Δ {METRICS[name][0]}" for name in names)], rows)
-
-
-def counted(found: Sequence[Mapping[str, Any]], name: str) -> dict[str, dict[str, int]]:
-    """How often `differences` are better, worse and undecided in a figure, by what is compared with."""
-    counts: dict[str, dict[str, int]] = {}
-    for entry in found:
-        own = counts.setdefault(entry["against"], {"better": 0, "undecided": 0, "worse": 0})
-        own[entry["verdicts"][name]] += 1
-    return counts
 
 
 def provenance_markdown(cells: Sequence[Cell], planned: int) -> str:

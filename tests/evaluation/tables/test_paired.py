@@ -18,6 +18,7 @@ from companion.evaluation.tables.paired import (
     pictures_file,
     read_pictures,
     shares_noise,
+    sides,
     write_pictures,
 )
 from companion.evaluation.tables.results import Cell
@@ -111,3 +112,9 @@ def test_cells_that_do_not_say_what_they_sampled_share_no_noise(settings):
     bare = replace(cell("bare"), settings=settings)
     assert not shares_noise(cell("a"), bare) and not shares_noise(bare, cell("a")) and not shares_noise(bare, bare)
     assert shares_noise(cell("a"), cell("b"))
+
+
+def test_a_label_has_two_sides() -> None:
+    assert sides({"label": "m, scale 2: REG minus CFG, as many evaluations"}) == (
+        "m, scale 2: REG", "CFG, as many evaluations",
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tables as text: every row is there, the best is marked, differences and verdicts are what the figures say."""
+"""Tables as text: every row is there, the best is marked, verdicts are what the figures say."""
 
 import math
 import re
@@ -14,13 +14,8 @@ from companion.evaluation.tables.results import Cell
 from companion.evaluation.tables.text import (
     as_markdown,
     best_of_fronts,
-    counted,
-    differences,
-    differences_markdown,
     method_of,
-    method_pairs,
     p_value,
-    pairs_markdown,
     provenance_markdown,
     verdict,
 )
@@ -89,18 +84,6 @@ def test_p_values_fit_the_intervals():
     assert p_value(Figure(0.0, 0.0, 0.0, "", 9)) == 1 and p_value(Figure(1.0, 1.0, 1.0, "", 9)) == 0
 
 
-def test_verdicts_count_the_rows():
-    rows = [
-        cell("vanilla", product, s, fid, 7.0)
-        for s in (2.0, 3.0, 4.0)
-        for product, fid in (("none", 4.0), ("finite_difference", 3.25))
-    ]
-    alone = differences(rows[:2], "inception_score")
-    together = differences(rows, "inception_score")  # 0.75 ± 0.71 three times over
-    assert [entry["verdicts"]["fid"] for entry in alone] == ["better"]
-    assert [entry["verdicts"]["fid"] for entry in together] == ["undecided"] * 3
-
-
 def test_seeds_are_one_line():
     values = [3.0, 3.4, 2.9]
     _, row = rows_of(as_markdown([cell("vanilla", "none", 2.0, fid, 7.0, seed) for seed, fid in enumerate(values)]))
@@ -114,38 +97,6 @@ def test_the_best_of_each_front():
     assert len(heading) == 2 + 2 * 3 and [row[1] for row in rows] == ["vanilla", "linear"]
     assert rows[0][2:5] == ["4.50 ± 0.50 (s = 2)", "2.80 ± 0.50 (s = 2)", "3.00 ± 0.50 (s = 2)"]
     assert rows[0][7] == "8.00 ± 0.20 (s = 2)" and rows[1][3:5] == ["", ""]
-
-
-def test_differences_and_verdicts():
-    found = differences(CELLS, "inception_score")
-    assert [(entry["guidance"], entry["scale"], entry["against"]) for entry in found] == [
-        ("vanilla", 2.0, "CFG"),
-        ("vanilla", 2.0, "CFG, as many evaluations"),
-    ]
-    steps, evaluations = (entry["fid"] for entry in found)
-    assert (steps.value, steps.low, steps.high) == pytest.approx((-1.5, -1.5 - math.sqrt(0.5), -1.5 + math.sqrt(0.5)))
-    assert [verdict("fid", entry["fid"]) for entry in found] == ["better", "undecided"]
-    score = found[0]["inception_score"]  # 8 (-0.2, +0.1) less 7 (-0.2, +0.1)
-    assert score.low == pytest.approx(1 - math.hypot(0.2, 0.1)) and verdict("inception_score", score) == "better"
-    assert evaluations.value == pytest.approx(0.2)
-    assert counted(found, "fid") == {
-        "CFG": {"better": 1, "undecided": 0, "worse": 0},
-        "CFG, as many evaluations": {"better": 0, "undecided": 1, "worse": 0},
-    }
-    _, *rows = rows_of(differences_markdown(found, "inception_score"))
-    assert rows[0][4:6] == ["-1.50 ± 0.71", "better"]
-    assert not differences(CELLS, "inception_score", "REG, ones")
-
-
-def test_pairs_are_differences_with_their_sign():
-    pairs = method_pairs(CELLS, "REG", "CFG")
-    assert [label for label, _, _ in pairs] == ["m, vanilla, scale 2"]
-    heading, row = rows_of(pairs_markdown(pairs, ("fid", "inception_score")))
-    assert heading == ["row", "Δ FID", "Δ IS"]
-    assert row[1:] == ["**-1.50 ± 0.71**", "**+1.00 ± 0.22**"]  # hypot(0.5, 0.5), hypot(0.1, 0.2)
-    assert method_pairs(CELLS, "REG, ones", "CFG") == []
-    close = [("a", CELLS[0].figures, CELLS[3].figures)] * 2
-    assert [line[1] for line in rows_of(pairs_markdown(close, ("fid",)))[1:]] == ["+0.20 ± 0.71"] * 2
 
 
 @given(st.floats(-5, 5), st.floats(0, 3), st.floats(0, 3), st.sampled_from(["fid", "inception_score"]))
