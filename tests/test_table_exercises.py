@@ -16,8 +16,8 @@ from companion.evaluation.studies.verdict import METRICS, counted, differences, 
 from companion.evaluation.tables.paired import compared_counts
 from companion.evaluation.tables.published import published
 from companion.evaluation.tables.results import read_cells
-from companion.evaluation.tables.text import _less, lines_of
-from companion.evaluation.tables.text import differences as cell_differences
+from companion.evaluation.tables.text import METRICS as TABLE_METRICS
+from companion.evaluation.tables.text import less, lines_of, verdict
 from companion.files import read_json
 
 NOTEBOOKS = Path("notebooks")
@@ -27,6 +27,30 @@ def text(number: str) -> str:
     [path] = NOTEBOOKS.glob(f"{number}_*.ipynb")
     cells = json.loads(path.read_text())["cells"]
     return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+def pairs(name: str) -> dict[str, dict[str, dict]]:
+    """What was found for the pairs of a table: label -> metric -> figure."""
+    return {each["label"]: each["figures"] for each in read_json(NOTEBOOKS / f"results/{name}-paired.json")}
+
+
+def shown(figures: dict[str, dict], metric: str) -> str:
+    """A difference as the tables show it."""
+    _, digits, factor, _ = TABLE_METRICS[metric]
+    value, high = (factor * figures[metric][name] for name in ("value", "high"))
+    return f"{value:+.{digits}f} ± {high - value:.{digits}f}"
+
+
+def difference(figures: dict[str, dict], metric: str) -> Figure:
+    return Figure(**{name: figures[metric][name] for name in ("value", "low", "high", "method", "samples")})
+
+
+def signed(gap: Figure) -> str:
+    return f"{gap.value:+.2f} ± {gap.high - gap.value:.2f}"
+
+
+def is_decided(figures: dict[str, dict], metric: str) -> bool:
+    return bool(figures[metric]["p_value_holm"] < 0.05)
 
 
 def line_of(name: str, model: str, guidance: str, method: str, scale: float) -> dict[str, Figure]:
@@ -43,7 +67,7 @@ def test_08_reg_at_a_larger_scale() -> None:
     said = text("08")
     assert f"REG at 3: FID {reg['fid'].text()}, IS {reg['inception_score'].text()}." in said
     assert f"CFG at 2: FID {cfg['fid'].text()}, IS {cfg['inception_score'].text()}." in said
-    fid, score = (_less(reg[name], cfg[name]) for name in ("fid", "inception_score"))
+    fid, score = (less(reg[name], cfg[name]) for name in ("fid", "inception_score"))
     assert f"FID is {fid.text()}, undecided; in IS +{score.text()}, REG higher" in said
     assert fid.low < 0 < fid.high and score.low > 0
 
@@ -87,7 +111,7 @@ def test_08_compares_sample_by_sample() -> None:
     halves = [(e["figures"]["fid"]["high"] - e["figures"]["fid"]["low"]) / 2 for e in rectified]
     assert said.count(f"± {min(halves):.2f} to {max(halves):.2f}") == 2
     alone = {cell.name: cell.figures["fid"] for cell in read_cells(NOTEBOOKS / "results/imagenet-mini.json")}
-    apart = [_less(alone[entry["first"]], alone[entry["second"]]) for entry in rectified]
+    apart = [less(alone[entry["first"]], alone[entry["second"]]) for entry in rectified]
     wider = [(each.high - each.low) / (2 * half) for each, half in zip(apart, halves, strict=True)]
     assert f"has an interval {min(wider):.1f} to {max(wider):.1f} times as wide" in said
     for name, heading in (("FID", "worse"), ("IS", "worse"), ("precision", "worse"), ("class agreement, %", "worse")):
@@ -119,19 +143,34 @@ def test_08_and_09_quote_the_ceilings() -> None:
     assert f"{said} {max(score):.2f}" in text("09")
 
 
-def test_09_guidance_and_reg() -> None:
-    found = cell_differences(read_cells(NOTEBOOKS / "results/coco-mini.json"), "clip_score")
-    rises = [each["clip_score"].value for each in found]
-    verdicts = [each["verdicts"]["clip_score"] for each in found]
+def test_09_compares_picture_by_picture() -> None:
+    found, said = pairs("coco-mini"), text("09")
+    for model in ("mini-sd", "mini-sd-v"):
+        at = {scale: found[f"{model}, vanilla, scale {scale}, seed 0: REG minus CFG"] for scale in (3, 6)}
+        assert all(is_decided(at[6], metric) for metric in at[6]) and len(at[6]) == 5
+        assert {verdict(metric, difference(at[6], metric)) for metric in at[6]} == {"better"}
+        assert is_decided(at[3], "clip_score") and is_decided(at[3], "recall") and not is_decided(at[3], "fid")
+        for scale in at:
+            assert all(shown(at[scale], metric) in said for metric in ("clip_score", "recall"))
+        assert shown(at[6], "fid") in said
+
+
+def test_09_compares_independent_runs() -> None:
     said = text("09")
-    assert (
-        f"rises by {min(rises):.2f} to {max(rises):.2f}, decided in {verdicts.count('better')} of {len(found)}" in said
-    )
-    assert {each["verdicts"]["fid"] for each in found} == {"undecided"}
-    for model, gain in (("mini-sd", "2.58"), ("mini-sd-v", "2.27")):
-        none = line_of("coco", model, "unguided", "no guidance", 1.0)["clip_score"].value
-        cfg = line_of("coco", model, "vanilla", "CFG", 3.0)["clip_score"].value
-        assert f"{cfg - none:.2f}" == gain and gain in said
+    for guidance in ("linear", "cosine"):
+        reg, cfg = (line_of("coco", "mini-sd", guidance, method, 3.0) for method in ("REG", "CFG"))
+        score, fid = (less(reg[name], cfg[name]) for name in ("clip_score", "fid"))
+        assert f"{score.text()} ({guidance})" in said and f"{fid.text()}" in said
+        assert verdict("clip_score", score) == "better" and verdict("fid", fid) == "undecided"
+    reg, cfg = (line_of("coco", "mini-sd", "vanilla", *which) for which in (("REG", 6.0), ("CFG", 3.0)))
+    gaps = {name: less(reg[name], cfg[name]) for name in ("fid", "clip_score")}
+    assert f"{signed(gaps['fid'])} in FID and {signed(gaps['clip_score'])} in CLIP score: both undecided" in said
+    assert {verdict(name, gap) for name, gap in gaps.items()} == {"undecided"}
+    for method in ("CFG", "REG"):
+        three, six = (line_of("coco", "mini-sd", "vanilla", method, scale)["clip_score"] for scale in (3.0, 6.0))
+        assert f"by {signed(less(six, three))}" in said
+    none = line_of("coco", "mini-sd", "unguided", "no guidance", 1.0)["clip_score"].value
+    assert f"by {cfg['clip_score'].value - none:.2f}. REG adds" in said
 
 
 def test_12_quotes_the_stored_gradients() -> None:
@@ -140,8 +179,11 @@ def test_12_quotes_the_stored_gradients() -> None:
     assert f"At the first step {100 * float(negative[0]):.1f} % of the cosines are negative" in said
     assert negative[study.error.timesteps.index(500) :].max() == 0 and "From $t = 500$ on no cosine is negative" in said
     found = norm_summary(study.clean)
-    assert "vanishes in half as many pictures as with ReLU" in said
-    assert found["Softplus(3)"][3] == pytest.approx(found["raw"][3] / 2, abs=0.02)
+    soft, hard = (100 * found[name][3] for name in ("Softplus(3)", "raw"))
+    assert (
+        f"With Softplus alone the gradient vanishes in {soft:.0f} % of the pictures; with ReLU in {hard:.0f} %" in said
+    )
+    assert found["Softplus(3)"][5] < found["raw"][4], "the intervals do not overlap"
 
 
 def test_14_quotes_the_ceiling_and_the_pair() -> None:
@@ -168,9 +210,9 @@ def test_14_the_two_published_sizes() -> None:
     found = {label_of(cell): cell.figures for cell in read_cells(NOTEBOOKS / "results/imagenet128-mini.json")}
     base = found["off the shelf [ECD]"]
     remedies = ("Jensen-Shannon", "reverse KL", "off the shelf, calibrated", "Jensen-Shannon, calibrated")
-    gaps = [_less(found[name]["fid"], base["fid"]) for name in remedies]
+    gaps = [less(found[name]["fid"], base["fid"]) for name in remedies]
     assert max(abs(gap.value) for gap in gaps) < 0.14 and all(gap.low < 0 < gap.high for gap in gaps)
-    guided = _less(base["fid"], found["unguided"]["fid"])
+    guided = less(base["fid"], found["unguided"]["fid"])
     assert guided.text() == "-2.69 ± 0.47" and "2.69 ± 0.47" in said
 
 
@@ -181,16 +223,22 @@ def test_15_and_17_mcnemar_by_hand() -> None:
 
 
 def test_12_fine_tuning_changes_fid_by() -> None:
-    found = {
-        cell.settings["form"]: cell.figures["fid"] for cell in read_cells(NOTEBOOKS / "results/calibrated_guides.json")
-    }
-    printed, bins = (_less(found[f"smooth ECE, by {name}"], found["standard"]) for name in ("sample", "bin"))
+    found, said = pairs("calibrated_guides"), text("12")
+    printed, bins = (found[f"smooth ECE, by {name} minus standard"] for name in ("sample", "bin"))
+    assert f"(`standard`) by {shown(printed, 'fid')}, and the loss by bins by {shown(bins, 'fid')}. Both" in said
     before, after = (float(row[2]) for row in published("cal_smooth_ece").rows)
-    said, gain = text("12"), found["standard"].value * (after / before - 1)
-    assert f"cross-entropy alone by +{printed.text()}, and the loss by bins by +{bins.text()} (" in said
-    assert printed.low < 0 < printed.high and bins.low < gain < 0 < bins.high and gain < printed.low
-    assert f"which is {gain:.2f} here" in said
-    assert f"FID +{printed.text()}, so no gain is seen" in Path("docs/paper_map.md").read_text()
+    cells = {cell.settings["form"]: cell.figures for cell in read_cells(NOTEBOOKS / "results/calibrated_guides.json")}
+    gain = cells["standard"]["fid"].value * (after / before - 1)
+    assert f"is {gain:.2f} here and lies inside both intervals" in said
+    assert all(each["fid"]["low"] < gain < 0 < each["fid"]["high"] for each in (printed, bins))
+    tuned = [figures for label, figures in found.items() if label.endswith(" minus as trained")]
+    rises, falls = ([abs(each[name]["value"]) for each in tuned] for name in ("agreement", "recall"))
+    assert f"raise agreement by {100 * min(rises):.1f} to {100 * max(rises):.1f} points" in said
+    assert f"lower recall by {min(falls):.2f} to {max(falls):.2f}" in said
+    for each in tuned:
+        assert is_decided(each, "agreement") and is_decided(each, "recall") and not is_decided(each, "fid")
+        assert each["agreement"]["value"] > 0 > each["recall"]["value"]
+    assert f"FID {shown(printed, 'fid')}, picture by picture" in Path("docs/paper_map.md").read_text()
 
 
 def test_the_readme_has_the_figures_of_the_study() -> None:

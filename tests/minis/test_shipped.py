@@ -147,7 +147,7 @@ def test_mini_adm_draws_what_is_asked_with_and_without_a_classifier():
     asked, evaluator = torch.arange(20) % 10, load_classifier()
     settings = {"guidance_scale": 1.0, "num_inference_steps": 15, "seed": SEED}
     free = draw(pipe, asked.tolist(), **{**settings, "guidance_scale": 4.0}, classifier_scale=0.0)
-    assert recognised(enlarged(free), asked, evaluator) >= 0.6  # 0.8 of many; this is 20
+    assert recognised(enlarged(free), asked, evaluator) >= 0.8  # 0.97 of many; this is 20
     guided = draw(pipe, asked.tolist(), **settings, unconditional=True, gamma=0.3)
     plain = draw(pipe, asked.tolist(), **settings, unconditional=True, classifier_scale=0.0)
     shares = [recognised(enlarged(drawn), asked, evaluator) for drawn in (guided, plain)]

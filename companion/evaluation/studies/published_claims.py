@@ -6,7 +6,8 @@ from typing import Any
 from companion.evaluation.studies.verdict import Study, counted
 from companion.evaluation.tables.paired import compared_counts
 from companion.evaluation.tables.published import published
-from companion.evaluation.tables.text import METRICS
+from companion.evaluation.tables.results import Cell
+from companion.evaluation.tables.text import METRICS, less, lines_of, verdict
 from companion.markdown import table
 
 _AT_EQUAL_SCALE = "REG minus CFG"
@@ -33,12 +34,15 @@ def _counts(compared: Sequence[Mapping[str, Any]], metric: str) -> dict[str, int
     return compared_counts(own)[METRICS[metric][0]]
 
 
-def claims_markdown(study: Study, imagenet: Sequence[Mapping[str, Any]], coco: Sequence[Mapping[str, Any]]) -> str:
+def claims_markdown(
+    study: Study, imagenet: Sequence[Mapping[str, Any]], coco: Sequence[Mapping[str, Any]], cells: Sequence[Cell]
+) -> str:
     """One line a claim: where it stands, what was published, what is found here, and the outcome.
 
     Args:
         study: of `verdict.read_study`.
         imagenet, coco: what `tables.paired.compared` found for pairs of notebook 08's and 09's cells.
+        cells: of notebook 09; the published lines stand beside its rows with linear and cosine weights.
     """
     rows = []
     for claim, place, compared, metric, sign in (
@@ -49,7 +53,7 @@ def claims_markdown(study: Study, imagenet: Sequence[Mapping[str, Any]], coco: S
     ):
         counts = _counts(compared, metric)
         rows.append([claim, place, sign, f"{_text(counts)} (stored cells, equal scale)", outcome(counts)])
-    rows += [_published_line(coco, guidance) for guidance in ("linear", "cosine")]
+    rows += [_published_line(cells, guidance) for guidance in ("linear", "cosine")]
     for claim, metric in (
         ("pictures look better", "residual"),
         ("pictures look better", "valid"),
@@ -62,26 +66,22 @@ def claims_markdown(study: Study, imagenet: Sequence[Mapping[str, Any]], coco: S
     return table(["claim", "place", "published", "here, REG minus CFG", "outcome"], rows)
 
 
-def _published_line(coco: Sequence[Mapping[str, Any]], guidance: str) -> list[str]:
-    """Stable Diffusion 2.1 under one weight over time, beside the row of the same weight of mini-sd-v."""
+def _published_line(cells: Sequence[Cell], guidance: str) -> list[str]:
+    """Stable Diffusion 2.1 under one weight over time, beside mini-sd's rows of the same weight as independent runs."""
     lines = {row[1]: row for row in published("reg_sd21").rows if row[0] == guidance}
     clip, fid = (float(lines["yes"][i]) - float(lines["no"][i]) for i in (2, 3))
-    [own] = [
-        entry["figures"]
-        for entry in coco
-        if entry["label"].startswith(f"mini-sd-v, {guidance}, ") and entry["label"].endswith(_AT_EQUAL_SCALE)
-    ]
-    here, outcomes = [], []
+    own = {line.method: line.figures for line in lines_of(cells) if line.group == ("mini-sd", guidance)}
+    found = {name: less(own["REG"][name], own["CFG"][name]) for name in ("clip_score", "fid")}
+    score, distance = found["clip_score"], found["fid"]
+    outcomes = []
     for name, theirs in (("clip_score", clip), ("fid", fid)):
-        heading, digits, _, _ = METRICS[name]
-        ours = own[name]["value"]
-        here.append(f"{heading} {ours:+.{digits}f} ± {own[name]['high'] - ours:.{digits}f}")
-        sign = "same sign" if (ours > 0) == (theirs > 0) else "other sign"
-        outcomes.append(f"{heading}: {sign if own[name]['p_value_holm'] < 0.05 else 'undecided'}")
+        sign = "same sign" if (found[name].value > 0) == (theirs > 0) else "other sign"
+        undecided = verdict(name, found[name]) == "undecided"
+        outcomes.append(f"{METRICS[name][0]}: {'undecided' if undecided else sign}")
     return [
         f"SD 2.1, {guidance} weights",
         "reply to reviewers",
         f"CLIP {clip:+.2f}, FID {fid:+.2f}",
-        f"mini-sd-v: {', '.join(here)}",
+        f"mini-sd: CLIP {score.value:+.2f} ± {score.high - score.value:.2f}, FID {distance.text()}",
         "; ".join(outcomes),
     ]

@@ -128,7 +128,7 @@ def _winner(name: str, lines: Sequence[Line]) -> Line | None:
     others = [line for line in lines if line is not best and name in line.figures]
     if best is None or not others:
         return None
-    p_values = holm([p_value(_less(best.figures[name], line.figures[name])) for line in others])
+    p_values = holm([p_value(less(best.figures[name], line.figures[name])) for line in others])
     return best if max(p_values) < 0.05 else None
 
 
@@ -192,7 +192,8 @@ def best_of_fronts(cells: Iterable[Cell], second: str) -> str:
     return table(headings, rows)
 
 
-def _less(first: Figure, second: Figure) -> Figure:
+def less(first: Figure, second: Figure) -> Figure:
+    """First minus second, with the interval of two independent figures."""
     value = first.value - second.value
     low = math.hypot(first.value - first.low, second.high - second.value)
     high = math.hypot(first.high - first.value, second.value - second.low)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from companion.evaluation.studies.published_claims import claims_markdown, outcome
 from companion.evaluation.studies.verdict import counted, read_study
+from companion.evaluation.tables.results import read_cells
 from companion.files import read_json
 
 RESULTS = Path("notebooks/results")
@@ -21,7 +22,8 @@ def test_outcomes_are_what_the_counts_say() -> None:
 
 def test_every_line_has_its_published_sign() -> None:
     study = read_study(RESULTS / "validity.json")
-    found = claims_markdown(study, *(read_json(RESULTS / f"{name}-mini-paired.json") for name in ("imagenet", "coco")))
+    pairs = [read_json(RESULTS / f"{name}-mini-paired.json") for name in ("imagenet", "coco")]
+    found = claims_markdown(study, *pairs, read_cells(RESULTS / "coco-mini.json"))
     lines = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in found.splitlines()}
     assert lines["SD 2.1, linear weights"][2] == "CLIP +0.22, FID -1.11"  # 31.62 - 31.40, 27.83 - 28.94
     assert lines["SD 2.1, cosine weights"][2] == "CLIP -0.24, FID -1.22"  # 31.48 - 31.72, 23.32 - 24.54

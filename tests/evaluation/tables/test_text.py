@@ -14,6 +14,7 @@ from companion.evaluation.tables.results import Cell
 from companion.evaluation.tables.text import (
     as_markdown,
     best_of_fronts,
+    less,
     method_of,
     p_value,
     provenance_markdown,
@@ -97,6 +98,11 @@ def test_the_best_of_each_front():
     assert len(heading) == 2 + 2 * 3 and [row[1] for row in rows] == ["vanilla", "linear"]
     assert rows[0][2:5] == ["4.50 ± 0.50 (s = 2)", "2.80 ± 0.50 (s = 2)", "3.00 ± 0.50 (s = 2)"]
     assert rows[0][7] == "8.00 ± 0.20 (s = 2)" and rows[1][3:5] == ["", ""]
+
+
+def test_independent_errors_add_in_squares():
+    gap = less(CELLS[0].figures["inception_score"], CELLS[2].figures["inception_score"])  # 8 - 7, each -0.2 and +0.1
+    assert (gap.value, gap.low, gap.high) == pytest.approx((1, 1 - math.hypot(0.2, 0.1), 1 + math.hypot(0.1, 0.2)))
 
 
 @given(st.floats(-5, 5), st.floats(0, 3), st.floats(0, 3), st.sampled_from(["fid", "inception_score"]))
