@@ -21,6 +21,8 @@ def outcome(counts: Mapping[str, int]) -> str:
         return "undecided"
     if better and worse:
         return f"mixed: better in {better}, worse in {worse} of {number}"
+    if better == number:
+        return f"found in all {number}"
     return f"found in {better} of {number}, else undecided" if better else f"not found: worse in {worse} of {number}"
 
 

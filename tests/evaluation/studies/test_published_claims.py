@@ -16,6 +16,7 @@ def test_outcomes_are_what_the_counts_say() -> None:
 
     assert named(0, 8, 0) == "undecided"
     assert named(3, 1, 0) == "found in 3 of 4, else undecided"
+    assert named(4, 0, 0) == "found in all 4"
     assert named(0, 1, 7) == "not found: worse in 7 of 8"
     assert named(1, 1, 2) == "mixed: better in 1, worse in 2 of 4"
 
