@@ -37,8 +37,8 @@ def pairs(name: str) -> dict[str, dict[str, dict]]:
 def shown(figures: dict[str, dict], metric: str) -> str:
     """A difference as the tables show it."""
     _, digits, factor, _ = TABLE_METRICS[metric]
-    value, high = (factor * figures[metric][name] for name in ("value", "high"))
-    return f"{value:+.{digits}f} ± {high - value:.{digits}f}"
+    said = difference(figures, metric).scaled(factor).text(digits)
+    return said if said.startswith("-") else f"+{said}"
 
 
 def difference(figures: dict[str, dict], metric: str) -> Figure:

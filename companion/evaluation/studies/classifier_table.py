@@ -55,6 +55,7 @@ METRICS = {"fid": ("FID", 2, 1.0), "precision": ("precision", 3, 1.0), "recall":
            "agreement": ("agreement, %", 1, 100.0)}  # fmt: skip
 """Figure's name -> heading, digits, factor in the table."""
 _PAPER_SIZE = 128
+_FID_TICKS = (0.3, 1, 3, 10, 30)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,31 +282,10 @@ def label_of(cell: Cell) -> str:
     return row["method"] + ("" if row["product"] == "none" else ", rectified")
 
 
-def draw_table(cells: Sequence[Cell], ceilings: Mapping[str, Mapping[str, Figure]] | None = None) -> Drawing:
-    """A panel a metric, a line a cell, with 95 % intervals; perfect pictures last.
-
-    Orange circles: guidance as it is; blue squares: rectified; black: no guidance and perfect pictures.
-    """
-    lines = {label_of(cell): cell.figures for cell in cells} | dict(ceilings or {})
-    figure, axes = plt.subplots(1, len(METRICS), figsize=(11, 0.27 * len(lines) + 0.8), sharey=True)
-    for axis, (name, (heading, _, factor)) in zip(axes, METRICS.items(), strict=True):
-        for place, (label, found) in enumerate(lines.items()):
-            rectified = label.endswith(", rectified")
-            colour = plotting.COLOURS["REG" if rectified else "CFG"]
-            colour = "black" if label == "unguided" or label in (ceilings or {}) else colour
-            each = found[name].scaled(factor)
-            axis.plot([each.low, each.high], [place, place], color=colour, linewidth=1.5)
-            axis.plot(each.value, place, "s" if rectified else "o", color=colour, markersize=5)
-        axis.set_xlabel(heading)
-    axes[0].set_yticks(range(len(lines)), list(lines), fontsize="small")
-    axes[0].invert_yaxis()
-    return figure
-
-
 def draw_scales(cells: Sequence[Cell], ceilings: Mapping[str, Mapping[str, Figure]] | None = None) -> Drawing:
     """A panel a metric, over the scale of the classifier's gradient: [ECD] with and without K, and Jensen-Shannon.
 
-    Bars are 95 % intervals. Dotted: no guidance; black: perfect pictures.
+    Bars are 95 % intervals. Dotted: no guidance; black: perfect pictures. FID has a logarithmic axis.
 
     Args:
         cells: of the mini table.
@@ -343,6 +323,10 @@ def draw_scales(cells: Sequence[Cell], ceilings: Mapping[str, Mapping[str, Figur
         axis.set_xscale("log", base=2)
         axis.set_xticks(scales, [f"{scale:g}" for scale in scales])
         axis.xaxis.set_minor_locator(NullLocator())
+        if name == "fid":
+            axis.set_yscale("log")
+            axis.set_yticks(_FID_TICKS, [f"{tick:g}" for tick in _FID_TICKS])
+            axis.yaxis.set_minor_locator(NullLocator())
         axis.set_xlabel("classifier scale")
         axis.set_title(heading)
     handles, labels = axes[0].get_legend_handles_labels()

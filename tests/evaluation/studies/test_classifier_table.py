@@ -4,7 +4,6 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -20,7 +19,6 @@ from companion.evaluation.studies.classifier_table import (
     SmallSceneFeatures,
     as_markdown,
     draw_scales,
-    draw_table,
     imagenet128,
     label_of,
     published_columns,
@@ -257,14 +255,3 @@ def test_the_sweeps_have_the_cells_figures():
     assert places[4.0] == cells[f"{base}, scale 4"].figures["fid"].value
     shown = {text.get_text() for text in figure.legends[0].get_texts()}
     assert shown == {"without K", "with K", "Jensen-Shannon, without K", "no guidance", "real scenes"}
-
-
-def test_the_figure_has_a_line_for_every_row():
-    cells = read_cells(Path("notebooks/results/imagenet128-mini.json"))
-    best = {"real scenes": {name: Figure(0.5, 0.4, 0.6, "t", 3) for name in METRICS}}
-    figure = draw_table(cells, best)
-    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-    assert labels == [*(label_of(cell) for cell in cells), "real scenes"]
-    points = [line for line in figure.axes[0].lines if line.get_marker() in "os"]
-    assert [line.get_xdata()[0] for line in points[:-1]] == [cell.figures["fid"].value for cell in cells]
-    plt.close(figure)
