@@ -66,6 +66,21 @@ class Evaluation(NamedTuple):
     pictures: dict[str, torch.Tensor]
 
 
+def reference_distances(features: torch.Tensor, reference: Reference) -> Evaluation:
+    """FID; where the reference has its features, precision and recall.
+
+    Args:
+        features: of the samples, in the reference's network.
+    """
+    figures = {"fid": fid_of(features, reference.statistics)}
+    pictures = {"fid": frechet_values(features, reference.statistics)}
+    if reference.features is not None:
+        inside = inside_manifolds(reference.features, features, neighbours=NEIGHBOURS)
+        for name, values in zip(("precision", "recall"), inside, strict=True):
+            figures[name], pictures[name] = share(values), values
+    return Evaluation(figures, pictures)
+
+
 class KernelMeasure(NamedTuple):
     """The features in which the kernel distance is taken, and what it is taken to."""
 
@@ -124,13 +139,8 @@ class Evaluator(ABC):
 
     def _distances(self, folder: Path, features: torch.Tensor) -> Evaluation:
         """FID; where the reference has its features, precision and recall; where there is a kernel, its distance."""
-        against = self._reference
-        figures = {"fid": fid_of(features, against.statistics)}
-        pictures = {"fid": frechet_values(features, against.statistics), "features": features.half()}
-        if against.features is not None:
-            inside = inside_manifolds(against.features, features, neighbours=NEIGHBOURS)
-            for name, values in zip(("precision", "recall"), inside, strict=True):
-                figures[name], pictures[name] = share(values), values
+        figures, pictures = reference_distances(features, self._reference)
+        pictures["features"] = features.half()
         if self._kernel is not None:
             seen = extract(self._kernel().network, (images for images, _ in read_batches(folder))).features
             figures["kid"] = kernel_distance(seen, self._kernel().reference)

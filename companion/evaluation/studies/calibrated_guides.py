@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from companion.calibration.scene_classifiers import FORMS, form_folder, scene_calibration
-from companion.evaluation.metrics.evaluators import REFERENCE_SEED, Evaluation, Reference, fid_of
+from companion.evaluation.metrics.evaluators import REFERENCE_SEED, Evaluation, Reference, reference_distances
 from companion.evaluation.metrics.features import SceneFeatures
 from companion.evaluation.metrics.figures import Figure
-from companion.evaluation.metrics.metrics import frechet_values, inside_manifolds, share
+from companion.evaluation.metrics.metrics import share
 from companion.evaluation.metrics.reference_statistics import statistics_of
 from companion.evaluation.studies.classifier_rows import MINI
 from companion.evaluation.tables.engine import CellMaker, Measured, TablePlan
@@ -83,16 +83,10 @@ def generated(name: str, network: nn.Module, samples: int, reference: Reference,
     parts = [features(shown(part)) for part in drawn.split(100)]
     found = torch.cat([part.features for part in parts])
     seen = torch.cat([part.logits for part in parts]).argmax(dim=1)
-    assert reference.features is not None
-    inside, recalled = inside_manifolds(reference.features, found)
-    pictures = {
-        "fid": frechet_values(found, reference.statistics),
-        "precision": inside,
-        "recall": recalled,
-        "agreement": seen == asked,
-    }
-    figures = {name: share(values) for name, values in pictures.items() if name != "fid"}
-    return Evaluation({"fid": fid_of(found, reference.statistics), **figures}, pictures)
+    figures, pictures = reference_distances(found, reference)
+    pictures["agreement"] = seen == asked
+    figures["agreement"] = share(pictures["agreement"])
+    return Evaluation(figures, pictures)
 
 
 def calibration_of(network: nn.Module, scenes: int) -> Figures:

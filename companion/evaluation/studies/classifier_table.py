@@ -36,6 +36,7 @@ from companion.evaluation.studies.classifier_rows import (
     MINI_SCALE,
     NO_GUIDE,
     PAPER,
+    RECTIFIED,
     Budget,
     Row,
     mini_rows,
@@ -291,35 +292,38 @@ def draw_scales(cells: Sequence[Cell], ceilings: Mapping[str, Mapping[str, Figur
         cells: of the mini table.
         ceilings: rows of perfect pictures by their label.
     """
-    lines = {label_of(cell): cell for cell in cells}
-    base = next(cell for cell in cells if cell.settings["row"]["guide"] is not None).settings["row"]["method"]
-    swept = {base: ("without K", "CFG", "o"), f"{base}, rectified": ("with K", "REG", "s"),
-             "Jensen-Shannon": ("Jensen-Shannon, without K", "divergence", "^")}  # fmt: skip
+    rows = [(cell.settings["row"], cell.figures) for cell in cells]
+    base = next(row["method"] for row, _ in rows if row["guide"] is not None)
+    swept = (
+        (base, "none", "without K", plotting.COLOURS["CFG"], "o"),
+        (base, RECTIFIED, "with K", plotting.COLOURS["REG"], "s"),
+        ("Jensen-Shannon", "none", "Jensen-Shannon, without K", plotting.OTHER_COLOURS[5], "^"),
+    )
     scales = sorted({MINI_SCALE, *MINI_OTHER_SCALES})
     figure, axes = plt.subplots(1, len(METRICS), figsize=(11, 3.2))
     for axis, (name, (heading, _, factor)) in zip(axes, METRICS.items(), strict=True):
-        for method, (label, look, marker) in swept.items():
-            points = [
-                (scale, lines[key].figures[name].scaled(factor))
-                for scale in scales
-                for key in [_name_at(method, scale)]
-                if key in lines
-            ]
+        for method, product, label, colour, marker in swept:
+            found = {
+                row["call"]["classifier_scale"]: figures[name].scaled(factor)
+                for row, figures in rows
+                if row["method"].partition(", scale ")[0] == method and row["product"] == product
+            }
+            shown = [found[scale] for scale in sorted(found)]
             axis.errorbar(
-                [scale for scale, _ in points],
-                [each.value for _, each in points],
-                yerr=[[e.value - e.low for _, e in points], [e.high - e.value for _, e in points]],
-                color=plotting.OTHER_COLOURS[5] if look == "divergence" else plotting.COLOURS[look],
+                sorted(found),
+                [each.value for each in shown],
+                yerr=[[each.value - each.low for each in shown], [each.high - each.value for each in shown]],
+                color=colour,
                 marker=marker,
                 markersize=5,
                 linewidth=1.5,
                 label=label,
             )
-        if "unguided" in lines:
-            unguided = lines["unguided"].figures[name].value * factor
+        for _, figures in [each for each in rows if each[0]["method"] == "unguided"]:
+            unguided = figures[name].value * factor
             axis.axhline(unguided, color=plotting.COLOURS["unguided"], linestyle=":", label="no guidance")
-        for label, found in (ceilings or {}).items():
-            axis.axhline(found[name].value * factor, color="black", linewidth=1, label=label)
+        for label, perfect in (ceilings or {}).items():
+            axis.axhline(perfect[name].value * factor, color="black", linewidth=1, label=label)
         axis.set_xscale("log", base=2)
         axis.set_xticks(scales, [f"{scale:g}" for scale in scales])
         axis.xaxis.set_minor_locator(NullLocator())
@@ -332,9 +336,3 @@ def draw_scales(cells: Sequence[Cell], ceilings: Mapping[str, Mapping[str, Figur
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
     return figure
-
-
-def _name_at(method: str, scale: float) -> str:
-    """A swept row's label at a scale; its own scale is not in the name."""
-    name, rectified, _ = method.partition(", rectified")
-    return f"{name}{'' if scale == MINI_SCALE else f', scale {scale:g}'}{rectified}"

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -255,3 +256,4 @@ def test_the_sweeps_have_the_cells_figures():
     assert places[4.0] == cells[f"{base}, scale 4"].figures["fid"].value
     shown = {text.get_text() for text in figure.legends[0].get_texts()}
     assert shown == {"without K", "with K", "Jensen-Shannon, without K", "no guidance", "real scenes"}
+    plt.close(figure)
