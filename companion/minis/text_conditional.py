@@ -226,8 +226,8 @@ def train_flow(
 ) -> tuple[CogView4Pipeline, dict]:
     """Train mini-flow: x = (1 - σ) clean + σ noise, and the network predicts the velocity noise - clean.
 
-    Whole timesteps t = 1000 σ are drawn as 2u / (1 + u) with u uniform, which favours the noisy ones where shapes are
-    decided (Esser et al. 2024). The reader joins as in the other models.
+    Whole timesteps t = 1000 σ are drawn logit-normally, with mean 1 and standard deviation 1 (Esser et al. 2024): three
+    in four fall between 500 and 920, where shapes are decided. The reader joins as in the other models.
 
     Args:
         folder: checkpoints and log.
@@ -248,8 +248,7 @@ def train_flow(
 
     def loss(step: int) -> Tensor:
         clean, tokens, parameters, generator = batch(step)
-        uniform = torch.rand(len(clean), generator=generator)
-        timestep = (1000 * 2 * uniform / (1 + uniform)).ceil().clamp(min=1)
+        timestep = (1000 * torch.sigmoid(1 + torch.randn(len(clean), generator=generator))).ceil()
         noise = torch.randn(clean.shape, generator=generator)
         sigma = (timestep / 1000).view(-1, 1, 1, 1)
         noisy = (1 - sigma) * clean + sigma * noise
