@@ -216,6 +216,14 @@ def picture_sizes(count: int) -> dict[str, Float[Tensor, "count 2"]]:
     return {"original_size": size, "target_size": size, "crop_coords": corner}
 
 
+def flow_timesteps(count: int, generator: torch.Generator) -> Float[Tensor, " count"]:
+    """Whole timesteps from 1 to 1000, drawn logit-normally with mean 1 and standard deviation 1 (Esser et al. 2024).
+
+    Three in four lie between 500 and 920, where shapes are decided.
+    """
+    return (1000 * torch.sigmoid(1 + torch.randn(count, generator=generator))).ceil()
+
+
 def train_flow(
     folder: Path,
     autoencoder: AutoencoderKL,
@@ -226,8 +234,7 @@ def train_flow(
 ) -> tuple[CogView4Pipeline, dict]:
     """Train mini-flow: x = (1 - σ) clean + σ noise, and the network predicts the velocity noise - clean.
 
-    Whole timesteps t = 1000 σ are drawn logit-normally, with mean 1 and standard deviation 1 (Esser et al. 2024): three
-    in four fall between 500 and 920, where shapes are decided. The reader joins as in the other models.
+    The timesteps t = 1000 σ are those of `flow_timesteps`. The reader joins as in the other models.
 
     Args:
         folder: checkpoints and log.
@@ -248,7 +255,7 @@ def train_flow(
 
     def loss(step: int) -> Tensor:
         clean, tokens, parameters, generator = batch(step)
-        timestep = (1000 * torch.sigmoid(1 + torch.randn(len(clean), generator=generator))).ceil()
+        timestep = flow_timesteps(len(clean), generator)
         noise = torch.randn(clean.shape, generator=generator)
         sigma = (timestep / 1000).view(-1, 1, 1, 1)
         noisy = (1 - sigma) * clean + sigma * noise

@@ -38,7 +38,7 @@ from companion.evaluation.metrics.scene_validity import (
 )
 from companion.evaluation.sampling.evaluations import evaluations, heun_levels, scheduler_levels
 from companion.evaluation.sampling.folder import write_json
-from companion.evaluation.studies.picture_scores import write_scores
+from companion.evaluation.studies.picture_scores import read_scores, write_scores
 from companion.evaluation.studies.validity_pictures import (
     FOUND,
     PART,
@@ -51,6 +51,7 @@ from companion.evaluation.studies.validity_pictures import (
     read_row,
 )
 from companion.evaluation.studies.validity_rows import METHODS, MODELS, Row, rows_of
+from companion.files import read_json
 from companion.guidance.noise_level import NoiseLevel
 from companion.minis.scene_regressor import reconstructed
 from companion.minis.scenes import HELD_OUT_SEED, render, scene
@@ -147,16 +148,9 @@ def comparisons(first: Measured, second: Measured, largest: float) -> dict[str, 
     return found | {"law_distance": law}
 
 
-def adjusted(pairs: Sequence[tuple[Row, Row, Mapping[str, Comparison]]]) -> list[dict[str, Any]]:
-    """Paired differences as plain JSON, p-values adjusted by Holm's method.
-
-    A family is one method against one other in one metric, over all models and scales.
-    """
-    families: dict[tuple[str, str, str], list[int]] = {}
-    for index, (one, other, compared) in enumerate(pairs):
-        for name in compared:
-            families.setdefault((one.method, other.method, name), []).append(index)
-    result: list[dict[str, Any]] = [
+def as_json(pairs: Sequence[tuple[Row, Row, Mapping[str, Comparison]]]) -> list[dict[str, Any]]:
+    """Paired differences as plain JSON."""
+    return [
         {
             "first": one.name,
             "second": other.name,
@@ -164,10 +158,52 @@ def adjusted(pairs: Sequence[tuple[Row, Row, Mapping[str, Comparison]]]) -> list
         }
         for one, other, compared in pairs
     ]
-    for (_, _, name), members in families.items():
-        for index, value in zip(members, holm([pairs[i][2][name].p_value for i in members]), strict=True):
-            result[index]["figures"][name]["p_value_holm"] = value
+
+
+def adjusted(differences: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same differences with p-values adjusted by Holm's method beside the measured ones.
+
+    A family is one method against one other in one metric, over all models and scales.
+    """
+    families: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    result = []
+    for pair in differences:
+        methods = (pair["first"].split("/")[1], pair["second"].split("/")[1])
+        figures = {name: dict(figure) for name, figure in pair["figures"].items()}
+        result.append({**pair, "figures": figures})
+        for name, figure in figures.items():
+            families.setdefault((*methods, name), []).append(figure)
+    for members in families.values():
+        for figure, value in zip(members, holm([each["p_value"] for each in members]), strict=True):
+            figure["p_value_holm"] = value
     return result
+
+
+def with_models_of(earlier: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """A new measurement with the models that only an earlier one has; p-values are adjusted over both.
+
+    Raises:
+        ValueError: the earlier one was made with another autoencoder or regressor.
+    """
+    for name in ("valid_residual", "weights_sha256"):
+        if earlier[name] != new[name]:
+            raise ValueError(f"the earlier measurement has another {name}; measure its models again")
+    kept = [name for name in earlier["models"] if name not in new["models"]]
+    models = {
+        name: (earlier if name in kept else new)["models"][name] for name in MODELS if name in {*kept, *new["models"]}
+    }
+    of_kept = {name: row for name, row in earlier["rows"].items() if row["model"] in kept}
+    rows = {name: row for model in models for name, row in {**of_kept, **new["rows"]}.items() if row["model"] == model}
+    differences = {(pair["first"], pair["second"]): pair for each in (earlier, new) for pair in each["differences"]}
+    pairs = wanted_pairs([Row(row["model"], row["method"], row["guidance_scale"]) for row in rows.values()])
+    return {
+        **new,
+        "models": models,
+        "not_measured": [name for name in earlier["not_measured"] if name.split("/")[0] in kept] + new["not_measured"],
+        "kept": {name: earlier.get("kept", {}).get(name, earlier["provenance"]) for name in kept},
+        "rows": rows,
+        "differences": adjusted([differences[one.name, other.name] for one, other in pairs]),
+    }
 
 
 def wanted_pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
@@ -218,11 +254,17 @@ def ceilings(samples: int, kernel: KernelDistance) -> dict[str, Measured]:
     }
 
 
-def measure_rows(folder: Path, table: Path, models: Sequence[str], samples: int = SAMPLES) -> dict[str, Any]:
+def measure_rows(
+    folder: Path, table: Path, models: Sequence[str], samples: int = SAMPLES, earlier: Path | None = None
+) -> dict[str, Any]:
     """Figures of every row that is drawn, and every paired difference, as plain JSON.
 
     A row counts with all its pictures, a difference with those that both rows have. The scores of each picture go
     into `table`. Rows with fewer than `samples` pictures are named in `not_measured`.
+
+    Args:
+        folder: of the drawn pictures.
+        earlier: an earlier measurement, with its table beside it, whose other models are kept as they are.
 
     Raises:
         ValueError: no row has that many pictures, or they were measured with other weights.
@@ -253,10 +295,9 @@ def measure_rows(folder: Path, table: Path, models: Sequence[str], samples: int 
         }
         print(f"{row.name}: residual {figures['residual'].text(4)}", flush=True)
     perfect = ceilings(max(drawn.values()) * PART, kernel)
-    named = {row.name: each for row, each in found.items()} | perfect
-    write_scores(table, {name: each.scores for name, each in named.items()})
+    named = {row.name: each.scores for row, each in found.items()}
     pairs = [(one, other, comparisons(found[one], found[other], largest)) for one, other in wanted_pairs(list(found))]
-    return {
+    result = {
         "models": {name: {**asdict(MODELS[name]), "scales": list(MODELS[name].scales)} for name in models},
         "methods": dict(METHODS),
         "not_measured": [row.name for row in planned if row not in found],
@@ -272,8 +313,15 @@ def measure_rows(folder: Path, table: Path, models: Sequence[str], samples: int 
             for name, each in perfect.items()
         },
         "rows": rows,
-        "differences": adjusted(pairs),
+        "differences": adjusted(as_json(pairs)),
     }
+    if earlier is not None:
+        result = with_models_of(read_json(earlier), result)
+        named = read_scores(earlier.with_suffix(".csv")) | named
+    write_scores(
+        table, {name: named[name] for name in result["rows"]} | {k: each.scores for k, each in perfect.items()}
+    )
+    return result
 
 
 def measure_threshold(samples: int = 2000) -> dict[str, Any]:
@@ -317,6 +365,9 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"pictures a row, when measuring the fewest that count: {SAMPLES}; scenes of the threshold: 2000",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON; default: where the package reads it")
+    parser.add_argument(
+        "--keep-others", action="store_true", help="when measuring, keep the other models that FILE has"
+    )
     options = parser.parse_args(arguments)
     models, methods = options.models.split(","), [name.strip() for name in options.methods.split(";")]
     samples = options.samples or SAMPLES
@@ -332,7 +383,8 @@ def main(arguments: list[str] | None = None) -> int:
             draw_rows(rows, options.pictures, samples, source)
         elif options.step == "measure":
             out = options.out or RESULTS
-            write_json(out, measure_rows(options.pictures, out.with_suffix(".csv"), models, samples))
+            earlier = out if options.keep_others else None
+            write_json(out, measure_rows(options.pictures, out.with_suffix(".csv"), models, samples, earlier))
         else:
             write_json(options.out or THRESHOLD_FILE, measure_threshold(options.samples or 2000))
     except ValueError as error:

@@ -17,10 +17,12 @@ from companion.evaluation.studies.validity import (
     KernelDistance,
     Measured,
     adjusted,
+    as_json,
     comparisons,
     main,
     nearest,
     wanted_pairs,
+    with_models_of,
 )
 from companion.evaluation.studies.validity_pictures import Scorer, asked_scenes, draw_rows, part_file, read_row
 from companion.evaluation.studies.validity_rows import METHODS, MODELS, Model, Row, rows_of
@@ -105,7 +107,23 @@ def test_holm_counts_one_method_over_models_and_scales() -> None:
         (row, row.cfg, {"residual": Comparison(Figure(0.0, -1.0, 1.0, "", 9), p)})
         for row, p in zip(rows, p_values, strict=True)
     ]
-    assert [each["figures"]["residual"]["p_value_holm"] for each in adjusted(pairs)] == [0.02, 0.04, 0.04]
+    assert [each["figures"]["residual"]["p_value_holm"] for each in adjusted(as_json(pairs))] == [0.02, 0.04, 0.04]
+
+
+def test_one_model_measured_anew_joins_the_others() -> None:
+    """The committed measurement again, from itself and from one model's part of it."""
+    stored = read_json(validity.RESULTS)
+    name = "mini-dit"
+    rows = {key: row for key, row in stored["rows"].items() if row["model"] == name}
+    pairs = [pair for pair in stored["differences"] if pair["first"] in rows]
+    part = stored | {"models": {name: stored["models"][name]}, "rows": rows, "differences": adjusted(pairs)}
+    assert part["differences"] != pairs  # fewer comparisons in a family: smaller adjusted p-values
+    found = with_models_of(stored, part)
+    assert list(found.pop("kept")) == [other for other in stored["models"] if other != name]
+    assert {**found, "kept": None} == {**stored, "kept": None}
+    assert list(found["rows"]) == list(stored["rows"])
+    with pytest.raises(ValueError, match="another weights_sha256; measure its models again"):
+        with_models_of(stored | {"weights_sha256": "other"}, part)
 
 
 def test_scores_survive_their_file(tmp_path) -> None:

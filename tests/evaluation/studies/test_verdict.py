@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from companion.evaluation.studies.validity import Measured, adjusted, comparisons, row_figures, wanted_pairs
+from companion.evaluation.studies.validity import Measured, adjusted, as_json, comparisons, row_figures, wanted_pairs
 from companion.evaluation.studies.validity_pictures import FOUND
 from companion.evaluation.studies.validity_rows import METHODS, Row
 from companion.evaluation.studies.verdict import (
@@ -69,7 +69,7 @@ def study() -> Study:
         "samples": NUMBER,
         "valid_residual": LARGEST,
         "rows": rows,
-        "differences": adjusted(pairs),
+        "differences": adjusted(as_json(pairs)),
     }
     return Study(stored, {row.name: each for row, each in cells.items()})
 
