@@ -18,8 +18,7 @@ from companion.minis.scenes import COLOURS, SHAPES, labels, render, scene
 from companion.minis.shipping import WEIGHTS, ship
 from companion.pipelines.adm.classifier import EMBEDDED_CLASSIFIERS, is_noise_aware, off_the_shelf_classifier
 
-# At least this share of requested shapes: a little less than the cards say of many.
-TEXT_CONDITIONAL = {"mini-sd": 0.8, "mini-sd-v": 0.8, "mini-flow": 0.6}
+TEXT_CONDITIONAL = ("mini-sd", "mini-sd-v", "mini-flow")
 SEED = 12345  # neither a training seed nor the one that the cards were measured with
 
 
@@ -106,7 +105,7 @@ def test_text_conditional_minis_draw_what_captions_say(name):
     drawn = draw(pipe, [s.caption for s in scenes], guidance_scale=4.0, num_inference_steps=15, seed=SEED)
     colours = torch.tensor([tuple(COLOURS).index(s.objects[0].colour) for s in scenes])
     evaluator = load_classifier()
-    assert recognised(drawn, labels(scenes), evaluator) >= TEXT_CONDITIONAL[name]
+    assert recognised(drawn, labels(scenes), evaluator) >= 0.8  # a little less than the cards say of many
     assert (object_colours(drawn) == colours).double().mean() >= 0.8
     assert recognised(drawn, labels(scenes).roll(1), evaluator) < 0.3
     assert (object_colours(drawn) == colours.roll(1)).double().mean() < 0.4

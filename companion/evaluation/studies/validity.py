@@ -2,7 +2,8 @@
 
 Every picture is compared with the nearest scene that the renderer could have drawn. `python -m
 companion.evaluation.studies.validity draw` draws the pictures and measures each (resuming a killed run), `measure`
-writes the figures and the paired differences, `threshold` measures which residual is still valid.
+writes the figures and the paired differences (`--models NAME --keep-others`: of these models anew, beside the others),
+`threshold` measures which residual is still valid.
 """
 
 import argparse
