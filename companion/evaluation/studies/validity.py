@@ -298,7 +298,7 @@ def measure_rows(
     perfect = ceilings(max(drawn.values()) * PART, kernel)
     named = {row.name: each.scores for row, each in found.items()}
     pairs = [(one, other, comparisons(found[one], found[other], largest)) for one, other in wanted_pairs(list(found))]
-    result = {
+    result: dict[str, Any] = {
         "models": {name: {**asdict(MODELS[name]), "scales": list(MODELS[name].scales)} for name in models},
         "methods": dict(METHODS),
         "not_measured": [row.name for row in planned if row not in found],
