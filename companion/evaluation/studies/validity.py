@@ -270,7 +270,9 @@ def measure_rows(
     Raises:
         ValueError: no row has that many pictures, or they were measured with other weights.
     """
-    source = provenance(command=[*COMMAND, "measure", "--models", ",".join(models), "--samples", str(samples)])
+    chosen = ["--models", ",".join(models), "--samples", str(samples), *(["--keep-others"] if earlier else [])]
+    source = provenance(command=[*COMMAND, "measure", *chosen])
+    others = None if earlier is None else (read_json(earlier), read_scores(earlier.with_suffix(".csv")))
     largest, kernel = valid_residual(), KernelDistance()
     rows: dict[str, Any] = {}
     found: dict[Row, Measured] = {}
@@ -316,9 +318,8 @@ def measure_rows(
         "rows": rows,
         "differences": adjusted(as_json(pairs)),
     }
-    if earlier is not None:
-        result = with_models_of(read_json(earlier), result)
-        named = read_scores(earlier.with_suffix(".csv")) | named
+    if others is not None:
+        result, named = with_models_of(others[0], result), others[1] | named
     write_scores(
         table, {name: named[name] for name in result["rows"]} | {k: each.scores for k, each in perfect.items()}
     )
