@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from companion.files import whole_file
+from companion.files import read_text, whole_file
 
 
 def write_scores(
@@ -32,11 +32,14 @@ def write_scores(
 
 
 def read_scores(file: Path) -> dict[str, dict[str, Float[Tensor, " samples"]]]:
-    """Row -> scores of its pictures, as `write_scores` stores them."""
+    """Row -> scores of its pictures, as `write_scores` stores them.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
     rows: dict[str, list[dict[str, str]]] = {}
-    with file.open(newline="") as stored:
-        for line in csv.DictReader(stored):
-            rows.setdefault(line["row"], []).append(line)
+    for line in csv.DictReader(read_text(file, "table of scores").splitlines()):
+        rows.setdefault(line["row"], []).append(line)
     return {
         name: {key: torch.tensor([float(line[key]) for line in lines]) for key in list(lines[0])[2:]}
         for name, lines in rows.items()

@@ -137,6 +137,9 @@ def test_measuring_says_what_is_missing(tmp_path, capsys) -> None:
     assert main(["measure", "--pictures", str(tmp_path), "--models", "mini-sd"]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and "draw them first" in message and message.count("\n") == 1
+    assert main(["measure", "--models", "mini-sd", "--keep-others", "--out", str(tmp_path / "none.json")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "none.json" in message and message.count("\n") == 1
     assert main(["draw", "--models", "mini-sx"]) == 2
     assert "got 'mini-sx'" in capsys.readouterr().err
     assert main(["draw", "--methods", "CFG;reg"]) == 2
