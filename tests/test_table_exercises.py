@@ -42,7 +42,7 @@ def shown(figures: dict[str, dict], metric: str) -> str:
 
 
 def difference(figures: dict[str, dict], metric: str) -> Figure:
-    return Figure(**{name: figures[metric][name] for name in ("value", "low", "high", "method", "samples")})
+    return Figure.from_json(figures[metric])
 
 
 def signed(gap: Figure) -> str:

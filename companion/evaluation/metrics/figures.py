@@ -1,8 +1,9 @@
 """Measured numbers with their intervals."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -33,6 +34,11 @@ class Figure:
             raise ValueError(f"a figure's numbers must be finite, got {self.value}, {self.low}, {self.high}")
         if not self.low <= self.value <= self.high:
             raise ValueError(f"a figure must lie in its interval, got {self.value} and {self.low} to {self.high}")
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "Figure":
+        """Of a JSON object with these fields and perhaps others."""
+        return cls(**{field.name: stored[field.name] for field in fields(cls)})
 
     def text(self, digits: int = 2) -> str:
         """Value and half width, e.g. "12.31 ± 0.20"."""

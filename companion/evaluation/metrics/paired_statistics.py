@@ -6,8 +6,9 @@ Every comparison is the first set minus the second, with a 95 % interval and a t
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import scipy.stats
 import torch
@@ -32,6 +33,11 @@ class Comparison:
 
     figure: Figure
     p_value: float
+
+    @property
+    def as_json(self) -> dict[str, Any]:
+        """The figure's fields and `p_value`."""
+        return {**asdict(self.figure), "p_value": self.p_value}
 
 
 def paired_means(first: Float[Tensor, " samples"], second: Float[Tensor, " samples"]) -> Comparison:
@@ -135,6 +141,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
+
+
+def with_holm(family: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Comparisons as JSON objects with `p_value_holm`, `holm` over the family, beside their `p_value`."""
+    values = holm([each["p_value"] for each in family])
+    return [{**each, "p_value_holm": value} for each, value in zip(family, values, strict=True)]
 
 
 def _gaps(first: Tensor, second: Tensor) -> Float[Tensor, "samples ..."]:

@@ -26,7 +26,13 @@ from companion.evaluation.metrics.figures import Figure
 from companion.evaluation.metrics.inversion import Inversion
 from companion.evaluation.metrics.kernel_distance import KernelReference, kernel_values
 from companion.evaluation.metrics.metrics import share
-from companion.evaluation.metrics.paired_statistics import Comparison, holm, mcnemar, paired_bootstrap, paired_means
+from companion.evaluation.metrics.paired_statistics import (
+    Comparison,
+    mcnemar,
+    paired_bootstrap,
+    paired_means,
+    with_holm,
+)
 from companion.evaluation.metrics.scene_validity import (
     THRESHOLD_FILE,
     VALID_SHARE,
@@ -155,7 +161,7 @@ def as_json(pairs: Sequence[tuple[Row, Row, Mapping[str, Comparison]]]) -> list[
         {
             "first": one.name,
             "second": other.name,
-            "figures": {name: {**asdict(each.figure), "p_value": each.p_value} for name, each in compared.items()},
+            "figures": {name: each.as_json for name, each in compared.items()},
         }
         for one, other, compared in pairs
     ]
@@ -166,17 +172,15 @@ def adjusted(differences: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     A family is one method against one other in one metric, over all models and scales.
     """
+    result = [{**pair, "figures": dict(pair["figures"])} for pair in differences]
     families: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    result = []
-    for pair in differences:
+    for pair in result:
         methods = (pair["first"].split("/")[1], pair["second"].split("/")[1])
-        figures = {name: dict(figure) for name, figure in pair["figures"].items()}
-        result.append({**pair, "figures": figures})
-        for name, figure in figures.items():
-            families.setdefault((*methods, name), []).append(figure)
-    for members in families.values():
-        for figure, value in zip(members, holm([each["p_value"] for each in members]), strict=True):
-            figure["p_value_holm"] = value
+        for name in pair["figures"]:
+            families.setdefault((*methods, name), []).append(pair["figures"])
+    for (_, _, name), members in families.items():
+        for figures, figure in zip(members, with_holm([each[name] for each in members]), strict=True):
+            figures[name] = figure
     return result
 
 
@@ -190,16 +194,14 @@ def with_models_of(earlier: Mapping[str, Any], new: Mapping[str, Any]) -> dict[s
         if earlier[name] != new[name]:
             raise ValueError(f"the earlier measurement has another {name}; measure its models again")
     kept = [name for name in earlier["models"] if name not in new["models"]]
-    models = {
-        name: (earlier if name in kept else new)["models"][name] for name in MODELS if name in {*kept, *new["models"]}
-    }
-    of_kept = {name: row for name, row in earlier["rows"].items() if row["model"] in kept}
-    rows = {name: row for model in models for name, row in {**of_kept, **new["rows"]}.items() if row["model"] == model}
-    differences = {(pair["first"], pair["second"]): pair for each in (earlier, new) for pair in each["differences"]}
+    models = {**earlier["models"], **new["models"]}
+    rows = {**{name: row for name, row in earlier["rows"].items() if row["model"] in kept}, **new["rows"]}
+    rows = {name: row for model in MODELS for name, row in rows.items() if row["model"] == model}
     pairs = wanted_pairs([Row(row["model"], row["method"], row["guidance_scale"]) for row in rows.values()])
+    differences = {(pair["first"], pair["second"]): pair for each in (earlier, new) for pair in each["differences"]}
     return {
         **new,
-        "models": models,
+        "models": {name: models[name] for name in MODELS if name in models},
         "not_measured": [name for name in earlier["not_measured"] if name.split("/")[0] in kept] + new["not_measured"],
         "kept": {name: earlier.get("kept", {}).get(name, earlier["provenance"]) for name in kept},
         "rows": rows,

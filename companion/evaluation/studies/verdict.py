@@ -128,7 +128,7 @@ def differences(study: Study, metric: str, method: str, against: str = "CFG") ->
         row, given = names.get((entry["second"], entry["first"])), entry["figures"].get(metric)
         if row is None or given is None:
             continue
-        figure = Figure(**{key: given[key] for key in ("value", "low", "high", "method", "samples")})
+        figure = Figure.from_json(given)
         verdict = _verdict(metric, figure.value, decided=given["p_value_holm"] < LEVEL)
         found.append(Difference(row, figure, given["p_value_holm"], verdict))
     return found

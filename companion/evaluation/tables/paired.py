@@ -5,7 +5,6 @@ A cell's file of pictures holds what each contributes to the figures, and their 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from companion.arguments import shortened
 from companion.evaluation.metrics.figures import Figure
-from companion.evaluation.metrics.paired_statistics import Comparison, holm, paired
+from companion.evaluation.metrics.paired_statistics import Comparison, paired, with_holm
 from companion.evaluation.tables.results import Cell
 from companion.evaluation.tables.text import METRICS, verdict
 from companion.files import array_names, read_arrays, whole_file
@@ -87,14 +86,14 @@ def compared(pairs: Sequence[Pair], out: Path) -> list[dict[str, Any]]:
         found.append(((label, first, second), {name: paired(one[name], other[name]) for name in both}))
     entries: list[dict[str, Any]] = []
     for (label, first, second), own in found:
-        figures = {name: {**asdict(each.figure), "p_value": each.p_value} for name, each in own.items()}
+        figures = {name: each.as_json for name, each in own.items()}
         commits = [str(cell.provenance.get("commit")) for cell in (first, second)]
         names = {"label": label, "first": first.name, "second": second.name}
         entries.append({**names, "commits": commits, "figures": figures})
     for name in METRICS:
-        family = [entry["figures"][name] for entry in entries if name in entry["figures"]]
-        for figure, value in zip(family, holm([each["p_value"] for each in family]), strict=True):
-            figure["p_value_holm"] = value
+        family = [entry["figures"] for entry in entries if name in entry["figures"]]
+        for figures, figure in zip(family, with_holm([each[name] for each in family]), strict=True):
+            figures[name] = figure
     return entries
 
 
@@ -116,7 +115,7 @@ def compared_markdown(entries: Sequence[Mapping[str, Any]]) -> str:
                 texts.append("")
                 continue
             _, digits, factor, _ = METRICS[name]
-            shown = _difference(given).scaled(factor).text(digits)
+            shown = Figure.from_json(given).scaled(factor).text(digits)
             shown = shown if shown.startswith("-") else f"+{shown}"
             texts.append(f"**{shown}**" if _decided(given) else shown)
         rows.append([entry["label"], *texts])
@@ -130,13 +129,9 @@ def compared_counts(entries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str,
     for entry in entries:
         for name, given in entry["figures"].items():
             own = counts.setdefault(METRICS[name][0], {"better": 0, "undecided": 0, "worse": 0})
-            own[verdict(name, _difference(given)) if _decided(given) else "undecided"] += 1
+            own[verdict(name, Figure.from_json(given)) if _decided(given) else "undecided"] += 1
     return counts
 
 
 def _decided(given: Mapping[str, Any]) -> bool:
     return bool(given["p_value_holm"] < 0.05)
-
-
-def _difference(given: Mapping[str, Any]) -> Figure:
-    return Figure(**{field.name: given[field.name] for field in fields(Figure)})
