@@ -259,6 +259,11 @@ def pictures_fit(page: Page, width: int, height: int) -> None:
         assert place["y"] + place["height"] <= height
 
 
+def loaded_width(picture: Any) -> int:
+    """A picture's own width in pixels, once the browser has loaded it; the page may name it before."""
+    return picture.evaluate("async image => { await image.decode(); return image.naturalWidth }")
+
+
 def test_a_scale_sweep_is_drawn_and_can_be_cancelled(page):
     resize(page, 400)
     open_tab(page, "Scale sweep")
@@ -275,7 +280,7 @@ def test_a_scale_sweep_is_drawn_and_can_be_cancelled(page):
     # The classifier here sees hearts, one of the four: in either column, at both scales.
     expect(said).to_contain_text("in 2 of 8 with CFG and 2 of 8 with REG", timeout=SECONDS)
     shown = picture.get_attribute("src")
-    assert picture.evaluate("image => image.complete && image.naturalWidth > 500")
+    assert loaded_width(picture) > 500
     for width in WIDTHS:
         resize(page, width)
 
@@ -296,7 +301,7 @@ def test_exploring_follows_the_controls(page):
     for width in WIDTHS:
         resize(page, width)
         for half in (left, right):
-            assert half.evaluate("image => image.complete && image.naturalWidth > 300")
+            assert loaded_width(half) > 300
             box = half.bounding_box()
             assert box["x"] >= 0 and box["x"] + box["width"] <= width
 
